@@ -1,0 +1,165 @@
+"""What HTTP costs: the saturated server against the engine alone, on the same requests.
+
+The clients are threads of this process, so on a machine with few cores they take part of what the server could use;
+the engine has the machine to itself.
+"""
+
+import http.client
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from itertools import cycle, islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from safetensors.torch import save_file
+
+from gpt_serve.backbone import BUNDLED, Backbone
+from gpt_serve.bench.inputs import photo
+from gpt_serve.bench.mixed import ALIKE, BATCH, answer, publish
+from gpt_serve.bench.timing import Plan, Ratio, Row, interleave, to_rows
+from gpt_serve.engine import Engine
+from gpt_serve.errors import GPTServeError
+from gpt_serve.store import AdapterStore
+
+CLIENTS = (8, 32, 64)
+ENGINE = "engine alone"
+START_SECONDS = 180
+PATIENCE = 600  # seconds for an answer: slow is a result, too
+BOUNDARY = "gpt-serve-bench"
+
+Request = tuple[str, bytes]
+
+
+def bench_http(backbone: Backbone, plan: Plan, clients: Sequence[int] = CLIENTS) -> list[Row]:
+    """One comparison: JPEG files for `BATCH` tasks, in batches through the engine and from ``clients`` over HTTP."""
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        store = AdapterStore(folder / "adapters", backbone.spec)
+        tasks = publish(backbone, store, "alike", ALIKE, BATCH)
+        pool = list(zip(tasks, (photo(seed) for seed in range(BATCH)), strict=True))
+        engine = Engine(backbone, store, max_batch=BATCH)
+        requests = list(islice(cycle(pool), _count(engine, pool, plan, max(clients))))
+        with _server(backbone, folder) as port:
+            return _compare(backbone.name, plan, engine, requests, port, clients)
+
+
+def _compare(
+    backbone: str, plan: Plan, engine: Engine, requests: Sequence[Request], port: int, clients: Sequence[int]
+) -> list[Row]:
+    bodies = [form(*request) for request in requests]
+    latencies: dict[str, list[list[float]]] = {f"{count} clients": [] for count in clients}
+    variants: dict[str, Callable[[], None]] = {ENGINE: partial(answer, engine, requests)}
+    for count, (variant, runs) in zip(clients, latencies.items(), strict=True):
+        variants[variant] = _load(port, bodies, count, runs)
+    times = interleave(variants, plan)
+    extra = {}
+    for variant, runs in latencies.items():
+        share = {"share of the engine": 1 / Ratio.of(times[variant], times[ENGINE]).median}
+        extra[variant] = _percentiles(runs[1:]) | share  # the first run was the warm-up
+    return to_rows("http", backbone, f"{len(requests)} JPEG files", len(requests), times, extra)
+
+
+def _load(port: int, bodies: Sequence[bytes], clients: int, runs: list[list[float]]) -> Callable[[], None]:
+    return lambda: runs.append(saturate(port, bodies, clients))
+
+
+def _percentiles(runs: Sequence[Sequence[float]]) -> dict[str, float]:
+    p50, p95 = np.quantile(np.concatenate(runs), [0.5, 0.95]).tolist()
+    return {"p50 ms": 1000 * p50, "p95 ms": 1000 * p95}
+
+
+def _count(engine: Engine, pool: Sequence[Request], plan: Plan, clients: int) -> int:
+    """How many requests keep the engine busy for ``plan.load_seconds``: whole batches, and 4 or more per client."""
+    answer(engine, pool)
+    began = time.perf_counter()
+    answer(engine, pool)
+    seconds = time.perf_counter() - began
+    batches = max(plan.load_seconds / seconds, 4 * clients / len(pool), 1)
+    return int(batches) * len(pool)
+
+
+def saturate(port: int, bodies: Sequence[bytes], clients: int) -> list[float]:
+    """Post all ``bodies`` to 127.0.0.1 from ``clients`` threads, each waiting for an answer before it asks again.
+
+    Returns:
+        Seconds from the first byte sent to the last byte received, of each request.
+
+    Raises:
+        GPTServeError: an answer was not 200.
+    """
+    queue = iter(bodies)  # a list's iterator is safe to share
+
+    def client() -> list[float]:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+        try:
+            return [_post(connection, body) for body in queue]
+        finally:
+            connection.close()
+
+    with ThreadPoolExecutor(clients) as threads:
+        jobs = [threads.submit(client) for _ in range(clients)]
+    return [seconds for job in jobs for seconds in job.result()]
+
+
+def _post(connection: http.client.HTTPConnection, body: bytes) -> float:
+    began = time.perf_counter()
+    headers = {"Content-Type": f"multipart/form-data; boundary={BOUNDARY}"}
+    connection.request("POST", "/predict", body, headers)
+    response = connection.getresponse()
+    text = response.read()
+    if response.status != 200:
+        raise GPTServeError(f"the benchmark's server answered {response.status}: {text[:200].decode(errors='replace')}")
+    return time.perf_counter() - began
+
+
+def form(task: str, image: bytes) -> bytes:
+    """The body of ``POST /predict``."""
+    head = (
+        f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="task"\r\n\r\n{task}\r\n'
+        f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="image"; filename="image.jpg"\r\n\r\n'
+    )
+    return head.encode() + image + f"\r\n--{BOUNDARY}--\r\n".encode()
+
+
+@contextmanager
+def _server(backbone: Backbone, folder: Path) -> Iterator[int]:
+    """The port of a ``gpt-serve serve`` with ``backbone``'s very weights and the adapters in ``folder``."""
+    options = ["--port", "0", "--adapters", str(folder / "adapters"), "--backbone", backbone.name]
+    options += ["--device", str(backbone.device), "--max-batch-size", str(BATCH), "--deadline", str(PATIENCE)]
+    if backbone.name != BUNDLED:
+        save_file(backbone.model.state_dict(), folder / "weights.safetensors")
+        options += ["--checkpoint", str(folder / "weights.safetensors")]
+    log = folder / "server.log"
+    command = [sys.executable, "-c", "from gpt_serve.cli import main; main()", "serve", *options]
+    with open(log, "wb") as file:
+        process = subprocess.Popen(command, stderr=file)
+    try:
+        yield _wait_ready(process, log)
+    finally:
+        process.terminate()
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _wait_ready(process: "subprocess.Popen[bytes]", log: Path) -> int:
+    """The port that the server's ready line names."""
+    end = time.monotonic() + START_SECONDS
+    while True:
+        text = log.read_text(errors="replace")
+        _, found, rest = text.partition("ready on http://127.0.0.1:")
+        port, colon, _ = rest.partition(":")
+        if found and colon:
+            return int(port)
+        if process.poll() is not None or time.monotonic() > end:
+            last = text.strip().splitlines()
+            raise GPTServeError(f"the benchmark's server did not start: {last[-1] if last else 'it said nothing'}")
+        time.sleep(0.05)

@@ -1,0 +1,321 @@
+"""The command line; the only file that knows exit codes. Heavy imports live inside the commands."""
+
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from gpt_serve import __version__
+from gpt_serve.errors import GPTServeError, UsageError
+from gpt_serve.options import (
+    BUNDLED,
+    adapters_option,
+    backbone_options,
+    data_option,
+    device_option,
+    json_option,
+    task_option,
+    training_options,
+)
+
+if TYPE_CHECKING:
+    from gpt_serve.engine import Engine
+
+EXIT_MISTAKE = 2
+EXIT_INTERRUPTED = 130
+
+
+class Mistake(click.ClickException):
+    """Shown as one line on stderr."""
+
+    exit_code = EXIT_MISTAKE
+
+    def show(self, file: Any = None) -> None:
+        click.echo(f"gpt-serve: {' '.join(self.message.splitlines())}", err=True)
+
+
+@contextmanager
+def _mistakes() -> Iterator[None]:
+    """Turn the package's errors, and click's own of several lines, into a `Mistake`."""
+    try:
+        yield
+    except GPTServeError as error:
+        raise Mistake(str(error)) from error
+    except click.exceptions.NoArgsIsHelpError:
+        raise
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "gpt-serve"
+        raise Mistake(f"{error.format_message()} Try '{command} --help'.") from error
+
+
+class Group(click.Group):
+    """Ends a user's mistake with one line on stderr and an exit code."""
+
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        with _mistakes():
+            return super().make_context(*args, **extra)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            with _mistakes():
+                return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("gpt-serve: interrupted", err=True)
+            ctx.exit(EXIT_INTERRUPTED)
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="gpt-serve")
+def main() -> None:
+    """Serve many vision tasks from one frozen Vision Transformer with gated prompt adapters."""
+    # Idle OpenMP threads that spin slow everything else on a shared machine; read once, when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+@main.command()
+@task_option
+@click.option("--data", help="Image folder, or the built-in dataset: digits.  [default: the task's name]")
+@backbone_options
+@training_options
+@adapters_option
+@json_option
+def train(
+    task: str,
+    data: str | None,
+    backbone: str,
+    checkpoint: Path | None,
+    input_size: int | None,
+    device: str,
+    pool: Any,
+    resume: bool,
+    skip_unreadable: bool,
+    workers: int,
+    adapters: Path,
+    as_json: bool,
+    recipe: str,
+    **hyperparameters: Any,
+) -> None:
+    """Train an adapter and publish it; a running server picks it up."""
+    from gpt_serve.specs import check_task_name
+
+    check_task_name(task)
+    from gpt_serve.backbone import Backbone
+    from gpt_serve.terminal import Terminal, echo_trained
+    from gpt_serve.train.distributed import join_world
+    from gpt_serve.train.fit import Job, train_adapter
+    from gpt_serve.train.recipe import make_recipe
+
+    job = Job(task, data or task, adapters, make_recipe(recipe, **hyperparameters), resume, skip_unreadable, workers)
+    with ExitStack() as stack:
+        world, device = stack.enter_context(join_world(_device(device)))
+        model = Backbone.load(backbone, checkpoint=checkpoint, input_size=input_size, pool=pool, device=device)
+        terminal = Terminal(quiet=not world.leader)
+        stack.callback(terminal.close)
+        try:
+            summary = train_adapter(model, job, terminal, world)
+        except KeyboardInterrupt:
+            terminal.close()
+            if terminal.epochs:
+                terminal.notice(f"stopped after epoch {terminal.epochs}: repeat the command with --resume to continue")
+            raise
+    if summary is not None:
+        if as_json:
+            click.echo(json.dumps(summary))
+        else:
+            echo_trained(summary, adapters)
+
+
+@main.command("eval")
+@task_option
+@data_option
+@backbone_options
+@adapters_option
+@json_option
+def evaluate(task: str, data: str, adapters: Path, as_json: bool, **backbone: Any) -> None:
+    """Accuracy of an adapter on DIR/test, or on DIR itself when it holds class folders."""
+    engine = _engine(task, adapters, **backbone)
+    from gpt_serve.evaluation import evaluate_task
+
+    result = evaluate_task(engine, task, data)
+    if as_json:
+        click.echo(json.dumps(result))
+    else:
+        click.echo(f"{task}: accuracy {100 * result['accuracy']:.2f} % on {result['n']} images ({result['revision']})")
+
+
+@main.command()
+@task_option
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("--top-k", type=click.IntRange(1, 1000), default=5, show_default=True, help="Answers per image.")
+@backbone_options
+@adapters_option
+@json_option
+def predict(task: str, images: tuple[Path, ...], top_k: int, adapters: Path, as_json: bool, **backbone: Any) -> None:
+    """Classify image files."""
+    engine = _engine(task, adapters, **backbone)
+    results = engine.predict([(task, _read(path)) for path in images])
+    answers: list[dict[str, Any]] = []
+    for path, result in zip(images, results, strict=True):
+        if isinstance(result, GPTServeError):
+            raise UsageError(f"{path}: {result}")
+        best = [{"label": label, "probability": probability} for label, probability in result.top(top_k)]
+        answers.append({"image": str(path), "revision": result.revision, "predictions": best})
+    if as_json:
+        click.echo(json.dumps({"task": task, "images": answers}))
+        return
+    for answer in answers:
+        shown = ", ".join(f"{item['label']} {100 * item['probability']:.1f} %" for item in answer["predictions"])
+        click.echo(f"{click.format_filename(answer['image'])}: {shown}")
+
+
+@main.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for all.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 picks a free one.")
+@adapters_option
+@backbone_options
+@click.option("--max-batch-size", type=int, default=32, show_default=True, help="Most images in a forward pass.")
+@click.option("--batch-timeout", type=float, default=0.002, show_default=True, help="Seconds to wait for batch-mates.")
+@click.option("--max-body-bytes", type=int, default=10 * 2**20, show_default=True, help="Largest request; then 413.")
+@click.option("--max-pixels", type=int, default=50_000_000, show_default=True, help="Largest image; then 413.")
+@click.option("--queue-limit", type=int, default=128, show_default=True, help="Most requests admitted; then 503.")
+@click.option("--deadline", type=float, default=30.0, show_default=True, help="Seconds to answer in; then 504.")
+@click.option("--drain", type=float, default=30.0, show_default=True, help="Seconds to finish in after SIGTERM.")
+def serve(device: str, **options: Any) -> None:
+    """Answer HTTP requests; watches the adapter folder."""
+    from gpt_serve.serve import ServeConfig, run
+
+    sys.exit(run(ServeConfig(device=_device(device), **options)))
+
+
+@main.command()
+@adapters_option
+@json_option
+def tasks(adapters: Path, as_json: bool) -> None:
+    """List the adapters of a folder."""
+    from gpt_serve.store import AdapterStore
+    from gpt_serve.terminal import echo_tasks
+
+    described = AdapterStore(adapters).describe()
+    if not described and not as_json:
+        raise UsageError(f"no adapters in {adapters}: train one, or name another folder with --adapters")
+    if as_json:
+        click.echo(json.dumps({"tasks": [item.to_dict() for item in described]}))
+    else:
+        echo_tasks(described)
+
+
+@main.command()
+@task_option
+@click.option(
+    "--plot", type=click.Path(path_type=Path, dir_okay=False), help="PNG to write.  [default: TASK-gates.png]"
+)
+@adapters_option
+@json_option
+def inspect(task: str, plot: Path | None, adapters: Path, as_json: bool) -> None:
+    """Gates, temperatures and selection ratio of an adapter, as a table and a plot."""
+    from dataclasses import asdict
+
+    from gpt_serve.store import AdapterStore
+    from gpt_serve.train.card import block_table
+    from gpt_serve.train.inspection import inspect_adapter, plot_inspection
+
+    stored = AdapterStore(adapters).load(task)
+    inspection = inspect_adapter(stored.adapter)
+    path = plot or Path(f"{task}-gates.png")
+    try:
+        plot_inspection(inspection, f"{task} ({stored.adapter.method})", path)
+    except OSError as error:
+        raise UsageError(f"the plot cannot be written to {path}: {error.strerror}") from error
+    except ValueError as error:  # the suffix names no format
+        raise UsageError(f"the plot cannot be written to {path}: {error}") from error
+    if as_json:
+        click.echo(json.dumps({"task": task, "revision": stored.revision, **asdict(inspection), "plot": str(path)}))
+        return
+    click.echo(f"{task}: {stored.adapter.method}, {stored.adapter.prompts} prompts, revision {stored.revision}")
+    click.echo("\n".join(block_table(inspection)))
+    click.echo(f"plot: {path}")
+
+
+@main.command()
+@click.option(
+    "--only",
+    multiple=True,
+    type=click.Choice(["forward", "mixed", "http"]),
+    help="One of the benchmarks; repeat for more.  [default: all]",
+)
+@click.option(
+    "--backbone",
+    "backbones",
+    multiple=True,
+    default=[BUNDLED, "vit_small_patch16_224"],
+    show_default=True,
+    help="timm name of a plain ViT, given random weights, or the bundled one; repeat for more.",
+)
+@device_option
+@click.option("--repeats", type=click.IntRange(1), default=20, show_default=True, help="Most rounds per comparison.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    default="benchmarks/results",
+    show_default=True,
+    help="Folder for results.json and tables.md.",
+)
+def bench(only: tuple[str, ...], backbones: tuple[str, ...], device: str, repeats: int, output: Path) -> None:
+    """Measure prompts, mixed batches and HTTP against what they are built on."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the server under test is ended too
+    from gpt_serve.bench import run_benchmarks
+    from gpt_serve.bench.report import make_folder
+    from gpt_serve.bench.timing import Plan
+    from gpt_serve.terminal import echo_table
+
+    make_folder(output)
+    report = run_benchmarks(
+        backbones, _device(device), Plan(repeats), only=only, say=lambda text: click.echo(text, err=True)
+    )
+    report.write(output)
+    for table in report.tables():
+        click.echo(f"\n{table.title}")
+        echo_table(table.header, table.rows)
+
+
+def _device(name: str) -> str:
+    """``auto`` resolved."""
+    if re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        return name
+    if name != "auto":
+        raise UsageError(f"--device {name} is not a device: use auto, cpu, cuda or cuda:N")
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _engine(
+    task: str, adapters: Path, *, backbone: str, checkpoint: Path | None, input_size: int | None, device: str
+) -> "Engine":
+    """An engine that has the task; an unknown or broken one is reported before the backbone is loaded."""
+    from gpt_serve.store import AdapterStore
+
+    store = AdapterStore(adapters)
+    store.load(task)
+    from gpt_serve.backbone import Backbone
+    from gpt_serve.engine import Engine
+    from gpt_serve.images import LOCAL_LIMITS
+
+    model = Backbone.load(backbone, checkpoint=checkpoint, input_size=input_size, device=_device(device))
+    engine = Engine(model, store, limits=LOCAL_LIMITS)
+    engine.bank.get(task)
+    return engine
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error

@@ -1,0 +1,107 @@
+"""Every error that the package raises on purpose.
+
+The message of each is one line for the person who caused it and says what to do::
+
+    GPTServeError
+    ├── UsageError             an option or argument that cannot work
+    ├── DataError              a dataset that cannot be trained or evaluated on
+    ├── BackboneError          a backbone that cannot be used
+    │   ├── UnsupportedBackbone    not a plain Vision Transformer
+    │   └── CheckpointError        weights that do not fit, or cannot be read
+    ├── AdapterError           an adapter that cannot be used
+    │   ├── InvalidTaskName        not [a-z0-9][a-z0-9._-]{0,63}
+    │   ├── UnknownTask            no adapter of that name
+    │   ├── InvalidAdapter         a file that is not a valid adapter
+    │   └── BackboneMismatch       trained on another backbone
+    ├── ImageError             an image that cannot be used
+    │   ├── ImageTooLarge          too many bytes or pixels
+    │   ├── UnsupportedImage       not JPEG, PNG or WebP
+    │   └── UndecodableImage       damaged or truncated
+    └── RequestError           a request that the server turns away
+        ├── InvalidRequest         a field is missing or malformed
+        ├── Overloaded             too many requests are waiting
+        ├── NotReady               starting, restarting or draining
+        └── DeadlineExceeded       no answer in time
+
+Nothing here knows exit codes (``cli.py``) or HTTP status codes (``serve/``).
+"""
+
+
+class GPTServeError(Exception):
+    """Base of every deliberate error. ``str(error)`` is a single line for the user."""
+
+
+class UsageError(GPTServeError):
+    """An option or argument that cannot work."""
+
+
+class DataError(GPTServeError):
+    """A dataset that cannot be trained or evaluated on."""
+
+
+class BackboneError(GPTServeError):
+    """A backbone that cannot be used."""
+
+
+class UnsupportedBackbone(BackboneError):
+    """The model is not a plain Vision Transformer."""
+
+
+class CheckpointError(BackboneError):
+    """Weights that do not fit the model or cannot be read."""
+
+
+class AdapterError(GPTServeError):
+    """An adapter that cannot be used."""
+
+
+class InvalidTaskName(AdapterError):
+    """The name does not match ``[a-z0-9][a-z0-9._-]{0,63}``."""
+
+
+class UnknownTask(AdapterError):
+    """No adapter of that name is stored."""
+
+
+class InvalidAdapter(AdapterError):
+    """The file is not a valid adapter."""
+
+
+class BackboneMismatch(AdapterError):
+    """The adapter was trained on a backbone with other weights."""
+
+
+class ImageError(GPTServeError):
+    """An image that cannot be used."""
+
+
+class ImageTooLarge(ImageError):
+    """The image has too many bytes or pixels."""
+
+
+class UnsupportedImage(ImageError):
+    """The bytes are not JPEG, PNG or WebP."""
+
+
+class UndecodableImage(ImageError):
+    """The image is damaged or truncated."""
+
+
+class RequestError(GPTServeError):
+    """A request that the server turns away."""
+
+
+class InvalidRequest(RequestError):
+    """A field of the request is missing or malformed."""
+
+
+class Overloaded(RequestError):
+    """Too many requests are waiting."""
+
+
+class NotReady(RequestError):
+    """The server is starting, restarting its worker or draining."""
+
+
+class DeadlineExceeded(RequestError):
+    """No answer came within the request's deadline."""

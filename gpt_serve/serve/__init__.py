@@ -1,0 +1,22 @@
+"""The HTTP server: LitServe around one `Engine`.
+
+One process answers HTTP and supervises one spawned worker that holds the backbone::
+
+    client -> app.py: admit, read, parse, check -> server.py: LitServe's queue
+                                                     -> worker.py: collect a batch, Engine.predict
+    client <- app.py: JSON or problem+json      <- server.py: LitServe's response buffer
+
+One API process is enough (it only moves bytes) and keeps everything that must be exact in one place: the count of
+admitted requests, the buffer of pending answers, the liveness of the worker and the metrics.
+"""
+
+from gpt_serve.serve.config import ServeConfig
+
+__all__ = ["ServeConfig", "run"]
+
+
+def run(config: ServeConfig) -> int:
+    """Serve until a signal; see `gpt_serve.serve.runner.run_server`."""
+    from gpt_serve.serve.runner import run_server  # torch and LitServe: seconds to import
+
+    return run_server(config)

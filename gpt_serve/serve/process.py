@@ -1,0 +1,41 @@
+"""What the child processes do first."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from importlib import import_module
+from multiprocessing.connection import wait
+from typing import NoReturn
+
+
+def guard_child() -> None:
+    """Leave signals to the parent, and do not outlive it.
+
+    Ctrl-C and some service managers signal the whole process group; a child that obeyed would die while the parent
+    still drains. A parent that was killed outright cannot stop its children, so each watches it.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_exit_after, args=(parent.sentinel,), name="parent-watch", daemon=True).start()
+
+
+def guard_manager() -> None:
+    """`guard_child` for the process that holds the queues.
+
+    It unpickles each answer, an enumeration of LitServe's included; imported only then, the first client would wait.
+    """
+    guard_child()
+    threading.Thread(target=import_module, args=("litserve.utils",), name="import", daemon=True).start()
+
+
+def end_child() -> NoReturn:
+    """End this process at once. The parent notices, and is the one to tell why."""
+    os._exit(1)
+
+
+def _exit_after(sentinel: int) -> None:
+    wait([sentinel])
+    end_child()

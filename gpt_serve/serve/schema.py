@@ -1,0 +1,103 @@
+"""What ``/docs`` says of each route: models for the OpenAPI page only; the handlers build their answers directly."""
+
+from typing import Any
+
+from pydantic import BaseModel
+
+from gpt_serve.serve.inputs import DEFAULT_TOP_K, MAX_TOP_K
+from gpt_serve.serve.problems import MEDIA_TYPE
+
+
+class LabelProbability(BaseModel):
+    label: str
+    probability: float
+
+
+class PredictAnswer(BaseModel):
+    task: str
+    revision: str
+    predictions: list[LabelProbability]
+
+
+class Problem(BaseModel):
+    type: str
+    title: str
+    status: int
+    detail: str
+
+
+class TaskEntry(BaseModel):
+    task: str
+    method: str | None = None
+    backbone: str | None = None
+    classes: int | None = None
+    prompts: int | None = None
+    revision: str | None = None
+    size_bytes: int | None = None
+    val_accuracy: float | None = None
+    created: str | None = None
+    error: str | None = None
+
+
+class TaskList(BaseModel):
+    tasks: list[TaskEntry]
+
+
+class TaskDetail(TaskEntry):
+    labels: list[str]
+
+
+class Alive(BaseModel):
+    status: str
+
+
+class Ready(Alive):
+    backbone: str
+    backbone_sha256: str
+
+
+_PROBLEM = {"schema": Problem.model_json_schema()}
+_MEANING = {
+    400: "A field is missing, unknown or malformed",
+    401: "The key is missing or wrong",
+    404: "Unknown task",
+    413: "Body or pixel count over the limit",
+    415: "Neither a form nor JSON, or the image is not JPEG, PNG or WebP",
+    422: "The image cannot be decoded",
+    503: "Overloaded, not ready, shutting down, or the task's adapter is refused; see Retry-After",
+    504: "The deadline passed",
+}
+
+
+def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    return {status: {"description": _MEANING[status], "content": {MEDIA_TYPE: _PROBLEM}} for status in statuses}
+
+
+def _body(image: dict[str, Any]) -> dict[str, Any]:
+    top_k = {"type": "integer", "minimum": 1, "maximum": MAX_TOP_K, "default": DEFAULT_TOP_K}
+    fields = {"task": {"type": "string"}, "image": image, "top_k": top_k}
+    return {"schema": {"type": "object", "required": ["task", "image"], "properties": fields}}
+
+
+def _query(name: str, kind: str) -> dict[str, Any]:
+    return {"name": name, "in": "query", "description": f"instead of {name} in the body", "schema": {"type": kind}}
+
+
+_CONTENT = {
+    "multipart/form-data": _body({"type": "string", "format": "binary", "description": "JPEG, PNG or WebP file"}),
+    "application/json": _body({"type": "string", "format": "byte", "description": "the file in base64"}),
+}
+
+PREDICT: dict[str, Any] = {
+    "response_model": PredictAnswer,
+    "responses": _problems(400, 401, 404, 413, 415, 422, 503, 504),
+    "openapi_extra": {
+        "requestBody": {"required": True, "content": _CONTENT},
+        "parameters": [_query("task", "string"), _query("top_k", "integer")],
+    },
+}
+TASKS: dict[str, Any] = {"response_model": TaskList, "responses": _problems(401, 503)}
+TASK: dict[str, Any] = {"response_model": TaskDetail, "responses": _problems(400, 401, 404, 503)}
+HEALTH: dict[str, Any] = {"response_model": Alive}
+READY: dict[str, Any] = {"response_model": Ready, "responses": _problems(503)}
+METRICS: dict[str, Any] = {"responses": {200: {"content": {"text/plain": {}}}}}

@@ -1,0 +1,52 @@
+"""What the API process knows of the server's life. Only its event loop touches it, so it needs no lock."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from gpt_serve.errors import GPTServeError, NotReady, Overloaded
+
+Phase = Literal["loading", "ready", "restarting"]
+
+_WAITING = {
+    "loading": "the backbone is being loaded: try again in a few seconds",
+    "restarting": "the worker is being restarted: try again in a few seconds",
+}
+
+
+@dataclass
+class ServerState:
+    """The worker's phase, the admitted requests, and whether and why the server is going down.
+
+    Attributes:
+        limit: most requests admitted at once.
+        phase: what the worker is doing.
+        admitted: requests that hold a slot: from the first header until the worker is done with them, so that a
+            client that left or gave up cannot make the queue grow.
+        restarts: how many workers were started after the first.
+        draining: a signal came; nothing new is admitted.
+        fatal: why the server must end, if it must.
+    """
+
+    limit: int
+    phase: Phase = "loading"
+    admitted: int = 0
+    restarts: int = 0
+    draining: bool = False
+    fatal: GPTServeError | None = None
+
+    def check_ready(self) -> None:
+        """Raise `NotReady` unless a request would be taken on."""
+        if self.draining or self.fatal:
+            raise NotReady("the server is shutting down: try another one, or again later")
+        if self.phase != "ready":
+            raise NotReady(_WAITING[self.phase])
+
+    def admit(self) -> None:
+        """Take a slot; `release` gives it back. Raises `NotReady` or `Overloaded`."""
+        self.check_ready()
+        if self.admitted >= self.limit:
+            raise Overloaded(f"{self.limit} requests are already waiting: try again in a second")
+        self.admitted += 1
+
+    def release(self) -> None:
+        self.admitted -= 1

@@ -1,0 +1,1 @@
+"""Fit one adapter: data, recipes, the training loop and the model card."""

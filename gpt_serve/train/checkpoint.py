@@ -1,0 +1,83 @@
+"""What an interrupted run leaves behind: one file per task, replaced after each epoch."""
+
+import contextlib
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpt_serve.errors import UsageError
+
+
+class RunCheckpoint:
+    """The state of one training run at ``adapters/.train/<task>.pt``.
+
+    Args:
+        adapters: the adapter folder.
+        task: the task's name.
+    """
+
+    def __init__(self, adapters: Path, task: str) -> None:
+        self.path = adapters / ".train" / f"{task}.pt"
+
+    def exists(self) -> bool:
+        """Whether an interrupted run is stored."""
+        return self.path.is_file()
+
+    def prepare(self) -> None:
+        """Make the folder, so that one that cannot be written to is known before anything trains.
+
+        Raises:
+            UsageError: it cannot be made.
+        """
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"the folder {self.path.parent} cannot be made: {error.strerror}") from error
+
+    def save(self, identity: dict[str, Any], state: dict[str, Any]) -> None:
+        """Replace the stored state; a crash leaves the old one.
+
+        Args:
+            identity: what must be equal for a run to continue (recipe, backbone, data), as plain JSON values.
+            state: tensors and plain data.
+        """
+        temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            torch.save({"identity": identity, "state": state}, temporary)
+            os.replace(temporary, self.path)
+        except OSError as error:
+            raise UsageError(f"the checkpoint {self.path} cannot be written: {error.strerror}") from error
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def require(self) -> None:
+        """Raise `UsageError` when there is no stored run."""
+        if not self.exists():
+            raise UsageError(f"nothing to resume: {self.path} does not exist; train without --resume")
+
+    def load(self, identity: dict[str, Any]) -> dict[str, Any]:
+        """The stored state.
+
+        Raises:
+            UsageError: there is none, it is damaged, or it belongs to other settings (they are named).
+        """
+        self.require()
+        try:
+            content = torch.load(self.path, map_location="cpu", weights_only=True)
+            stored, state = content["identity"], content["state"]
+        except (RuntimeError, EOFError, OSError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
+            raise UsageError(f"checkpoint {self.path} is damaged: delete it and train anew") from error
+        changed = sorted(key for key in identity if stored.get(key) != identity[key])
+        if changed:
+            values = ", ".join(f"{key} was {stored.get(key)} and is {identity[key]}" for key in changed)
+            raise UsageError(f"--resume: the interrupted run had other settings ({values}); repeat them or train anew")
+        return dict(state)
+
+    def delete(self) -> None:
+        """Forget the run; called once its adapter is published."""
+        self.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # other runs still keep theirs in the folder
+            self.path.parent.rmdir()

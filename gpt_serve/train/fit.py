@@ -1,0 +1,253 @@
+"""From a dataset to a published adapter."""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from gpt_serve.adapter import Adapter
+from gpt_serve.backbone import Backbone
+from gpt_serve.errors import DataError, UsageError
+from gpt_serve.specs import check_task_name
+from gpt_serve.store import AdapterStore
+from gpt_serve.train.card import confusion_matrix, write_card
+from gpt_serve.train.checkpoint import RunCheckpoint
+from gpt_serve.train.data import Dataset, Split, digest, open_dataset
+from gpt_serve.train.distributed import World
+from gpt_serve.train.loop import EpochRecord, Progress, Trainer, predict_all
+from gpt_serve.train.methods import AdapterModule
+from gpt_serve.train.recipe import Recipe
+from gpt_serve.train.views import Unreadable, View, scan
+
+
+class Reporter(Protocol):
+    """Where progress goes."""
+
+    def scanning(self, total: int) -> Callable[[], object]:
+        """The images are about to be checked; call the result after each."""
+
+    def unreadable(self, images: list[Unreadable]) -> None:
+        """These images cannot be read."""
+
+    def notice(self, text: str) -> None:
+        """One line worth knowing."""
+
+    def batch(self, epoch: int, loss: float, accuracy: float, images: int) -> None:
+        """A step was made: running loss and accuracy of the epoch, images in the step."""
+
+    def epoch(self, record: EpochRecord) -> None:
+        """An epoch is done and stored."""
+
+    def training(self, images: int, first_epoch: int, epochs: int) -> None:
+        """Training begins: images per epoch."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to train and where to put it.
+
+    Attributes:
+        task: name of the task.
+        data: image folder or built-in dataset.
+        adapters: folder of the adapter store.
+        recipe: hyperparameters.
+        resume: continue the interrupted run of this task.
+        skip_unreadable: train without the images that cannot be read instead of stopping.
+        workers: processes that decode when the images exceed the cache.
+    """
+
+    task: str
+    data: str
+    adapters: Path
+    recipe: Recipe
+    resume: bool = False
+    skip_unreadable: bool = False
+    workers: int = 2
+
+
+@dataclass(frozen=True)
+class Views:
+    """The splits as tensors; ``test`` is None when there is none."""
+
+    labels: tuple[str, ...]
+    train: View
+    val: View
+    test: View | None
+    digest: str
+
+
+def train_adapter(backbone: Backbone, job: Job, reporter: Reporter, world: World) -> dict[str, Any] | None:
+    """Train, select the best epoch on validation data, publish the adapter and its card.
+
+    Returns:
+        The summary that ``--json`` prints; None in processes other than the leader.
+
+    Raises:
+        GPTServeError: before anything is trained when the task name, the data or the settings cannot work.
+        KeyboardInterrupt: interrupted; the last finished epoch is stored for ``resume``.
+    """
+    check_task_name(job.task)
+    started = time.perf_counter()
+    if backbone.device.type == "cuda":
+        # The same seed gives the same adapter; kernels without a deterministic form warn.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    checkpoint = RunCheckpoint(job.adapters, job.task)
+    if job.resume:
+        checkpoint.require()
+    views = load_views(open_dataset(job.data, job.recipe.seed), backbone, job, reporter)
+    torch.manual_seed(job.recipe.seed)
+    module = build_module(backbone, job.recipe, len(views.labels))
+    trainer = Trainer(backbone, module, job.recipe, train=views.train, val=views.val, world=world, workers=job.workers)
+    identity = _identity(backbone, job, views)
+    if job.resume:
+        trainer.restore(checkpoint.load(identity))
+        reporter.notice(f"resuming after epoch {trainer.progress.epoch} of {job.recipe.epochs}")
+    elif checkpoint.exists():
+        reporter.notice(f"an interrupted run of {job.task!r} is replaced; --resume would have continued it")
+
+    if world.leader:
+        checkpoint.prepare()
+
+    def store_epoch(record: EpochRecord) -> None:
+        if world.leader:
+            checkpoint.save(identity, trainer.state())
+        reporter.epoch(record)
+
+    reporter.training(len(views.train), trainer.progress.epoch, job.recipe.epochs)
+    progress = trainer.fit(reporter.batch, store_epoch)
+    if not world.leader:
+        return None
+    summary = _publish(backbone, job, views, module, progress, time.perf_counter() - started)
+    checkpoint.delete()
+    return summary
+
+
+def build_module(backbone: Backbone, recipe: Recipe, classes: int) -> AdapterModule:
+    """An untrained adapter for ``classes`` classes."""
+    return AdapterModule(
+        backbone,
+        recipe.method,
+        classes,
+        prompts=recipe.prompts,
+        gate_init=recipe.gate_init,
+        prompt_dropout=recipe.prompt_dropout,
+        head_init=recipe.head_init,
+    )
+
+
+def load_views(dataset: Dataset, backbone: Backbone, job: Job, reporter: Reporter) -> Views:
+    """Check that every image can be read, before anything trains, and wrap the splits.
+
+    Raises:
+        DataError: some cannot and ``skip_unreadable`` is off, or too few are left.
+    """
+    splits: dict[str, Split] = {"train": dataset.train, "val": dataset.val, "test": dataset.test}
+    preprocess = backbone.spec.preprocess
+    tick = reporter.scanning(sum(len(split) for split in splits.values()))
+    scans = {name: scan(split, preprocess, tick) for name, split in splits.items()}
+    bad = [image for result in scans.values() for image in result.unreadable]
+    if bad:
+        reporter.unreadable(bad)
+        total = sum(len(split) for split in splits.values())
+        if not job.skip_unreadable:
+            raise DataError(
+                f"{len(bad)} of {total} images cannot be read (listed above): "
+                "replace or remove them, or pass --skip-unreadable"
+            )
+        return load_views(_without(dataset, {image.name for image in bad}), backbone, job, reporter)
+    hashes = [
+        (f"{name}/{dataset.labels[sample.target]}", index, value)
+        for name, split in splits.items()
+        for index, (sample, value) in enumerate(zip(split, scans[name].hashes, strict=True))
+    ]
+    seed = job.recipe.seed
+    view = {
+        name: View(split, preprocess, scans[name].scaled, job.recipe.augment if name == "train" else "none", seed)
+        for name, split in splits.items()
+    }
+    return Views(dataset.labels, view["train"], view["val"], view["test"] if dataset.test else None, digest(hashes))
+
+
+def _without(dataset: Dataset, names: set[str]) -> Dataset:
+    def keep(split: Split) -> Split:
+        return [sample for sample in split if sample.name not in names]
+
+    kept = replace(dataset, train=keep(dataset.train), val=keep(dataset.val), test=keep(dataset.test))
+    left = {sample.target for sample in kept.train}
+    gone = [label for target, label in enumerate(dataset.labels) if target not in left]
+    if gone or not kept.val:
+        raise DataError(f"no readable images are left for {', '.join(gone[:5]) or 'validation'}: add some")
+    return kept
+
+
+def _identity(backbone: Backbone, job: Job, views: Views) -> dict[str, Any]:
+    return {"task": job.task, "backbone": backbone.fingerprint, "data": views.digest, **job.recipe.to_dict()}
+
+
+def _publish(
+    backbone: Backbone, job: Job, views: Views, module: AdapterModule, progress: Progress, seconds: float
+) -> dict[str, Any]:
+    """Publish the best epoch; test images are looked at once, here, and select nothing."""
+    module.load_state_dict(progress.best)
+    shown, split = (views.val, "validation") if views.test is None else (views.test, "test")
+    predictions, targets = predict_all(backbone, module, shown, job.workers)
+    training = _record(job, views, module, progress.best_record, seconds)
+    if views.test is not None:
+        training["metrics"]["test_accuracy"] = (predictions == targets).double().mean().item()
+    adapter = to_adapter(backbone, job, views.labels, module, training)
+    revision = AdapterStore(job.adapters).publish(adapter)
+    confusion = confusion_matrix(predictions, targets, len(views.labels))
+    try:
+        write_card(job.adapters / job.task, adapter, revision, confusion, split)
+    except OSError as error:
+        raise UsageError(f"the adapter is published, but its card cannot be written: {error.strerror}") from error
+    return {"task": job.task, "revision": revision, "method": job.recipe.method, "backbone": backbone.name, **training}
+
+
+def _record(job: Job, views: Views, module: AdapterModule, best: EpochRecord, seconds: float) -> dict[str, Any]:
+    """What the adapter's metadata and card tell about its training."""
+    return {
+        "recipe": job.recipe.to_dict(),
+        "data": {
+            "source": Path(job.data).name,
+            "sha256": views.digest,
+            "train": len(views.train),
+            "val": len(views.val),
+            "test": 0 if views.test is None else len(views.test),
+        },
+        "metrics": {
+            "val_accuracy": best.val_accuracy,
+            "val_loss": best.val_loss,
+            "train_accuracy": best.train_accuracy,
+            "best_epoch": best.epoch,
+            "seconds": round(seconds, 1),
+        },
+        "trainable_parameters": sum(parameter.numel() for parameter in module.parameters()),
+    }
+
+
+def to_adapter(
+    backbone: Backbone, job: Job, labels: tuple[str, ...], module: AdapterModule, training: dict[str, Any]
+) -> Adapter:
+    """The module's tensors as a storable adapter."""
+    learned = {name: value.detach().float().cpu() for name, value in module.learned().items()}
+    return Adapter(
+        task=job.task,
+        method=job.recipe.method,
+        backbone=backbone.name,
+        backbone_sha256=backbone.fingerprint,
+        labels=labels,
+        pool=backbone.spec.pool,
+        preprocess=backbone.spec.preprocess,
+        training=training,
+        created=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
+        head_weight=module.head.weight.detach().float().cpu(),
+        head_bias=module.head.bias.detach().float().cpu(),
+        **learned,
+    )

@@ -1,0 +1,209 @@
+"""The training loop: epochs, validation, checkpoints."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gpt_serve.backbone import Backbone
+from gpt_serve.errors import DataError
+from gpt_serve.images import normalize
+from gpt_serve.prompted import embed
+from gpt_serve.train.distributed import World
+from gpt_serve.train.methods import AdapterModule
+from gpt_serve.train.recipe import Recipe, learning_rate
+from gpt_serve.train.views import View, ordered_batches, shuffled_batches
+
+EVAL_BATCH = 128
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """What one epoch showed. Accuracies are shares in [0, 1]."""
+
+    epoch: int
+    lr: float
+    train_loss: float
+    train_accuracy: float
+    val_loss: float
+    val_accuracy: float
+    images_per_second: float
+
+
+@dataclass
+class Progress:
+    """Everything that resuming needs; what a checkpoint holds."""
+
+    epoch: int = 0
+    best_epoch: int = -1
+    best: dict[str, Tensor] = field(default_factory=dict)
+    history: list[EpochRecord] = field(default_factory=list)
+
+    @property
+    def best_record(self) -> EpochRecord:
+        return self.history[self.best_epoch]
+
+
+OnBatch = Callable[[int, float, float, int], object]  # epoch, running loss, running accuracy, images
+
+
+class Trainer:
+    """Fits one `AdapterModule` on a frozen backbone and keeps the best epoch by validation."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        module: AdapterModule,
+        recipe: Recipe,
+        train: View,
+        val: View,
+        *,
+        world: World,
+        workers: int,
+    ) -> None:
+        self.backbone = backbone
+        self.module = module.to(backbone.device)
+        self.recipe = recipe
+        self.train_view = train
+        self.val_view = val
+        self.world = world
+        self.workers = workers
+        self.progress = Progress()
+        self.optimizer = _optimizer(module, recipe)
+        world.broadcast(module.parameters())
+
+    def fit(self, on_batch: OnBatch, on_epoch: Callable[[EpochRecord], object]) -> Progress:
+        """Run the epochs that are left. ``on_epoch`` is called after each, when `state` is safe to store.
+
+        Raises:
+            DataError: the loss is no longer finite.
+        """
+        for epoch in range(self.progress.epoch, self.recipe.epochs):
+            record = self._epoch(epoch, on_batch)
+            history = self.progress.history
+            history.append(record)
+            if self.progress.best_epoch < 0 or _better(record, self.progress.best_record):
+                self.progress.best_epoch = epoch
+                self.progress.best = {
+                    key: value.detach().cpu().clone() for key, value in self.module.state_dict().items()
+                }
+            self.progress.epoch = epoch + 1
+            on_epoch(record)
+        return self.progress
+
+    def _epoch(self, epoch: int, on_batch: OnBatch) -> EpochRecord:
+        # Dropout is drawn anew from (seed, epoch, rank), so that a resumed run draws the same.
+        torch.manual_seed((self.recipe.seed * 100_003 + epoch) * 1_009 + self.world.rank)
+        rate = learning_rate(self.recipe, epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["scale"]
+        self.train_view.epoch = epoch
+        self.module.train()
+        batches = shuffled_batches(len(self.train_view), self.recipe.batch_size, self.recipe.seed, epoch)
+        shares = [self.world.share(batch) for batch in batches]
+        started = time.perf_counter()
+        totals = torch.zeros(3, dtype=torch.float64)
+        # A process whose share of the last batch is empty still takes part in the sum of gradients.
+        loader = self.train_view.batches([share for share in shares if share], self.workers)
+        for batch, share in zip(batches, shares, strict=True):
+            data = next(loader) if share else None
+            totals += self._step(data, len(batch))
+            if not torch.isfinite(totals[0]):
+                raise DataError(f"the loss is not finite in epoch {epoch}: lower --lr (now {self.recipe.lr:g})")
+            seen = max(1.0, float(totals[2]))
+            on_batch(epoch, float(totals[0]) / seen, float(totals[1]) / seen, len(batch))
+        loss, correct, count = self.world.sum(totals.to(self.backbone.device)).tolist()
+        seconds = time.perf_counter() - started
+        val_loss, val_accuracy = self._validate()
+        return EpochRecord(epoch, rate, loss / count, correct / count, val_loss, val_accuracy, count / seconds)
+
+    def _step(self, data: tuple[Tensor, Tensor] | None, batch_size: int) -> Tensor:
+        """One optimizer step; returns (sum of losses, correct, images) of this process's share."""
+        self.optimizer.zero_grad(set_to_none=True)
+        totals = torch.zeros(3, dtype=torch.float64)
+        if data is not None:
+            logits, targets = self._logits(data)
+            loss = F.cross_entropy(logits, targets, reduction="sum")
+            # Divided by the whole batch: the sum over processes is the gradient of the batch's mean loss.
+            (loss / batch_size).backward()  # type: ignore[no-untyped-call]
+            totals = torch.tensor([loss.item(), (logits.argmax(1) == targets).sum().item(), len(targets)]).double()
+        self.world.sum_gradients(self.module.parameters())
+        self.optimizer.step()
+        self.module.clamp()
+        return totals
+
+    def _logits(self, data: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        images, targets = (item.to(self.backbone.device, non_blocking=True) for item in data)
+        return forward_logits(self.backbone, self.module, images), targets
+
+    def _validate(self) -> tuple[float, float]:
+        batches = [self.world.share(batch) for batch in ordered_batches(len(self.val_view), EVAL_BATCH)]
+        totals = torch.zeros(3, dtype=torch.float64)
+        for data in self.val_view.batches([batch for batch in batches if batch], self.workers):
+            with torch.no_grad():
+                self.module.eval()
+                logits, targets = self._logits(data)
+                loss = F.cross_entropy(logits, targets, reduction="sum")
+            totals += torch.tensor([loss.item(), (logits.argmax(1) == targets).sum().item(), len(targets)]).double()
+        loss_sum, correct, count = self.world.sum(totals.to(self.backbone.device)).tolist()
+        return loss_sum / count, correct / count
+
+    def state(self) -> dict[str, Any]:
+        """Tensors and plain data from which `restore` continues."""
+        return {
+            "module": self.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "epoch": self.progress.epoch,
+            "best_epoch": self.progress.best_epoch,
+            "best": self.progress.best,
+            "history": [asdict(record) for record in self.progress.history],
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was taken."""
+        self.module.load_state_dict(state["module"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        history = [EpochRecord(**record) for record in state["history"]]
+        self.progress = Progress(state["epoch"], state["best_epoch"], state["best"], history)
+
+
+def _optimizer(module: AdapterModule, recipe: Recipe) -> torch.optim.Optimizer:
+    """Two groups: the head, and everything that steers the backbone; ``scale`` multiplies the epoch's rate."""
+    groups = [{"params": list(module.head.parameters()), "scale": recipe.head_lr_scale}]
+    if steering := list(module.learned().values()):
+        groups.append({"params": steering, "scale": 1.0})
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=recipe.lr, weight_decay=recipe.weight_decay)
+    return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+
+
+def _better(record: EpochRecord, best: EpochRecord) -> bool:
+    return (record.val_accuracy, -record.val_loss) > (best.val_accuracy, -best.val_loss)
+
+
+def forward_logits(backbone: Backbone, module: AdapterModule, images: Tensor) -> Tensor:
+    """uint8 (B, 3, H, W) on the backbone's device to float32 logits (B, C); bf16 autocast on CUDA."""
+    spec = backbone.spec.preprocess
+    mean, std = (torch.tensor(value, device=images.device) for value in (spec.mean, spec.std))
+    with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=images.device.type == "cuda"):
+        with torch.no_grad():
+            tokens = embed(backbone.model, normalize(images, mean, std))
+        logits: Tensor = module(backbone.model, tokens)
+    return logits.float()
+
+
+@torch.no_grad()
+def predict_all(backbone: Backbone, module: AdapterModule, view: View, workers: int) -> tuple[Tensor, Tensor]:
+    """Predicted classes and targets of a whole split, int64 (n,) each, on the CPU."""
+    module.eval()
+    predictions: list[Tensor] = []
+    targets: list[Tensor] = []
+    for images, target in view.batches(ordered_batches(len(view), EVAL_BATCH), workers):
+        logits = forward_logits(backbone, module, images.to(backbone.device))
+        predictions.append(logits.argmax(1).cpu())
+        targets.append(target)
+    return torch.cat(predictions), torch.cat(targets)

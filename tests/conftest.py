@@ -1,0 +1,31 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt_serve.backbone import Backbone
+from tests.tiny_vit import tiny_backbone
+
+# The models here are small: more threads only fight each other and the server processes of other tests.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def bundled() -> Backbone:
+    """The backbone that ships with the package: 12 blocks, width 192, 32x32 input, mean pooling."""
+    return Backbone.load("mae-vit-tiny-32")
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Backbone:
+    """A random ViT: 3 blocks, width 24, 16x16 input, 16 patches, CLS token, mean pooling. Shared: don't change it."""
+    return tiny_backbone()
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Image folders beside the repository; tests that need them skip where they are absent."""
+    folder = Path(__file__).parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("needs the image folders in ../shared/data")
+    return folder

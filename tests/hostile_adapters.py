@@ -1,0 +1,301 @@
+"""Adapter files that must be refused, each for a reason of its own.
+
+for case in hostile_adapters(spec):
+    case.put(root)
+    with pytest.raises(case.error, match=case.message):
+        AdapterStore(root, spec).load(case.name)
+"""
+
+import io
+import json
+import os
+import pickle
+import struct
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpt_serve.adapter import MAX_FILE_BYTES, MAX_PROMPTS, Adapter
+from gpt_serve.errors import AdapterError, BackboneMismatch, InvalidAdapter
+from gpt_serve.specs import BackboneSpec
+from gpt_serve.store import FILE_NAME
+from tests.factories import make_adapter
+
+Header = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Hostile:
+    """One case.
+
+    Attributes:
+        name: of the case and of its task.
+        message: regular expression that the error must match.
+        content: the file's bytes, or what makes something at the path where the file belongs.
+        error: the class of the error.
+    """
+
+    name: str
+    message: str
+    content: bytes | Callable[[Path], None]
+    error: type[AdapterError] = InvalidAdapter
+
+    def put(self, root: Path) -> Path:
+        """Place the file where a store with that root finds it."""
+        path = root / self.name / FILE_NAME
+        path.parent.mkdir(parents=True)
+        if isinstance(self.content, bytes):
+            path.write_bytes(self.content)
+        else:
+            self.content(path)
+        return path
+
+
+def hostile_adapters(spec: BackboneSpec) -> list[Hostile]:
+    """All cases for a server with the backbone ``spec`` (depth above 1), named in order of their kind."""
+    return [*_files(spec), *_headers(spec), *_tensors(spec), *_values(spec), *_metadata(spec), *_foreign(spec)]
+
+
+def unpack(data: bytes) -> tuple[Header, bytes]:
+    """A file's header and the bytes of its tensors."""
+    start = 8 + int.from_bytes(data[:8], "little")
+    return json.loads(data[8:start]), data[start:]
+
+
+def pack(header: Header | bytes, body: bytes) -> bytes:
+    """The reverse of `unpack`, for any header."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + body
+
+
+def with_header(adapter: Adapter, change: Callable[[Header], object]) -> bytes:
+    """The adapter's file after ``change`` has edited its header in place."""
+    header, body = unpack(adapter.to_bytes())
+    change(header)
+    return pack(header, body)
+
+
+def with_metadata(adapter: Adapter, **values: object) -> bytes:
+    """The adapter's file with other metadata; None drops a key."""
+    header, body = unpack(adapter.to_bytes())
+    metadata = header["__metadata__"] | values
+    header["__metadata__"] = {key: value for key, value in metadata.items() if value is not None}
+    return pack(header, body)
+
+
+def with_value(adapter: Adapter, name: str, value: float) -> bytes:
+    """The adapter's file with another first element of one tensor."""
+    header, body = unpack(adapter.to_bytes())
+    start = header[name]["data_offsets"][0]
+    return pack(header, body[:start] + struct.pack("<f", value) + body[start + 4 :])
+
+
+def with_tensors(adapter: Adapter, **tensors: torch.Tensor) -> bytes:
+    """The adapter's file with other float32 tensors, whether they fit or not (``head_bias`` is ``head.bias``)."""
+    header, body = unpack(adapter.to_bytes())
+    for key, tensor in tensors.items():
+        data = tensor.numpy().astype("<f4").tobytes()
+        name = key.replace("_", ".")
+        old_start, old_end = header[name]["data_offsets"]
+        body = body[:old_start] + data + body[old_end:]
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [old_start, old_start + len(data)]}
+        for other, entry in header.items():
+            if other not in ("__metadata__", name) and entry["data_offsets"][0] >= old_end:
+                entry["data_offsets"] = [at + len(data) - (old_end - old_start) for at in entry["data_offsets"]]
+    return pack(header, body)
+
+
+def _sparse(size: int, start: bytes = b"") -> Callable[[Path], None]:
+    """A file of ``size`` bytes that takes no room on the disk."""
+
+    def write(path: Path) -> None:
+        path.write_bytes(start)
+        os.truncate(path, size)
+
+    return write
+
+
+def _files(spec: BackboneSpec) -> Iterator[Hostile]:
+    """Not this format, or not a file."""
+    good = make_adapter(spec, "truncated-tensors").to_bytes()
+    header, _ = unpack(good)
+    last = max((name for name in header if name != "__metadata__"), key=lambda name: header[name]["data_offsets"][1])
+    saved = io.BytesIO()
+    torch.save({"head.weight": torch.zeros(4, 4)}, saved)
+    yield Hostile("empty", "truncated: 0 bytes", b"")
+    yield Hostile("truncated-length", "truncated: 5 bytes", good[:5])
+    yield Hostile("truncated-header", "truncated within its header", good[:200])
+    yield Hostile("truncated-tensors", f"truncated within tensor '{last}'", good[:-1])
+    yield Hostile(
+        "trailing-bytes", "not a valid safetensors file: ", make_adapter(spec, "trailing-bytes").to_bytes() + b"x"
+    )
+    yield Hostile(
+        "header-200-mb", f"a header of {200 * 2**20} bytes", _sparse(201 * 2**20, struct.pack("<Q", 200 * 2**20))
+    )
+    yield Hostile("too-many-bytes", f"file has {MAX_FILE_BYTES + 1} bytes, more than", _sparse(MAX_FILE_BYTES + 1))
+    payload = pickle.dumps(Path("harmless"))  # unpickling would call Path: nothing here ever unpickles
+    yield Hostile("pickle", f"a header of {int.from_bytes(payload[:8], 'little')} bytes", payload)
+    yield Hostile("torch-save", f"a header of {int.from_bytes(saved.getvalue()[:8], 'little')} bytes", saved.getvalue())
+    yield Hostile("folder", "folder.*not a regular file", os.mkdir)
+    yield Hostile("fifo", "fifo.*not a regular file", os.mkfifo)
+    yield Hostile("device", "device.*not a regular file", lambda path: path.symlink_to("/dev/zero"))
+    yield Hostile("symlink-loop", "cannot be read: Too many levels", lambda path: path.symlink_to(path))
+
+
+def _headers(spec: BackboneSpec) -> Iterator[Hostile]:
+    """JSON that is broken or a trap."""
+
+    def raw(name: str, old: str, new: str) -> bytes:
+        header, body = unpack(make_adapter(spec, name).to_bytes())
+        text = json.dumps(header)
+        assert old in text
+        return pack(text.replace(old, new, 1).encode("utf-8", "surrogatepass"), body)
+
+    yield Hostile("header-not-utf-8", "not-utf-8.*header is not UTF-8", pack(b'{"caf\xe9": 1}', b""))
+    yield Hostile("header-not-json", "the header is not valid JSON", pack(b"{'a': 1}    ", b""))
+    yield Hostile("header-utf-16", "header-utf-16.*header is not UTF-8", pack("{}".encode("utf-16"), b""))
+    yield Hostile("header-list", "header is not a JSON object", pack(b"[1, 2]", b""))
+    yield Hostile("header-nesting", "nesting.*not valid JSON", pack(b'{"a":' * 100_000, b""))
+    yield Hostile("header-digits", "digits.*not valid JSON", pack(b'{"tau":' + b"9" * 100_000 + b"}", b""))
+    yield Hostile(
+        "duplicate-tensor",
+        "header holds the key 'head.bias' twice",
+        raw("duplicate-tensor", '"head.bias": {', '"head.bias": {"dtype": "F32", "shape": [4]}, "head.bias": {'),
+    )
+    yield Hostile(
+        "duplicate-metadata",
+        "header holds the key 'pool' twice",
+        raw("duplicate-metadata", '"pool": ', '"pool": "cls", "pool": '),
+    )
+    yield Hostile(
+        "duplicate-shape",
+        "header holds the key 'shape' twice",
+        raw("duplicate-shape", '"shape": ', '"shape": [1], "shape": '),
+    )
+
+
+def _tensors(spec: BackboneSpec) -> Iterator[Hostile]:
+    """Names, dtypes, shapes and offsets."""
+
+    def edited(name: str, message: str, change: Callable[[Header], object]) -> Hostile:
+        return Hostile(name, message, with_header(make_adapter(spec, name), change))
+
+    def field(name: str, message: str, key: str, value: object) -> Hostile:
+        return edited(name, message, lambda header: header["tau"].update({key: value}))
+
+    def shaped(name: str, message: str, **tensors: torch.Tensor) -> Hostile:
+        return Hostile(name, message, with_tensors(make_adapter(spec, name), **tensors))
+
+    depth, width = spec.depth, spec.width
+    yield edited("tensor-unknown", "unknown tensor 'tail'", lambda header: header.update(tail=header.pop("tau")))
+    yield edited("tensor-missing", "tensor 'head.bias' is missing", lambda header: header.pop("head.bias"))
+    yield edited("tensor-is-number", "tensor 'tau' must have a dtype", lambda header: header.update(tau=1))
+    yield edited("tensor-extra-key", "tensor 'gamma' must have a dtype", lambda header: header["gamma"].update(x=1))
+    yield field("dtype-integer", "dtype 'I32', not one of", "dtype", "I32")
+    yield field("dtype-list", r"dtype \['F32'\], not one of", "dtype", ["F32"])
+    yield field("shape-negative", rf"shape \[-{depth}\], not 1 positive", "shape", [-depth])
+    yield field("shape-boolean", r"shape \[True\], not 1 positive", "shape", [True])
+    yield field("shape-enormous", r"shape \[4611686018427387904\], not 1", "shape", [2**62])
+    yield field("shape-rank", rf"shape \[{depth}, 1\], not 1 positive", "shape", [depth, 1])
+    yield field("offsets-negative", r"data_offsets \[-4, 8\], which do not fit", "data_offsets", [-4, 8])
+    yield field("offsets-short", r"data_offsets \[0, 1\], which do not fit", "data_offsets", [0, 1])
+    far = [2**30, 2**30 + 4 * depth]
+    yield field("offsets-far", "truncated within tensor 'tau'", "data_offsets", far)
+    yield edited(
+        "offsets-overlap",
+        "overlap.*not a valid safetensors file",
+        lambda header: header["tau"].update(data_offsets=[0, 4 * depth]),
+    )
+    yield shaped(
+        "head-transposed", f"'head.weight' is for {width} classes, labels names 4", head_weight=torch.zeros(width, 4)
+    )
+    yield shaped("head-bias-short", "'head.bias' is for 3 classes, labels names 4", head_bias=torch.zeros(3))
+    yield shaped("prompt-width", f"'prompt' has width 5, tensor 'head.weight' {width}", prompt=torch.zeros(1, 2, 5))
+    too_many = MAX_PROMPTS + 1
+    yield shaped("prompt-too-many", f"has {too_many} prompts, more than", prompt=torch.zeros(1, too_many, width))
+    yield shaped("prompt-empty", rf"'prompt' has shape \[1, 0, {width}\]", prompt=torch.zeros(1, 0, width))
+    yield shaped(
+        "depths-disagree",
+        f"disagree on the number of blocks: prompt 2, gamma {depth}, tau {depth}",
+        prompt=torch.zeros(2, 1, width),
+    )
+
+
+def _values(spec: BackboneSpec) -> Iterator[Hostile]:
+    """Numbers that would poison every answer."""
+    for name, tensor, value in (
+        ("nan-weight", "head.weight", float("nan")),
+        ("infinite-bias", "head.bias", float("inf")),
+        ("infinite-prompt", "prompt", float("-inf")),
+        ("nan-gamma", "gamma", float("nan")),
+        ("infinite-tau", "tau", float("inf")),
+    ):
+        yield Hostile(name, f"tensor '{tensor}' holds values", with_value(make_adapter(spec, name), tensor, value))
+    yield Hostile("zero-tau", "tensor 'tau' must be positive", with_value(make_adapter(spec, "zero-tau"), "tau", 0.0))
+
+
+def _metadata(spec: BackboneSpec) -> Iterator[Hostile]:
+    """Strings and the JSON in them."""
+
+    def case(name: str, message: str, **values: object) -> Hostile:
+        return Hostile(name, message, with_metadata(make_adapter(spec, name), **values))
+
+    preprocess = spec.preprocess.to_dict()
+    without = {key: value for key, value in preprocess.items() if key != "std"}
+    yield Hostile(
+        "metadata-missing",
+        "header holds no metadata",
+        with_header(make_adapter(spec), lambda header: header.pop("__metadata__")),
+    )
+    yield case("metadata-number", "metadata holds values that are not strings", created=5)
+    yield case("metadata-key-missing", "metadata key 'labels' is missing", labels=None)
+    yield case("metadata-key-unknown", "metadata key 'author' is unknown", author="me")
+    yield case("format-unknown", "format 'gpt-serve/2' is not 'gpt-serve/1'", format="gpt-serve/2")
+    yield case("task-of-another", "file belongs to task 'elsewhere'", task="elsewhere")
+    yield case("task-a-path", r"task name '\.\./x' is not allowed", task="../x")
+    yield case("method-odd", r"method 'Gated\\n' is not 1 to 32", method="Gated\n")
+    yield case("backbone-odd", "backbone is not 1 to 200 printable", backbone="vit\x1b[2J")
+    yield case("fingerprint-short", "backbone_sha256 is not 64 hex digits", backbone_sha256="abc")
+    yield case("pool-unknown", "pool 'max' is not cls or mean", pool="max")
+    yield case("created-odd", r"created '2026-01-02\\n03:04:05Z' is not a UTC", created="2026-01-02\n03:04:05Z")
+    yield case("created-elsewhere", r"created '.*\+02:00' is not a UTC", created="2026-01-02T03:04:05+02:00")
+    yield case("created-never", "created '2026-02-30.*' is not a UTC", created="2026-02-30T03:04:05Z")
+    yield case("labels-not-json", "labels is not valid JSON", labels="cat, dog")
+    yield case("labels-numbers", "labels is not a list of strings", labels="[1, 2, 3, 4]")
+    yield case("labels-single", "labels must name at least two classes, not 1", labels='["a"]')
+    yield case("labels-equal", "labels must all be different", labels='["a", "b", "c", "a"]')
+    yield case("labels-empty", "labels must have 1 to 256 characters", labels='["a", "b", "c", ""]')
+    yield case("labels-surrogate", "labels holds text that is not valid Unicode", labels=r'["a", "b", "c", "\ud800"]')
+    yield case("labels-few", "'head.weight' is for 4 classes, labels names 3", labels='["a", "b", "c"]')
+    yield case("preprocess-list", "preprocess is not a JSON object", preprocess="[]")
+    yield case(
+        "preprocess-key", "preprocess: unexpected or missing preprocess keys: std", preprocess=json.dumps(without)
+    )
+    yield case("preprocess-std", "preprocess: std must lie", preprocess=json.dumps(preprocess | {"std": [0, 0, 0]}))
+    yield case("training-list", "training is not a JSON object", training="[]")
+    yield case("training-twice", "training holds the key 'seed' twice", training='{"a": {"seed": 1, "seed": 2}}')
+    yield case("training-nan", "training holds the number NaN, which", training='{"loss": NaN}')
+    yield case("training-infinite", "training holds the number 1e400, which", training='{"loss": 1e400}')
+    yield case("training-nesting", "training is not valid JSON", training="[" * 100_000)
+
+
+def _foreign(spec: BackboneSpec) -> Iterator[Hostile]:
+    """Valid adapters of other backbones; all but the first pretend to be of this one."""
+    other = replace(spec, name="vit_foreign", fingerprint="cd" * 32)
+    side = spec.preprocess.input_size[0] * 2
+    larger = replace(spec, preprocess=replace(spec.preprocess, input_size=(side, side)))
+    yield Hostile(
+        "foreign-backbone",
+        rf"trained on backbone vit_foreign \({'cd' * 6}\), not on {spec.name} \({spec.fingerprint[:12]}\)",
+        make_adapter(other, "foreign-backbone").to_bytes(),
+        BackboneMismatch,
+    )
+    for name, message, pretender in (
+        ("foreign-width", f"width 8 is not the backbone's {spec.width}", replace(spec, width=8)),
+        ("foreign-depth", f"for {spec.depth + 1} blocks, the backbone has", replace(spec, depth=spec.depth + 1)),
+        ("foreign-input-size", rf"input size \({side}, {side}\) is not the backbone's", larger),
+    ):
+        yield Hostile(name, message, make_adapter(pretender, name).to_bytes())

@@ -1,0 +1,157 @@
+"""Gated prompt tuning, written slowly from the paper: the yardstick of the parity tests.
+
+One image, one adapter, one attention head at a time, in the paper's token order (CLS, registers, prompts, patches).
+Deliberately independent of ``gpt_serve``: Algorithm 1 and Eqs. 6 to 11 of Yoo et al., ICML 2023, plus what the paper's
+text leaves out (scores scaled by ``d ** -0.5``, temperatures clamped, tokens pooled before the pretrained norm).
+
+Shapes: ``L`` blocks, width ``D``, ``P`` prompts, ``N`` patches, ``K`` prefix rows (CLS and registers), ``C`` classes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class BlockTrace:
+    """One block's rows, each (rows, D)."""
+
+    prompts_in: Tensor  # what the block reads: Z_P of the block before
+    prompts_out: Tensor  # what the block makes of them, before the gate: Z~_P
+    prompts: Tensor  # what the next block reads: Z_P, after the gate (the last block has no gate)
+    prefix: Tensor  # CLS and registers after the block
+    patches: Tensor  # patches after the block
+
+
+@dataclass(frozen=True)
+class Result:
+    """``blocks``: L traces; ``feature`` (D,): pooled and normed; ``logits`` (C,)."""
+
+    blocks: list[BlockTrace]
+    feature: Tensor
+    logits: Tensor
+
+
+def forward(
+    model: VisionTransformer,
+    image: Tensor,
+    *,
+    pool: str,
+    head_weight: Tensor,
+    head_bias: Tensor,
+    prompt: Tensor | None = None,
+    gamma: Tensor | None = None,
+    tau: Tensor | None = None,
+) -> Result:
+    """Algorithm 1 for one image (3, H, W) and one adapter.
+
+    ``prompt`` (1, P, D) is shallow, (L, P, D) deep. Without ``gamma`` (L-1,) gates are 1 for shallow prompts and 0 for
+    deep ones; without ``tau`` (L,) temperatures are 1; without ``prompt`` this is a linear probe.
+    """
+    depth = len(model.blocks)
+    prefix, patches = embed(model, image)
+    if prompt is None:
+        prompt = patches.new_zeros(1, 0, patches.shape[1])
+    deep = len(prompt) > 1
+    prompts = prompt[0]
+    traces = []
+    for index, block in enumerate(model.blocks):
+        temperature = torch.tensor(1.0) if tau is None else tau[index].clamp(0.01, 10.0)
+        rows = torch.cat([prefix, prompts, patches])
+        rows = transformer_block(block, rows, temperature)
+        prefix, prompts_out, patches = rows.split([len(prefix), len(prompts), len(patches)])
+        if index == depth - 1:
+            gated = prompts_out
+        else:
+            kept = prompt[index + 1] if deep else prompts
+            gated = apply_gate(gate_value(gamma, index, deep), prompts_out, kept)
+        traces.append(BlockTrace(prompts, prompts_out, gated, prefix, patches))
+        prompts = gated
+    pooled = prefix[0] if pool == "cls" else torch.cat([prompts, patches]).mean(dim=0)
+    feature = model.fc_norm(model.norm(pooled))
+    return Result(traces, feature, head_weight @ feature + head_bias)
+
+
+def gate_value(gamma: Tensor | None, index: int, deep: bool) -> Tensor:
+    """Eq. 6, or the constant gate of VPT-shallow (1) and VPT-deep (0)."""
+    if gamma is None:
+        return torch.tensor(0.0 if deep else 1.0)
+    return 1 / (1 + torch.exp(-gamma[index]))
+
+
+def apply_gate(gate: Tensor, written: Tensor, kept: Tensor) -> Tensor:
+    """Eq. 7."""
+    return gate * written + (1 - gate) * kept
+
+
+def embed(model: VisionTransformer, image: Tensor) -> tuple[Tensor, Tensor]:
+    """Eq. 1: the first block's prefix rows (K, D) and patch rows (N, D)."""
+    patches = model.patch_embed(image[None])[0]
+    prefix = patches.new_zeros(0, patches.shape[1])
+    if model.cls_token is not None:
+        prefix = torch.cat([prefix, model.cls_token[0]])
+    if model.reg_token is not None:
+        prefix = torch.cat([prefix, model.reg_token[0]])
+    position = model.pos_embed[0]
+    if model.no_embed_class:
+        patches = patches + position
+    else:
+        prefix, patches = prefix + position[: len(prefix)], patches + position[len(prefix) :]
+    return model.norm_pre(prefix), model.norm_pre(patches)
+
+
+def transformer_block(block: Block, rows: Tensor, temperature: Tensor) -> Tensor:
+    """Eq. 2 in evaluation mode: (rows, D) -> (rows, D)."""
+    rows = rows + block.ls1(attention(block, block.norm1(rows), temperature))
+    return rows + block.ls2(block.mlp(block.norm2(rows)))
+
+
+def attention(block: Block, rows: Tensor, temperature: Tensor) -> Tensor:
+    """Eqs. 3 and 9, with the scores scaled by ``d ** -0.5``: every row attends to every row."""
+    layer = block.attn
+    heads, size = layer.num_heads, layer.head_dim
+    outputs = []
+    for head in range(heads):
+        query, key, value = (_project(layer.qkv, rows, (part * heads + head) * size, size) for part in range(3))
+        scores = layer.q_norm(query) @ layer.k_norm(key).T * size**-0.5 / temperature
+        outputs.append(torch.softmax(scores, dim=1) @ value)
+    return F.linear(layer.norm(torch.cat(outputs, dim=1)), layer.proj.weight, layer.proj.bias)
+
+
+def _project(layer: torch.nn.Linear, rows: Tensor, start: int, size: int) -> Tensor:
+    """Rows ``start`` to ``start + size`` of a linear layer's outputs: (rows, D) -> (rows, size)."""
+    projected = rows @ layer.weight[start : start + size].T
+    return projected if layer.bias is None else projected + layer.bias[start : start + size]
+
+
+def last_input(prompt: Tensor, gates: list[float], outputs: list[Tensor]) -> Tensor:
+    """Eq. 8: the prompts (P, D) that the last block reads.
+
+    ``prompt`` (P, D), the ``L - 1`` gates, and the ``L - 1`` blocks' outputs (P, D) before their gates.
+    """
+    total = prompt
+    for gate in gates:
+        total = (1 - gate) * total
+    for weight, output in zip(written_weights(gates), outputs, strict=True):
+        total = total + weight * output
+    return total
+
+
+def written_weights(gates: list[float]) -> list[float]:
+    """Eq. 10: how much of each block's output reaches the last block."""
+    weights = []
+    for index, gate in enumerate(gates):
+        weight = gate
+        for later in gates[index + 1 :]:
+            weight *= 1 - later
+        weights.append(weight)
+    return weights
+
+
+def selection_ratio(gates: list[float]) -> list[float]:
+    """Eq. 11: the weights of Eq. 10 as shares that add up to 1 (undefined when every gate is 0)."""
+    weights = written_weights(gates)
+    return [weight / sum(weights) for weight in weights]

@@ -1,0 +1,63 @@
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gpt_serve.backbone import Backbone
+from gpt_serve.specs import BackboneSpec
+from gpt_serve.store import AdapterStore
+from tests.factories import make_adapter
+from tests.serve.harness import ServerProcess, serving
+
+TROUBLES = ("sleepy-a", "hang-a", "bug-a")
+
+
+@pytest.fixture(scope="session")
+def spec(bundled: Backbone) -> BackboneSpec:
+    return bundled.spec
+
+
+def encode(seed: int, kind: str = "PNG", size: tuple[int, int] = (40, 40)) -> bytes:
+    """An image file of noise."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind)
+    return file.getvalue()
+
+
+@pytest.fixture(scope="session")
+def image() -> bytes:
+    return encode(0)
+
+
+@pytest.fixture(scope="session")
+def adapters(tmp_path_factory: pytest.TempPathFactory, spec: BackboneSpec) -> Path:
+    """A store with two good tasks."""
+    root = tmp_path_factory.mktemp("adapters")
+    for number, task in enumerate(("birds", "cars")):
+        AdapterStore(root).publish(make_adapter(spec, task, seed=number))
+    return root
+
+
+@pytest.fixture(scope="session")
+def server(adapters: Path) -> Iterator[ServerProcess]:
+    """An ordinary server; tests add their own tasks to its store."""
+    yield from serving(adapters)
+
+
+@pytest.fixture(scope="session")
+def troubled_server(tmp_path_factory: pytest.TempPathFactory, spec: BackboneSpec) -> Iterator[ServerProcess]:
+    root = tmp_path_factory.mktemp("troubled")
+    for task in ("good", *TROUBLES):
+        AdapterStore(root).publish(make_adapter(spec, task, seed=0))
+    yield from serving(root, trouble=True, deadline=2, queue_limit=16, max_batch_size=8)
+
+
+@pytest.fixture
+def troubled(troubled_server: ServerProcess) -> ServerProcess:
+    """A small server whose engine misbehaves on request, see entry.py; ready and idle when a test gets it."""
+    troubled_server.wait_ready()
+    return troubled_server

@@ -1,0 +1,68 @@
+"""Tiny Vision Transformers with random weights, and random adapters for them."""
+
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from gpt_serve.backbone import Backbone
+from gpt_serve.specs import Pool, Preprocess
+
+SIDE = 16
+PREPROCESS = Preprocess(
+    input_size=(SIDE, SIDE),
+    crop_pct=1.0,
+    crop_mode="center",
+    interpolation="bicubic",
+    mean=(0.5, 0.5, 0.5),
+    std=(0.5, 0.5, 0.5),
+)
+
+
+def tiny_vit(**options: Any) -> VisionTransformer:
+    """A seeded ViT of width 24 whose weights are large enough for every part of it to matter.
+
+    timm's own initialisation (std 0.02) leaves attention nearly uniform: a wrong temperature would not show.
+    """
+    defaults = {"img_size": SIDE, "patch_size": 4, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 0}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # some biases keep the layers' own random initialisation
+        model = VisionTransformer(**defaults | options)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            if weight.ndim == 1:  # biases, norms and LayerScale keep their centre
+                weight.add_(0.2 * noise)
+            else:
+                weight.copy_(noise * weight[0].numel() ** -0.5)
+    return model
+
+
+def tiny_backbone(pool: Pool = "mean", **options: Any) -> Backbone:
+    """`tiny_vit` as a backbone named ``tiny``."""
+    return Backbone.from_model(tiny_vit(**options), "tiny", PREPROCESS, pool)
+
+
+def random_images(count: int, side: int = SIDE, seed: int = 1) -> Tensor:
+    """Normalised images, (count, 3, side, side)."""
+    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+METHODS = ("linear", "vpt-shallow", "vpt-deep", "gated", "gated-hard", "gated-deep")
+
+
+def random_tensors(method: str, depth: int, width: int, *, prompts: int = 5, seed: int = 2) -> dict[str, Tensor]:
+    """``prompt``, ``gamma`` and ``tau`` of an adapter, without those that ``method`` does not learn."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    if method != "linear":
+        layers = depth if method.endswith("deep") else 1
+        tensors["prompt"] = torch.randn(layers, prompts, width, generator=generator)
+    if method.startswith("gated"):
+        tensors["gamma"] = 2 * torch.randn(depth - 1, generator=generator)
+        tensors["tau"] = 0.5 + 2 * torch.rand(depth, generator=generator)
+    if method == "gated-hard":
+        tensors["gamma"] = torch.tensor([float("inf"), float("-inf")]).repeat(depth)[: depth - 1]
+    return tensors

@@ -1,0 +1,64 @@
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageDraw
+
+from gpt_serve.train.loop import EpochRecord
+from gpt_serve.train.views import Unreadable
+
+COLOURS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (210, 50, 40)}
+
+
+class Recorder:
+    """A reporter that remembers; ``interrupt_at`` raises KeyboardInterrupt in the middle of that epoch."""
+
+    def __init__(self, interrupt_at: int | None = None) -> None:
+        self.interrupt_at = interrupt_at
+        self.epochs: list[EpochRecord] = []
+        self.bad: list[Unreadable] = []
+        self.notices: list[str] = []
+
+    def scanning(self, total: int) -> Callable[[], object]:
+        return lambda: None
+
+    def unreadable(self, images: list[Unreadable]) -> None:
+        self.bad = images
+
+    def notice(self, text: str) -> None:
+        self.notices.append(text)
+
+    def training(self, images: int, first_epoch: int, epochs: int) -> None:
+        pass
+
+    def batch(self, epoch: int, loss: float, accuracy: float, images: int) -> None:
+        if epoch == self.interrupt_at:
+            raise KeyboardInterrupt
+
+    def epoch(self, record: EpochRecord) -> None:
+        self.epochs.append(record)
+
+
+def write_colours(root: Path, split: str, count: int, seed: int) -> None:
+    """``count`` noisy pictures of each colour: easy to tell apart, no two alike."""
+    rng = random.Random(seed)
+    for label, colour in COLOURS.items():
+        folder = root / split / label
+        folder.mkdir(parents=True)
+        for index in range(count):
+            image = Image.new("RGB", (24, 20), tuple(max(0, min(255, c + rng.randint(-40, 40))) for c in colour))
+            draw = ImageDraw.Draw(image)
+            for _ in range(6):
+                x, y = rng.randint(0, 20), rng.randint(0, 16)
+                draw.rectangle((x, y, x + 3, y + 3), fill=tuple(rng.randint(0, 255) for _ in range(3)))
+            image.save(folder / f"{index}.png")
+
+
+@pytest.fixture(scope="session")
+def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An image folder of three colours, 10 train and 4 test images each."""
+    root = tmp_path_factory.mktemp("colours")
+    write_colours(root, "train", 10, seed=0)
+    write_colours(root, "test", 4, seed=1)
+    return root

@@ -1,0 +1,96 @@
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from gpt_serve.errors import DataError
+from gpt_serve.images import decode
+from gpt_serve.train.data import digest, open_dataset, open_evaluation
+
+
+def write_images(root: Path, counts: dict[str, int]) -> None:
+    for folder, count in counts.items():
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        for index in range(count):
+            Image.new("RGB", (12, 10), (index * 9 % 255, 40, 80)).save(root / folder / f"{index}.png")
+
+
+def test_a_fifth_of_each_class_is_held_out_by_seed(tmp_path: Path) -> None:
+    write_images(tmp_path, {"train/cat": 10, "train/dog": 5})
+    first, again, other = (open_dataset(str(tmp_path), seed) for seed in (0, 0, 1))
+    assert first.labels == ("cat", "dog")
+    assert [sample.target for sample in first.val] == [0, 0, 1]
+    names = {sample.name for sample in [*first.train, *first.val]}
+    assert len(names) == 15
+    assert [sample.name for sample in first.val] == [sample.name for sample in again.val]
+    assert [sample.name for sample in first.val] != [sample.name for sample in other.val]
+    assert not first.test
+
+
+def test_given_splits_are_kept(tmp_path: Path) -> None:
+    write_images(tmp_path, {f"{split}/{label}": 2 for split in ("train", "val", "test") for label in "ab"})
+    dataset = open_dataset(str(tmp_path), seed=0)
+    assert [len(split) for split in (dataset.train, dataset.val, dataset.test)] == [4, 4, 4]
+    assert all("/val/" in sample.name for sample in dataset.val)
+
+
+def test_hidden_and_foreign_files_are_left_alone(tmp_path: Path) -> None:
+    write_images(tmp_path, {"train/a": 2, "train/b": 2, "train/.cache": 1})
+    (tmp_path / "train/a/.hidden.png").write_bytes(b"x")
+    (tmp_path / "train/a/notes.txt").write_text("x")
+    dataset = open_dataset(str(tmp_path), seed=0)
+    assert dataset.labels == ("a", "b")
+    assert len(dataset.train) + len(dataset.val) == 4
+
+
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ({}, "no such folder"),
+        ({"cat": 3, "dog": 3}, "expected a folder train/"),
+        ({"train": 0}, "holds no class folders"),
+        ({"train/cat": 3}, r"single class \(cat\)"),
+        ({"train/cat": 3, "train/do\ng": 3}, "cannot be a label: rename 'do"),
+        ({"train/cat": 3, "train/dog": 0}, "no images .* for class dog"),
+        ({"train/cat": 3, "train/dog": 1}, "too few images .* to hold one out of class dog"),
+        ({"train/cat": 3, "train/dog": 3, "val/cow": 1}, "training did not see: cow"),
+        ({"train/cat": 3, "train/dog": 3, "val/cat": 1}, "no images .* for class dog"),
+        ({"train/cat": 3, "train/dog": 3, "test/cat": 1, "test/ant": 1, "test/dog": 1}, "did not see: ant"),
+    ],
+)
+def test_a_folder_that_cannot_work_is_refused_in_one_line(tmp_path: Path, counts: dict[str, int], message: str) -> None:
+    root = tmp_path / "data"
+    write_images(root, counts)
+    with pytest.raises(DataError, match=message) as caught:
+        open_dataset(str(root), seed=0)
+    assert "\n" not in str(caught.value)
+
+
+def test_evaluation_uses_the_test_folder_or_the_folder_itself(tmp_path: Path) -> None:
+    write_images(tmp_path, {"test/a": 2, "test/b": 1, "loose/a": 1})
+    assert [sample.target for sample in open_evaluation(str(tmp_path), ("a", "b"))] == [0, 0, 1]
+    assert [sample.target for sample in open_evaluation(str(tmp_path / "loose"), ("a", "b"))] == [0]
+    with pytest.raises(DataError, match="training did not see: b"):
+        open_evaluation(str(tmp_path), ("a",))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no class folders with images"):
+        open_evaluation(str(tmp_path / "empty"), ("a",))
+    with pytest.raises(DataError, match=re.escape("no such folder")):
+        open_evaluation(str(tmp_path / "missing"), ("a",))
+
+
+def test_digits_are_real_images_with_disjoint_splits() -> None:
+    dataset = open_dataset("digits", seed=0)
+    splits = [dataset.train, dataset.val, dataset.test]
+    assert sum(map(len, splits)) == len({sample.name for split in splits for sample in split}) == 1797
+    assert [sample.name for sample in open_evaluation("digits", dataset.labels)] == [s.name for s in dataset.test]
+    image = decode(dataset.test[0].read())
+    assert image.shape == (3, 8, 8)
+    assert image.max() > 200
+
+
+def test_the_digest_follows_content_not_order() -> None:
+    first = [("train/a", 0, "aa"), ("train/b", 0, "bb")]
+    assert digest(first) == digest(first[::-1])
+    assert digest(first) != digest([("train/a", 0, "aa"), ("train/b", 0, "cc")])

@@ -1,0 +1,56 @@
+import socket
+
+import pytest
+import torch
+import torch.multiprocessing as multiprocessing
+
+from gpt_serve.train.distributed import World, join_world
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def train_as(rank: int, size: int, port: int, data: str, adapters: str) -> None:
+    """One torchrun process: the environment that torchrun sets, then the same call as in a single process."""
+    import dataclasses
+    import os
+    from pathlib import Path
+
+    from gpt_serve.train.fit import Job, train_adapter
+    from tests.tiny_vit import tiny_backbone
+    from tests.train.conftest import Recorder
+    from tests.train.test_fit import RECIPE
+
+    torch.set_num_threads(1)
+    if size > 1:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    # A small rate keeps rounding from growing; batches of 7 leave unequal shares; dropout differs by process: off.
+    recipe = dataclasses.replace(RECIPE, epochs=3, batch_size=7, prompt_dropout=0.0, lr=0.001)
+    with join_world("cpu") as (world, device):
+        assert device == "cpu"
+        summary = train_adapter(tiny_backbone(), Job("colours", data, Path(adapters), recipe), Recorder(), world)
+        assert (summary is not None) == world.leader
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_adapter_that_one_would(colours, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    from gpt_serve.store import AdapterStore
+
+    for size in (1, 2):
+        arguments = (size, free_port(), str(colours), str(tmp_path / str(size)))
+        multiprocessing.spawn(train_as, arguments, nprocs=size)
+    one, two = (AdapterStore(tmp_path / str(size)).load("colours").adapter for size in (1, 2))
+    for name in ("prompt", "gamma", "tau", "head_weight", "head_bias"):
+        torch.testing.assert_close(getattr(one, name), getattr(two, name), atol=1e-5, rtol=1e-4)
+    assert one.training["metrics"]["val_accuracy"] == two.training["metrics"]["val_accuracy"]
+
+
+def test_a_world_of_one_needs_no_process_group() -> None:
+    with join_world("cpu") as (world, device):
+        assert (world, device) == (World(0, 1), "cpu")
+        assert world.leader
+        assert world.share([1, 2, 3]) == [1, 2, 3]

@@ -1,0 +1,234 @@
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from gpt_serve.backbone import Backbone
+from gpt_serve.engine import Engine, Prediction
+from gpt_serve.errors import DataError, InvalidTaskName, UsageError
+from gpt_serve.store import AdapterStore
+from gpt_serve.train.data import open_dataset
+from gpt_serve.train.distributed import World
+from gpt_serve.train.fit import Job, build_module, train_adapter
+from gpt_serve.train.loop import Trainer, forward_logits
+from gpt_serve.train.recipe import learning_rate, make_recipe
+from gpt_serve.train.views import View, shuffled_batches
+from tests.tiny_vit import PREPROCESS
+from tests.train.conftest import Recorder
+
+RECIPE = make_recipe("paper", prompts=3, gate_init=1.0, epochs=8, warmup=1, lr=0.02, batch_size=8)
+
+
+def job(data: Path, adapters: Path, **changes: object) -> Job:
+    return dataclasses.replace(Job("colours", str(data), adapters, RECIPE), **changes)  # type: ignore[arg-type]
+
+
+def train(backbone: Backbone, work: Job, recorder: Recorder | None = None) -> dict[str, object]:
+    summary = train_adapter(backbone, work, recorder or Recorder(), World())
+    assert summary is not None
+    return summary
+
+
+@pytest.mark.parametrize("method", ["gated", "vpt-shallow", "vpt-deep", "linear"])
+def test_every_method_learns_publishes_and_predicts(tiny: Backbone, colours: Path, tmp_path: Path, method: str) -> None:
+    work = job(colours, tmp_path, recipe=dataclasses.replace(RECIPE, method=method))
+    summary = train(tiny, work)
+    assert summary["metrics"]["test_accuracy"] >= 0.75  # type: ignore[index]
+    engine = Engine(tiny, AdapterStore(tmp_path))
+    samples = open_dataset(str(colours), 0).test
+    results = engine.predict([("colours", sample.read()) for sample in samples])
+    right = 0
+    for sample, result in zip(samples, results, strict=True):
+        assert isinstance(result, Prediction)
+        assert result.revision == summary["revision"]
+        right += result.labels.index(result.top(1)[0][0]) == sample.target
+    # The served adapter is the one whose accuracy was reported.
+    assert right / len(samples) == summary["metrics"]["test_accuracy"]  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("gated", 3 * 24 + 2 + 3 + 25 * 3),
+        ("vpt-shallow", 3 * 24 + 25 * 3),
+        ("vpt-deep", 3 * 3 * 24 + 25 * 3),
+        ("linear", 25 * 3),
+    ],
+)
+def test_trainable_parameters_follow_the_formula(
+    tiny: Backbone, colours: Path, tmp_path: Path, method: str, expected: int
+) -> None:
+    recipe = dataclasses.replace(RECIPE, method=method, epochs=1, warmup=0)
+    assert train(tiny, job(colours, tmp_path, recipe=recipe))["trainable_parameters"] == expected
+
+
+def test_the_same_seed_gives_the_same_adapter_and_another_seed_does_not(
+    tiny: Backbone, colours: Path, tmp_path: Path
+) -> None:
+    heads = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train(tiny, job(colours, tmp_path / name, recipe=dataclasses.replace(RECIPE, epochs=2, seed=seed)))
+        heads.append(AdapterStore(tmp_path / name).load("colours").adapter.head_weight)
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])
+
+
+def test_an_interrupted_run_resumes_to_the_very_same_adapter(tiny: Backbone, colours: Path, tmp_path: Path) -> None:
+    train(tiny, job(colours, tmp_path / "whole"))
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny, job(colours, tmp_path / "parts"), Recorder(interrupt_at=5))
+    assert AdapterStore(tmp_path / "parts").tasks() == []
+    recorder = Recorder()
+    train(tiny, job(colours, tmp_path / "parts", resume=True), recorder)
+    assert [record.epoch for record in recorder.epochs] == [5, 6, 7]
+    whole, parts = (AdapterStore(tmp_path / name).load("colours").adapter for name in ("whole", "parts"))
+    for name in ("prompt", "gamma", "tau", "head_weight", "head_bias"):
+        assert torch.equal(getattr(whole, name), getattr(parts, name)), name
+    assert not (tmp_path / "parts" / ".train").exists()
+
+
+def test_resume_refuses_other_settings_and_a_missing_or_damaged_run(
+    tiny: Backbone, colours: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="nothing to resume"):
+        train(tiny, job(colours, tmp_path, resume=True))
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny, job(colours, tmp_path), Recorder(interrupt_at=1))
+    other = dataclasses.replace(RECIPE, lr=0.5)
+    with pytest.raises(UsageError, match=r"lr was 0.02 and is 0.5"):
+        train(tiny, job(colours, tmp_path, resume=True, recipe=other))
+    (tmp_path / ".train" / "colours.pt").write_bytes(b"garbage")
+    with pytest.raises(UsageError, match="is damaged"):
+        train(tiny, job(colours, tmp_path, resume=True))
+
+
+def test_unreadable_images_are_listed_by_path_before_anything_trains(
+    tiny: Backbone, colours: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(colours, data)
+    bad = [data / "train/red/3.png", data / "test/blue/0.png"]
+    bad[0].write_bytes(b"not an image")
+    bad[1].write_bytes(bad[1].read_bytes()[:60])
+    recorder = Recorder()
+    with pytest.raises(DataError, match="2 of 42 images cannot be read"):
+        train(tiny, job(data, tmp_path / "adapters"), recorder)
+    assert [image.name for image in recorder.bad] == [str(path) for path in bad]
+    assert recorder.epochs == []
+    assert not (tmp_path / "adapters").exists()
+    summary = train(tiny, job(data, tmp_path / "adapters", skip_unreadable=True))
+    counts = summary["data"]
+    assert (counts["train"] + counts["val"], counts["test"]) == (29, 11)  # type: ignore[index]
+
+
+def test_a_class_without_readable_images_is_refused(tiny: Backbone, colours: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(colours, data)
+    for path in (data / "train/red").iterdir():
+        path.write_bytes(b"x")
+    with pytest.raises(DataError, match="no readable images are left for red"):
+        train(tiny, job(data, tmp_path / "adapters", skip_unreadable=True))
+
+
+def test_a_loss_that_is_not_finite_ends_in_one_line(
+    tiny: Backbone, colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "gpt_serve.train.loop.forward_logits",
+        lambda _, module, images: module.head.bias.expand(len(images), -1) * torch.inf,
+    )
+    with pytest.raises(DataError, match=r"not finite in epoch 0: lower --lr"):
+        train(tiny, job(colours, tmp_path))
+    assert AdapterStore(tmp_path).tasks() == []
+
+
+def test_a_name_that_is_not_allowed_is_refused_first(tiny: Backbone, tmp_path: Path) -> None:
+    with pytest.raises(InvalidTaskName):
+        train(tiny, job(tmp_path / "missing", tmp_path, task="../x"))
+
+
+def test_the_best_epoch_is_chosen_on_validation_and_recorded(tiny: Backbone, colours: Path, tmp_path: Path) -> None:
+    recorder = Recorder()
+    summary = train(tiny, job(colours, tmp_path), recorder)
+    best = max(recorder.epochs, key=lambda record: (record.val_accuracy, -record.val_loss))
+    metrics = summary["metrics"]
+    assert metrics["best_epoch"] == best.epoch  # type: ignore[index]
+    assert metrics["val_accuracy"] == best.val_accuracy  # type: ignore[index]
+    stored = AdapterStore(tmp_path).load("colours").adapter.training
+    assert stored["metrics"] == metrics
+    assert stored["recipe"] == RECIPE.to_dict()
+
+
+def test_the_card_tells_metrics_gates_and_data(tiny: Backbone, colours: Path, tmp_path: Path) -> None:
+    summary = train(tiny, job(colours, tmp_path))
+    folder = tmp_path / "colours"
+    card = (folder / "README.md").read_text()
+    for text in (
+        str(summary["revision"]),
+        "| test accuracy |",
+        "| selection ratio |",
+        "| 3 | - |",
+        "| gate_init | 1.0 |",
+    ):
+        assert text in card
+    for name in ("gates.png", "confusion.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_frozen_weights_do_not_move(tiny: Backbone, colours: Path, tmp_path: Path) -> None:
+    before = {key: value.clone() for key, value in tiny.model.state_dict().items()}
+    train(tiny, job(colours, tmp_path))
+    assert all(torch.equal(before[key], value) for key, value in tiny.model.state_dict().items())
+    assert all(weight.grad is None for weight in tiny.model.parameters())
+
+
+@pytest.mark.parametrize("name", ["adamw", "paper"])
+def test_the_first_steps_follow_the_optimizer_of_the_recipe(tiny: Backbone, colours: Path, name: str) -> None:
+    """Five steps of the loop against plain tensors and the textbook update."""
+    recipe = make_recipe(name, prompts=3, prompt_dropout=0.0, epochs=3, warmup=1, lr=0.003, batch_size=6)
+    dataset = open_dataset(str(colours), 0)
+    module = build_module(tiny, recipe, 3)
+    expected = {key: value.detach().clone() for key, value in module.named_parameters()}
+    view = View(dataset.train[:15], PREPROCESS, None, "none", 0)
+    trainer = Trainer(tiny, module, recipe, train=view, val=view, world=World(), workers=0)
+    trainer.fit(lambda *_: None, lambda _: None)
+
+    slot: dict[str, Any] = {key: (torch.zeros_like(value), torch.zeros_like(value)) for key, value in expected.items()}
+    reference = build_module(tiny, recipe, 3)
+    step = 0
+    for epoch in range(3):
+        for batch in shuffled_batches(15, 6, 0, epoch):
+            step += 1
+            reference.load_state_dict(expected)
+            images = torch.stack([view[index][0] for index in batch])
+            targets = torch.tensor([view[index][1] for index in batch])
+            loss = F.cross_entropy(forward_logits(tiny, reference, images), targets)
+            gradients = torch.autograd.grad(loss, list(reference.parameters()))
+            for (key, value), gradient in zip(list(expected.items()), gradients, strict=True):
+                rate = learning_rate(recipe, epoch) * (recipe.head_lr_scale if key.startswith("head") else 1)
+                first, second = slot[key]
+                if name == "paper":
+                    slot[key] = (first := 0.9 * first + gradient, second)
+                    expected[key] = value - rate * first
+                else:
+                    slot[key] = (first := 0.9 * first + 0.1 * gradient, second := 0.999 * second + 0.001 * gradient**2)
+                    update = (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
+                    expected[key] = value - rate * (update + 0.01 * value)
+            if "tau" in expected:
+                expected["tau"].clamp_(0.01, 10)
+    for key, value in module.named_parameters():
+        torch.testing.assert_close(value.detach(), expected[key], atol=2e-5, rtol=1e-4, msg=key)
+
+
+def test_a_folder_that_cannot_be_written_is_known_before_training(
+    tiny: Backbone, colours: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "adapters").write_text("a file in the way")
+    recorder = Recorder()
+    with pytest.raises(UsageError, match=r"cannot be made: (Not a directory|File exists)"):
+        train(tiny, job(colours, tmp_path / "adapters"), recorder)
+    assert recorder.epochs == []
