@@ -10,7 +10,7 @@ from gpt_serve.backbone import Backbone
 from gpt_serve.specs import BackboneSpec
 from gpt_serve.store import AdapterStore
 from tests.factories import make_adapter
-from tests.serve.harness import ServerProcess, serving
+from tests.serve.harness import ServerProcess, serving, until
 
 TROUBLES = ("sleepy-a", "hang-a", "bug-a")
 
@@ -59,5 +59,6 @@ def troubled_server(tmp_path_factory: pytest.TempPathFactory, spec: BackboneSpec
 @pytest.fixture
 def troubled(troubled_server: ServerProcess) -> ServerProcess:
     """A small server whose engine misbehaves on request, see entry.py; ready and idle when a test gets it."""
+    until(lambda: troubled_server.in_flight() == 0)
     troubled_server.wait_ready()
     return troubled_server

@@ -35,7 +35,8 @@ class ServerProcess:
         self.log: list[str] = []
         self.reader = threading.Thread(target=self._read_log, daemon=True)
         self.reader.start()
-        self.client = httpx.Client(timeout=60)
+        # A connection per request: httpcore may close an idle one that another thread has just been given.
+        self.client = httpx.Client(timeout=60, limits=httpx.Limits(max_keepalive_connections=0))
 
     @property
     def pid(self) -> int:
