@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from gpt_serve.adapter_batch import AdapterBatch
 from gpt_serve.backbone import Backbone
 from gpt_serve.errors import GPTServeError, UsageError
-from gpt_serve.prompted import AdapterBatch
 from gpt_serve.specs import Preprocess
 from gpt_serve.store import AdapterStore, Signature
 

@@ -9,11 +9,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from gpt_serve.adapter_batch import AdapterBatch
 from gpt_serve.backbone import Backbone
 from gpt_serve.bank import AdapterBank, Resident
 from gpt_serve.errors import GPTServeError, ImageError, UndecodableImage, UsageError
 from gpt_serve.images import ImageLimits, decode, from_pil, normalize, preprocess_image
-from gpt_serve.prompted import AdapterBatch, embed, prompted_features
+from gpt_serve.prompted import embed, prompted_features
 from gpt_serve.specs import Preprocess
 from gpt_serve.store import AdapterStore
 

@@ -1,135 +1,31 @@
 """The prompted forward pass: the one definition that training, serving and export call.
 
 Token order is ``[prefix, patches, prompts]``. Prompts have no position embedding and attention is
-permutation-equivariant, so this equals the papers' ``[CLS, prompts, patches]``.
+permutation-equivariant, so this equals the papers' ``[CLS, prompts, patches]``, and a block can leave out the prompts
+by working on the first rows only.
 
-Shapes: batch ``B``, adapter rows ``A`` (1 or ``B``), blocks ``L``, width ``D``, prompts ``P``, patch tokens ``N``,
-sequence ``S = prefix + N + P``.
+A gate is write permission. Where it is closed (exactly 0) the prompts are read, never written: they get no query,
+projection or MLP row. Where they still are the adapter's own constants, `remember` computes even their keys and values
+beforehand. Under CLS pooling the last block computes the CLS row alone.
+
+Shapes: batch ``B``, adapter rows ``A`` (1 or ``B``), blocks ``L``, width ``D``, heads ``H`` of size ``d``, prompts
+``P``, patch tokens ``N``, sequence ``S = prefix + N + P``.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gpt_serve.adapter import Adapter
-from gpt_serve.specs import BackboneSpec, Pool
+from gpt_serve.adapter_batch import AdapterBatch
 
 TAU_MIN = 0.01
 TAU_MAX = 10.0
 
 OnBlock = Callable[[int, Tensor], None]
-
-
-@dataclass(frozen=True, eq=False)
-class AdapterBatch:
-    """The tensors of one adapter for every row (``A = 1``) or of one adapter per row (``A = B``).
-
-    Attributes:
-        prompt: (A, 1 or L, P, D). One layer: the tokens enter block 0 and are carried on. ``L`` layers: each
-            block has tokens of its own.
-        gate: (A, L-1) in [0, 1], the gate of blocks 0..L-2; the last block has none.
-        tau: (A, L) attention temperatures, clamped to [0.01, 10] on use.
-        mean_pool: (A,) bool; mean over patches and prompts where true, the CLS row where false.
-        deep: (A,) bool, which rows take fresh tokens in each block; None when ``prompt``'s layers say so for all.
-        counts: (A,) int, prompts of each row when rows are padded to ``P``; None when every row has ``P``.
-    """
-
-    prompt: Tensor
-    gate: Tensor
-    tau: Tensor
-    mean_pool: Tensor
-    deep: Tensor | None = None
-    counts: Tensor | None = None
-
-    @classmethod
-    def single(
-        cls,
-        *,
-        depth: int,
-        width: int,
-        pool: Pool,
-        prompt: Tensor | None = None,
-        gamma: Tensor | None = None,
-        tau: Tensor | None = None,
-        device: torch.device | str | None = None,
-    ) -> "AdapterBatch":
-        """One adapter as a batch of ``A = 1``; ``gate = sigmoid(gamma)`` (Eq. 6).
-
-        Args:
-            prompt: (1 or L, P, D), None for no prompts.
-            gamma: (L-1,), None for gates that are 1 (shallow prompts) or 0 (deep prompts).
-            tau: (L,), None for temperatures that are 1.
-        """
-        if prompt is None:
-            prompt = torch.zeros(1, 0, width, device=device)
-        deep = prompt.shape[0] > 1
-        gate = torch.full((depth - 1,), 0.0 if deep else 1.0, device=device) if gamma is None else torch.sigmoid(gamma)
-        return cls(
-            prompt=prompt[None],
-            gate=gate[None],
-            tau=(torch.ones(depth, device=device) if tau is None else tau)[None],
-            mean_pool=torch.tensor([pool == "mean"], device=device),
-        )
-
-    @classmethod
-    def of(cls, adapter: Adapter, spec: BackboneSpec, device: torch.device | str) -> "AdapterBatch":
-        """A stored adapter's tensors on ``device``, ``A = 1``; it must agree with ``spec``."""
-        tensors = (adapter.prompt, adapter.gamma, adapter.tau)
-        prompt, gamma, tau = (None if tensor is None else tensor.to(device) for tensor in tensors)
-        return cls.single(
-            depth=spec.depth, width=spec.width, pool=adapter.pool, prompt=prompt, gamma=gamma, tau=tau, device=device
-        )
-
-    @classmethod
-    def stack(cls, rows: Sequence["AdapterBatch"]) -> "AdapterBatch":
-        """Join single-adapter batches along ``A``, padding prompts to the longest and layers to the deepest."""
-        layers = max(row.prompt.shape[1] for row in rows)
-        length = max(row.prompt.shape[2] for row in rows)
-        device = rows[0].prompt.device
-        is_deep = [row.prompt.shape[1] > 1 for row in rows]
-        counts = [row.prompt.shape[2] for row in rows]
-        return cls(
-            prompt=torch.cat([_pad_prompt(row.prompt, layers, length) for row in rows]),
-            gate=torch.cat([row.gate for row in rows]),
-            tau=torch.cat([row.tau for row in rows]),
-            mean_pool=torch.cat([row.mean_pool for row in rows]),
-            deep=torch.tensor(is_deep, device=device) if len(set(is_deep)) > 1 else None,
-            counts=torch.tensor(counts, device=device) if len(set(counts)) > 1 else None,
-        )
-
-    def gather(self, index: Tensor) -> "AdapterBatch":
-        """Rows ``index`` (B,) of this batch, so that ``A`` becomes ``B``."""
-        return AdapterBatch(
-            prompt=self.prompt[index],
-            gate=self.gate[index],
-            tau=self.tau[index],
-            mean_pool=self.mean_pool[index],
-            deep=None if self.deep is None else self.deep[index],
-            counts=None if self.counts is None else self.counts[index],
-        )
-
-    @property
-    def prompts(self) -> int:
-        """``P``, padding included."""
-        return self.prompt.shape[2]
-
-    def valid(self, body: int) -> Tensor | None:
-        """(A, S) bool: which of ``body`` prefix and patch rows plus ``P`` prompt rows are real; None when all are."""
-        if self.counts is None:
-            return None
-        position = torch.arange(self.prompts, device=self.prompt.device)
-        prompts = position < self.counts[:, None]
-        return torch.cat([prompts.new_ones(len(prompts), body), prompts], dim=1)
-
-
-def _pad_prompt(prompt: Tensor, layers: int, length: int) -> Tensor:
-    """(1, 1|L, P, D) -> (1, layers, length, D): zeros fill rows; a shallow adapter never reads layers past 0."""
-    padding = (0, 0, 0, length - prompt.shape[2], 0, layers - prompt.shape[1])
-    return F.pad(prompt, padding)
 
 
 def embed(model: Any, images: Tensor) -> Tensor:
@@ -138,41 +34,113 @@ def embed(model: Any, images: Tensor) -> Tensor:
     return tokens
 
 
-def attention(attn: Any, x: Tensor, tau: Tensor, mask: Tensor | None) -> Tensor:
+def attention(
+    attn: Any,
+    x: Tensor,
+    tau: Tensor | None,
+    mask: Tensor | None,
+    rows: int | None = None,
+    memory: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
     """Multi-head self-attention with scores ``q k^T / (sqrt(d) * tau)`` (Eq. 9).
 
     Args:
         attn: a timm ``Attention`` module.
         x: (B, S, D), already normalised.
-        tau: (A,) temperatures within their range.
+        tau: (A,) temperatures within their range; None for 1.
         mask: (A, 1, 1, S) bool, which keys may be read; None for all.
+        rows: how many of the first rows are queries; None for all.
+        memory: more keys and values, (A, M, H*d) each, that follow those of ``x``.
 
     Returns:
-        (B, S, D)
+        (B, rows, D)
     """
-    batch, length, _ = x.shape
-    qkv = attn.qkv(x).reshape(batch, length, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
-    q, k, v = qkv.unbind(0)
-    q = attn.q_norm(q) / tau[:, None, None, None].to(q.dtype)
-    mixed = F.scaled_dot_product_attention(q, attn.k_norm(k), v, attn_mask=mask)
-    return attn.proj(attn.norm(mixed.transpose(1, 2).reshape(batch, length, attn.attn_dim)))  # type: ignore[no-any-return]
+    q, k, v = _project(attn, x, rows)
+    q, k = _norm_heads(attn, attn.q_norm, q), _norm_heads(attn, attn.k_norm, k)
+    if tau is not None:
+        q = q / tau[:, None, None].to(q.dtype)
+    if memory is not None:
+        k, v = (torch.cat([own, more.expand(len(x), -1, -1)], dim=1) for own, more in zip((k, v), memory, strict=True))
+    return attn.proj(attn.norm(_attend(q, k, v, attn.num_heads, mask)))  # type: ignore[no-any-return]
 
 
-def block(blk: Any, x: Tensor, tau: Tensor, mask: Tensor | None) -> Tensor:
-    """One frozen pre-norm transformer block (Eq. 2) on (B, S, D); arguments as in `attention`."""
-    x = x + blk.ls1(attention(blk.attn, blk.norm1(x), tau, mask))
-    return x + blk.ls2(blk.mlp(blk.norm2(x)))  # type: ignore[no-any-return]
+def _project(attn: Any, x: Tensor, rows: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries of the first ``rows`` rows (B, rows, H*d), keys and values of all (B, S, H*d)."""
+    if rows is None:
+        q, k, v = attn.qkv(x).chunk(3, dim=-1)
+        return q, k, v
+    weight, bias, width = attn.qkv.weight, attn.qkv.bias, attn.attn_dim
+    q = F.linear(x[:, :rows], weight[:width], None if bias is None else bias[:width])
+    return q, *_keys_and_values(attn, x)
+
+
+def _keys_and_values(attn: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, S, D) -> two of (B, S, H*d), the keys before their norm."""
+    weight, bias, width = attn.qkv.weight, attn.qkv.bias, attn.attn_dim
+    k, v = F.linear(x, weight[width:], None if bias is None else bias[width:]).chunk(2, dim=-1)
+    return k, v
+
+
+def _norm_heads(attn: Any, norm: nn.Module, x: Tensor) -> Tensor:
+    """``norm`` over each head of (B, S, H*d)."""
+    if isinstance(norm, nn.Identity):
+        return x
+    normed: Tensor = norm(x.reshape(*x.shape[:-1], attn.num_heads, attn.head_dim))
+    return normed.flatten(-2)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None) -> Tensor:
+    """Scaled dot-product attention of (B, rows, H*d) queries."""
+    if torch.onnx.is_in_onnx_export():  # ONNX's own operator splits the heads itself: one node instead of a dozen
+        mixed: Tensor = torch.onnx.ops.attention(q, k, v, mask, q_num_heads=heads, kv_num_heads=heads)[0]
+        return mixed
+    q, k, v = (x.reshape(*x.shape[:2], heads, -1).transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(-2)
+
+
+def block(
+    blk: Any,
+    x: Tensor,
+    tau: Tensor | None,
+    mask: Tensor | None,
+    rows: int | None = None,
+    memory: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """The first ``rows`` rows of one frozen pre-norm transformer block (Eq. 2); arguments as in `attention`."""
+    y = x[:, :rows] + blk.ls1(attention(blk.attn, blk.norm1(x), tau, mask, rows, memory))
+    return y + blk.ls2(blk.mlp(blk.norm2(y)))  # type: ignore[no-any-return]
+
+
+def remember(model: Any, adapter: AdapterBatch) -> AdapterBatch:
+    """``adapter`` with keys and values for the first blocks that only read its prompts while these are constant.
+
+    Deep prompts are constant in every block whose predecessor's gate is closed, shallow ones until the first open gate.
+
+    Args:
+        adapter: one adapter, ``A = 1``.
+    """
+    reading = [*adapter.plan.closed, adapter.plan.pool == "cls"]
+    memory = []
+    for index, blk in enumerate(model.blocks):
+        if not reading[index] or not adapter.prompts:
+            break
+        keys, values = _keys_and_values(blk.attn, blk.norm1(adapter.entering(index)))
+        memory.append((_norm_heads(blk.attn, blk.attn.k_norm, keys), values))
+    return replace(adapter, memory=tuple(memory))
 
 
 def _gated_prompts(adapter: AdapterBatch, index: int, before: Tensor, after: Tensor) -> Tensor:
     """Prompt rows that block ``index + 1`` reads: ``g*after + (1-g)*z`` (Eq. 7), (B, P, D).
 
-    ``z`` is ``before`` for shallow prompts and the next block's own tokens for deep ones.
+    ``z`` is ``before`` for shallow prompts and the next block's own tokens for deep ones; ``after`` has no rows when
+    the gate is closed.
     """
     keep = before
     if adapter.prompt.shape[1] > 1:
         fresh = adapter.prompt[:, index + 1]
         keep = fresh if adapter.deep is None else torch.where(adapter.deep[:, None, None], fresh, before)
+    if adapter.plan.closed[index]:
+        return keep
     gate = adapter.gate[:, index, None, None]
     return gate * after + (1 - gate) * keep
 
@@ -185,8 +153,12 @@ def final_norm(model: Any) -> nn.Module:
 
 def pool(x: Tensor, adapter: AdapterBatch, prefix: int) -> Tensor:
     """Weighted sum over the rows of (B, S, D) -> (B, D): CLS, or the mean of patches and prompts."""
+    if adapter.plan.pool == "cls":
+        return x[:, 0]
     rows = x.shape[1]
     valid = adapter.valid(rows - adapter.prompts)
+    if adapter.plan.pool == "mean" and valid is None:
+        return x[:, prefix:].mean(dim=1)
     mean = x.new_ones(1, rows) if valid is None else valid.to(x.dtype)
     mean = torch.cat([torch.zeros_like(mean[:, :prefix]), mean[:, prefix:]], dim=1)
     cls = F.one_hot(torch.zeros(1, dtype=torch.long, device=x.device), rows).to(x.dtype)
@@ -201,7 +173,8 @@ def prompted_features(model: Any, tokens: Tensor, adapter: AdapterBatch, on_bloc
         model: a frozen timm ``VisionTransformer``.
         tokens: (B, prefix + N, D) from `embed`.
         adapter: ``A`` is 1 or ``B``.
-        on_block: called as ``on_block(l, x)`` with the (B, S, D) tokens that block ``l`` hands on.
+        on_block: called as ``on_block(l, x)`` with the tokens that block ``l`` hands on: (B, S, D), without the
+            prompt rows while they are remembered, and the CLS row alone after the last block under CLS pooling.
 
     Returns:
         (B, D) features for the head.
@@ -209,14 +182,19 @@ def prompted_features(model: Any, tokens: Tensor, adapter: AdapterBatch, on_bloc
     batch, body, _ = tokens.shape
     valid = adapter.valid(body)
     mask = None if valid is None else valid[:, None, None]
-    tau = adapter.tau.clamp(TAU_MIN, TAU_MAX)
-    x = tokens
-    if adapter.prompts:
-        x = torch.cat([x, adapter.prompt[:, 0].to(x.dtype).expand(batch, -1, -1)], dim=1)
+    tau = None if adapter.tau is None else adapter.tau.clamp(TAU_MIN, TAU_MAX)
     last = len(model.blocks) - 1
+    x = tokens
     for index, blk in enumerate(model.blocks):
-        y = block(blk, x, tau[:, index], mask)
-        if adapter.prompts and index < last:
+        memory = adapter.memory[index] if index < len(adapter.memory) else None
+        if adapter.prompts and index == len(adapter.memory):
+            x = torch.cat([x, adapter.entering(index).to(x.dtype).expand(batch, -1, -1)], dim=1)
+        rows = 1 if index == last and adapter.plan.pool == "cls" else None
+        carried = adapter.prompts > 0 and memory is None and index < last
+        if carried and adapter.plan.closed[index]:
+            rows = body
+        y = block(blk, x, None if tau is None else tau[:, index], mask, rows, memory)
+        if carried:
             prompts = _gated_prompts(adapter, index, x[:, body:], y[:, body:])
             y = torch.cat([y[:, :body], prompts.to(y.dtype).expand(batch, -1, -1)], dim=1)
         x = y

@@ -10,10 +10,11 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from gpt_serve.adapter_batch import AdapterBatch
 from gpt_serve.backbone import BUNDLED, Backbone, check_plain, fingerprint
 from gpt_serve.errors import BackboneError, UnsupportedBackbone
 from gpt_serve.options import BUNDLED as BUNDLED_OPTION
-from gpt_serve.prompted import AdapterBatch, embed, prompted_features
+from gpt_serve.prompted import embed, prompted_features
 from gpt_serve.specs import Pool
 from tests.tiny_vit import PREPROCESS, tiny_backbone, tiny_vit
 

@@ -16,7 +16,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     {"errors", "specs"},
     {"adapter", "backbone", "checkpoints", "image_headers", "images"},
-    {"bank", "prompted", "store"},
+    {"adapter_batch", "bank", "prompted", "store"},
     {"engine", "evaluation", "export", "train"},
     {"bench", "cli", "options", "serve", "terminal"},
 ]
@@ -27,8 +27,9 @@ NEIGHBOURS = {
     ("specs", "errors"),
     ("backbone", "checkpoints"),
     ("images", "image_headers"),
-    ("bank", "prompted"),
+    ("bank", "adapter_batch"),
     ("bank", "store"),
+    ("prompted", "adapter_batch"),
     ("evaluation", "engine"),
     ("evaluation", "train"),
     ("cli", "bench"),

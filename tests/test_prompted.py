@@ -1,5 +1,6 @@
 """The forward pass against the slow reference, against timm's own blocks, and row by row against itself."""
 
+import dataclasses
 from collections.abc import Sequence
 from functools import cache
 
@@ -8,11 +9,14 @@ import timm
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
+from gpt_serve.adapter_batch import AdapterBatch, Plan
 from gpt_serve.backbone import Backbone
-from gpt_serve.prompted import AdapterBatch, embed, prompted_features
+from gpt_serve.prompted import embed, prompted_features, remember
 from gpt_serve.specs import Pool
 from tests import reference
+from tests.factories import make_adapter
 from tests.tiny_vit import METHODS, random_images, random_tensors, tiny_backbone
 
 VITS = {
@@ -29,6 +33,14 @@ VITS = {
     "no-cls": {"class_token": False, "global_pool": "avg"},
 }
 WITH_POOL = [(vit, pool) for vit in VITS for pool in ("cls", "mean") if (vit, pool) != ("no-cls", "cls")]
+
+
+INF = float("inf")
+
+
+@cache
+def deeper_vit(name: str) -> Backbone:
+    return tiny_backbone(depth=4, **VITS[name])
 
 
 @cache
@@ -62,31 +74,89 @@ def method_tensors(backbone: Backbone, method: str, **options: int) -> dict[str,
 # Against the reference
 
 
-def check_block_by_block(backbone: Backbone, images: Tensor, pool: Pool, tensors: dict[str, Tensor]) -> None:
+def check_block_by_block(backbone: Backbone, images: Tensor, tensors: dict[str, Tensor], adapter: AdapterBatch) -> None:
+    """Every row that there is, and that none is missing which somebody reads."""
     tokens = embed(backbone.model, images)
     blocks: list[Tensor] = []
-    adapter = single(backbone, pool, tensors)
     actual = prompted_features(backbone.model, tokens, adapter, lambda index, x: blocks.append(x))
-    prefix, body = backbone.model.num_prefix_tokens, tokens.shape[1]
+    pool, body = adapter.plan.pool, tokens.shape[1]
+    assert pool is not None
+    for index, x in enumerate(blocks[:-1]):
+        assert x.shape[1] == body + (adapter.prompts if index + 1 > len(adapter.memory) else 0)
+    assert blocks[-1].shape[1] == (1 if pool == "cls" else body + adapter.prompts)
     for row, image in enumerate(images):
         expected = slow(backbone, image, pool, tensors)
         for block, trace in zip(blocks, expected.blocks, strict=True):
-            close(block[row, :prefix], trace.prefix)
-            close(block[row, prefix:body], trace.patches)
-            close(block[row, body:], trace.prompts)
+            close(block[row], torch.cat([trace.prefix, trace.patches, trace.prompts])[: block.shape[1]])
         close(actual[row], expected.feature)
 
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("name", "pool"), WITH_POOL)
 def test_tokens_equal_the_reference_block_by_block(name: str, pool: Pool, method: str) -> None:
-    check_block_by_block(vit(name), random_images(2), pool, method_tensors(vit(name), method))
+    tensors = method_tensors(vit(name), method)
+    check_block_by_block(vit(name), random_images(2), tensors, single(vit(name), pool, tensors))
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_bundled_backbone_equals_the_reference_block_by_block(bundled: Backbone, method: str) -> None:
     tensors = method_tensors(bundled, method)
-    check_block_by_block(bundled, random_images(1, side=32), "mean", tensors)
+    check_block_by_block(bundled, random_images(1, side=32), tensors, single(bundled, "mean", tensors))
+
+
+GATES = {  # of four blocks: gate, closed, remembered with shallow prompts under CLS and mean pooling
+    "all closed": ((-INF, -INF, -INF), 4, 3),
+    "closed first": ((-INF, 0.3, -INF), 1, 1),
+    "closed later": ((0.3, -INF, -INF), 0, 0),
+    "closed between": ((INF, -INF, 0.3), 0, 0),
+    "underflow": ((-200.0, -200.0, 0.3), 2, 2),
+}
+
+
+@pytest.mark.parametrize("remembering", [False, True])
+@pytest.mark.parametrize("layers", [1, 4])
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+@pytest.mark.parametrize("gates", GATES)
+@pytest.mark.parametrize("name", ["plain", "dinov2", "qk-norm", "no-bias", "scale-norm"])
+def test_closed_gates_leave_rows_out_and_change_nothing(
+    name: str, gates: str, pool: Pool, layers: int, remembering: bool
+) -> None:
+    """A file's gates: what is exactly 0 is known, and what it makes needless is not computed."""
+    backbone = deeper_vit(name)
+    gamma, cls_blocks, mean_blocks = GATES[gates]
+    random = method_tensors(backbone, "gated-deep" if layers > 1 else "gated")
+    tensors = random | {"gamma": torch.tensor(gamma)}
+    adapter = AdapterBatch.of(make_adapter(backbone.spec, pool=pool, **tensors), backbone.spec, "cpu")
+    assert adapter.plan == Plan(tuple(value <= -200 for value in gamma), pool)
+    if remembering:
+        adapter = remember(backbone.model, adapter)
+        assert len(adapter.memory) == (cls_blocks if pool == "cls" else mean_blocks)
+    check_block_by_block(backbone, random_images(2), tensors, adapter)
+
+
+def test_closed_gates_save_the_work_that_they_promise(tiny: Backbone) -> None:
+    """FLOPs per block: a closed gate costs keys, values and their part of the scores; a remembered one the scores."""
+    tensors = method_tensors(tiny, "gated", prompts=16) | {"gamma": torch.tensor([-INF, -INF])}
+    closed = AdapterBatch.of(make_adapter(tiny.spec, pool="cls", **tensors), tiny.spec, "cpu")
+    variants = {
+        "open": dataclasses.replace(closed, plan=Plan((False, False), None)),
+        "closed": closed,
+        "remembered": remember(tiny.model, closed),
+    }
+    tokens = embed(tiny.model, random_images(1))
+    flops = {}
+    for name, adapter in variants.items():
+        with FlopCounterMode(display=False) as counter:
+            prompted_features(tiny.model, tokens, adapter)
+        flops[name] = counter.get_total_flops()
+    width, body, prompts, blocks = tiny.spec.width, tokens.shape[1], 16, 3
+    keys_and_values = blocks * 2 * prompts * 2 * width**2
+    assert flops["closed"] - flops["remembered"] == keys_and_values
+    linear = (body * 12 + prompts * 2) * 2 * width**2  # of a closed block
+    scores = 2 * 2 * body * (body + prompts) * width
+    last = ((body + prompts) * 2 + 10) * 2 * width**2 + 2 * 2 * (body + prompts) * width
+    assert flops["closed"] == 2 * (linear + scores) + last
+    assert flops["open"] > 1.5 * flops["closed"]
 
 
 def test_eq_8_gives_what_the_last_block_reads() -> None:
@@ -181,7 +251,7 @@ def test_the_coldest_and_hottest_blocks_equal_the_reference() -> None:
     backbone.model.double()
     tensors = method_tensors(backbone, "gated") | {"tau": torch.tensor([0.01, 10.0, 0.3])}
     double = {name: tensor.double() for name, tensor in tensors.items()}
-    check_block_by_block(backbone, random_images(2).double(), "mean", double)
+    check_block_by_block(backbone, random_images(2).double(), double, single(backbone, "mean", double))
 
 
 # Published methods, computed with timm's own blocks

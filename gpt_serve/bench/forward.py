@@ -1,15 +1,16 @@
 """What prompts cost: timm's own forward pass against the prompted one, on the same images."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
+from gpt_serve.adapter_batch import AdapterBatch
 from gpt_serve.backbone import Backbone
 from gpt_serve.bench.inputs import untrained_adapter
 from gpt_serve.bench.timing import Plan, Row, interleave, to_rows
-from gpt_serve.prompted import AdapterBatch, embed, prompted_features
+from gpt_serve.prompted import embed, prompted_features
 
 BATCHES = (1, 8, 32)
 PROMPTS = (0, 10, 50, 100)
@@ -21,12 +22,10 @@ def bench_forward(
 ) -> list[Row]:
     """One comparison per batch size: bare, and gated prompts of each length (none: the linear probe)."""
     passes: dict[str, Callable[[Tensor], object]] = {BARE: backbone.model}
-    bare = macs(backbone.model, 0)
-    extra = {BARE: {"FLOP ratio": 1.0}}
-    for count in prompts:
-        name = f"prompted, P = {count}"
-        passes[name] = _prompted(backbone, count)
-        extra[name] = {"FLOP ratio": macs(backbone.model, count) / bare}
+    passes |= {f"prompted, P = {count}": _prompted(backbone, count) for count in prompts}
+    one = torch.zeros(1, 3, *backbone.spec.preprocess.input_size, device=backbone.device)
+    bare = flops(backbone.model, one)
+    extra = {name: {"FLOP ratio": flops(run, one) / bare} for name, run in passes.items()}
     rows = []
     for batch in batches:
         images = torch.randn(batch, 3, *backbone.spec.preprocess.input_size).to(backbone.device)
@@ -54,20 +53,9 @@ def _finished(run: Callable[[Tensor], object], images: Tensor) -> Callable[[], N
     return call
 
 
-def macs(model: Any, prompts: int) -> int:
-    """Multiply-accumulates of one image: the textbook's count of patches, projections, attention and MLPs.
-
-    Args:
-        model: a timm ``VisionTransformer``.
-        prompts: ``P`` rows carried through every block.
-    """
-    patches, width = model.patch_embed.num_patches, model.embed_dim
-    rows = model.num_prefix_tokens + patches + prompts
-    height, side = model.patch_embed.patch_size
-    total: int = patches * 3 * height * side * width
-    for blk in model.blocks:
-        projections = 4 * width * blk.attn.attn_dim  # q, k, v and the output
-        mlp = 2 * width * blk.mlp.fc1.out_features
-        attention = 2 * rows * blk.attn.attn_dim  # scores, and the mix of values
-        total += rows * (projections + mlp + attention)
+def flops(run: Callable[[Tensor], object], images: Tensor) -> int:
+    """Floating-point operations of ``run(images)`` in its matrix products, attention and convolutions."""
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        run(images)
+    total: int = counter.get_total_flops()
     return total

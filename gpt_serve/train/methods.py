@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gpt_serve.adapter_batch import AdapterBatch
 from gpt_serve.backbone import Backbone
 from gpt_serve.errors import UsageError
-from gpt_serve.prompted import TAU_MAX, TAU_MIN, AdapterBatch, prompted_features
+from gpt_serve.prompted import TAU_MAX, TAU_MIN, prompted_features
 
 HEAD_BIAS = -math.log(99.0)
 SMALL_HEAD_STD = 0.02

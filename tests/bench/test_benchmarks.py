@@ -11,19 +11,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 from click.testing import CliRunner
-from torch.utils.flop_counter import FlopCounterMode
 
 from gpt_serve.backbone import Backbone
 from gpt_serve.bench import BENCHMARKS, run_benchmarks
-from gpt_serve.bench.forward import bench_forward, macs
+from gpt_serve.bench.forward import _prompted, bench_forward, flops
 from gpt_serve.bench.http import bench_http, form, saturate
-from gpt_serve.bench.inputs import photo, untrained_adapter
+from gpt_serve.bench.inputs import photo
 from gpt_serve.bench.mixed import answer, bench_mixed, publish
 from gpt_serve.bench.timing import Plan, Ratio, Row
 from gpt_serve.cli import bench, main
 from gpt_serve.engine import Engine
 from gpt_serve.errors import GPTServeError, UnknownTask
-from gpt_serve.prompted import AdapterBatch, embed, prompted_features
 from gpt_serve.store import AdapterStore
 
 SHORT = Plan(repeats=1, sample_seconds=0, load_seconds=0)
@@ -49,15 +47,13 @@ def test_forward(tiny: Backbone) -> None:
 
 
 @pytest.mark.parametrize("prompts", [0, 10, 100])
-@torch.inference_mode()
-def test_macs_are_those_that_torch_counts(tiny: Backbone, prompts: int) -> None:
-    adapter = untrained_adapter(tiny, "some", "gated" if prompts else "linear", prompts)
-    tensors = AdapterBatch.of(adapter, tiny.spec, "cpu")
+def test_flops_are_those_of_the_textbook(tiny: Backbone, prompts: int) -> None:
+    """Patches, then per row of each block: q, k, v and the output, scores and the mix of values, the MLP."""
+    patches, width = 16, 24
+    rows = 1 + patches + prompts
+    expected = patches * 3 * 4 * 4 * width + 3 * rows * (4 * width**2 + 2 * rows * width + 8 * width**2)
     images = torch.zeros(2, 3, *tiny.spec.preprocess.input_size)
-    with FlopCounterMode(display=False) as counter:
-        prompted_features(tiny.model, embed(tiny.model, images), tensors)
-    pooling = (1 + tiny.model.patch_embed.num_patches + prompts) * tiny.spec.width
-    assert counter.get_total_flops() == 2 * 2 * (macs(tiny.model, prompts) + pooling)
+    assert flops(_prompted(tiny, prompts), images) == 2 * 2 * expected
 
 
 def test_mixed(tiny: Backbone) -> None:
