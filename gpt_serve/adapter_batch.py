@@ -165,7 +165,7 @@ class AdapterBatch:
             return None
         position = torch.arange(self.prompts, device=self.prompt.device)
         prompts = position < self.counts[:, None]
-        return torch.cat([prompts.new_ones(len(prompts), body), prompts], dim=1)
+        return torch.cat([prompts.new_ones(prompts.shape[0], body), prompts], dim=1)
 
 
 def _pad_prompt(prompt: Tensor, layers: int, length: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -15,12 +14,16 @@ import click
 from gpt_serve import __version__
 from gpt_serve.errors import GPTServeError, UsageError
 from gpt_serve.options import (
-    BUNDLED,
     adapters_option,
     backbone_options,
+    bench_options,
+    data_by_task,
     data_option,
     device_option,
+    export_options,
     json_option,
+    resolve_device,
+    serving_options,
     task_option,
     training_options,
 )
@@ -114,7 +117,7 @@ def train(
 
     job = Job(task, data or task, adapters, make_recipe(recipe, **hyperparameters), resume, skip_unreadable, workers)
     with ExitStack() as stack:
-        world, device = stack.enter_context(join_world(_device(device)))
+        world, device = stack.enter_context(join_world(resolve_device(device)))
         model = Backbone.load(backbone, checkpoint=checkpoint, input_size=input_size, pool=pool, device=device)
         terminal = Terminal(quiet=not world.leader)
         stack.callback(terminal.close)
@@ -180,18 +183,64 @@ def predict(task: str, images: tuple[Path, ...], top_k: int, adapters: Path, as_
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 picks a free one.")
 @adapters_option
 @backbone_options
-@click.option("--max-batch-size", type=int, default=32, show_default=True, help="Most images in a forward pass.")
-@click.option("--batch-timeout", type=float, default=0.002, show_default=True, help="Seconds to wait for batch-mates.")
-@click.option("--max-body-bytes", type=int, default=10 * 2**20, show_default=True, help="Largest request; then 413.")
-@click.option("--max-pixels", type=int, default=50_000_000, show_default=True, help="Largest image; then 413.")
-@click.option("--queue-limit", type=int, default=128, show_default=True, help="Most requests admitted; then 503.")
-@click.option("--deadline", type=float, default=30.0, show_default=True, help="Seconds to answer in; then 504.")
-@click.option("--drain", type=float, default=30.0, show_default=True, help="Seconds to finish in after SIGTERM.")
+@serving_options
 def serve(device: str, **options: Any) -> None:
     """Answer HTTP requests; watches the adapter folder."""
     from gpt_serve.serve import ServeConfig, run
 
-    sys.exit(run(ServeConfig(device=_device(device), **options)))
+    sys.exit(run(ServeConfig(device=resolve_device(device), **options)))
+
+
+@main.command()
+@export_options
+@backbone_options
+@adapters_option
+@json_option
+def export(
+    task: str | None,
+    tasks: str | None,
+    every: bool,
+    output: Path | None,
+    add_to: Path | None,
+    kind: Any,
+    data: tuple[str, ...],
+    device: str,
+    adapters: Path,
+    as_json: bool,
+    backbone: str,
+    checkpoint: Path | None,
+    input_size: int | None,
+    **options: Any,
+) -> None:
+    """Write a verified ONNX graph of one task, or of one backbone for many."""
+    from gpt_serve.store import AdapterStore
+
+    if [task is not None, tasks is not None, every].count(True) != 1:
+        raise UsageError("name what to export: one of --task NAME, --tasks A,B,C and --all")
+    if (output is None) == (add_to is None) or (add_to is not None and task is None):
+        raise UsageError("name where to: --output FILE.onnx, or --add-to GRAPH.onnx with --task")
+    store = AdapterStore(adapters)
+    names = store.tasks() if every else [name.strip() for name in (tasks or task or "").split(",")]
+    if not names:
+        raise UsageError(f"no adapters in {adapters}: train one, or name another folder with --adapters")
+    for name in names:
+        store.load(name)
+    from gpt_serve.backbone import Backbone
+    from gpt_serve.export import ExportOptions, add_task, export_task, export_tasks
+    from gpt_serve.terminal import echo_exported
+
+    chosen = ExportOptions(input=kind, data=data_by_task(data, names), **options)
+    model = Backbone.load(backbone, checkpoint=checkpoint, input_size=input_size, device=resolve_device(device))
+    if add_to is not None:
+        result = add_task(model, store, names[0], add_to, chosen)
+    elif output is not None and task is not None:
+        result = export_task(model, store, task, output, chosen)
+    elif output is not None:
+        result = export_tasks(model, store, names, output, chosen)
+    if as_json:
+        click.echo(json.dumps(result))
+    else:
+        echo_exported(result)
 
 
 @main.command()
@@ -244,29 +293,8 @@ def inspect(task: str, plot: Path | None, adapters: Path, as_json: bool) -> None
 
 
 @main.command()
-@click.option(
-    "--only",
-    multiple=True,
-    type=click.Choice(["forward", "mixed", "http"]),
-    help="One of the benchmarks; repeat for more.  [default: all]",
-)
-@click.option(
-    "--backbone",
-    "backbones",
-    multiple=True,
-    default=[BUNDLED, "vit_small_patch16_224"],
-    show_default=True,
-    help="timm name of a plain ViT, given random weights, or the bundled one; repeat for more.",
-)
+@bench_options
 @device_option
-@click.option("--repeats", type=click.IntRange(1), default=20, show_default=True, help="Most rounds per comparison.")
-@click.option(
-    "--output",
-    type=click.Path(path_type=Path, file_okay=False),
-    default="benchmarks/results",
-    show_default=True,
-    help="Folder for results.json and tables.md.",
-)
 def bench(only: tuple[str, ...], backbones: tuple[str, ...], device: str, repeats: int, output: Path) -> None:
     """Measure prompts, mixed batches and HTTP against what they are built on."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the server under test is ended too
@@ -277,23 +305,12 @@ def bench(only: tuple[str, ...], backbones: tuple[str, ...], device: str, repeat
 
     make_folder(output)
     report = run_benchmarks(
-        backbones, _device(device), Plan(repeats), only=only, say=lambda text: click.echo(text, err=True)
+        backbones, resolve_device(device), Plan(repeats), only=only, say=lambda text: click.echo(text, err=True)
     )
     report.write(output)
     for table in report.tables():
         click.echo(f"\n{table.title}")
         echo_table(table.header, table.rows)
-
-
-def _device(name: str) -> str:
-    """``auto`` resolved."""
-    if re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        return name
-    if name != "auto":
-        raise UsageError(f"--device {name} is not a device: use auto, cpu, cuda or cuda:N")
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _engine(
@@ -308,7 +325,7 @@ def _engine(
     from gpt_serve.engine import Engine
     from gpt_serve.images import LOCAL_LIMITS
 
-    model = Backbone.load(backbone, checkpoint=checkpoint, input_size=input_size, device=_device(device))
+    model = Backbone.load(backbone, checkpoint=checkpoint, input_size=input_size, device=resolve_device(device))
     engine = Engine(model, store, limits=LOCAL_LIMITS)
     engine.bank.get(task)
     return engine

@@ -13,6 +13,7 @@ The message of each is one line for the person who caused it and says what to do
     │   ├── UnknownTask            no adapter of that name
     │   ├── InvalidAdapter         a file that is not a valid adapter
     │   └── BackboneMismatch       trained on another backbone
+    ├── ExportError            a graph that cannot be made, opened, or that does not answer as torch does
     ├── ImageError             an image that cannot be used
     │   ├── ImageTooLarge          too many bytes or pixels
     │   ├── UnsupportedImage       not JPEG, PNG or WebP
@@ -69,6 +70,10 @@ class InvalidAdapter(AdapterError):
 
 class BackboneMismatch(AdapterError):
     """The adapter was trained on a backbone with other weights."""
+
+
+class ExportError(GPTServeError):
+    """An ONNX graph that cannot be made or opened, or that does not answer as torch does."""
 
 
 class ImageError(GPTServeError):

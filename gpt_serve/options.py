@@ -1,10 +1,13 @@
 """The options that commands share."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
+
+from gpt_serve.errors import UsageError
 
 BUNDLED = "mae-vit-tiny-32"
 
@@ -75,3 +78,95 @@ training_options = _option_group(
     click.option("--skip-unreadable", is_flag=True, help="Train without the images that cannot be read."),
     click.option("--workers", type=click.IntRange(0, 256), default=2, show_default=True, help="Decoding processes."),
 )
+serving_options = _option_group(
+    click.option("--max-batch-size", type=int, default=32, show_default=True, help="Most images in a forward pass."),
+    click.option(
+        "--batch-timeout", type=float, default=0.002, show_default=True, help="Seconds to wait for batch-mates."
+    ),
+    click.option(
+        "--max-body-bytes", type=int, default=10 * 2**20, show_default=True, help="Largest request; then 413."
+    ),
+    click.option("--max-pixels", type=int, default=50_000_000, show_default=True, help="Largest image; then 413."),
+    click.option("--queue-limit", type=int, default=128, show_default=True, help="Most requests admitted; then 503."),
+    click.option("--deadline", type=float, default=30.0, show_default=True, help="Seconds to answer in; then 504."),
+    click.option("--drain", type=float, default=30.0, show_default=True, help="Seconds to finish in after SIGTERM."),
+)
+export_options = _option_group(
+    click.option("--task", help="One task, folded into a graph of its own."),
+    click.option("--tasks", help="Tasks for one graph with a bank, separated by commas."),
+    click.option("--all", "every", is_flag=True, help="All tasks of the folder in one graph with a bank."),
+    click.option("--output", type=click.Path(path_type=Path), help="The graph to write, FILE.onnx."),
+    click.option(
+        "--add-to", type=click.Path(path_type=Path), help="A graph with a bank, which gets --task; it stays as it is."
+    ),
+    click.option(
+        "--input",
+        "kind",
+        type=click.Choice(["uint8", "float"]),
+        default="uint8",
+        show_default=True,
+        help="RGB pixels (batch, H, W, 3), or normalised (batch, 3, H, W).",
+    ),
+    click.option("--logits", is_flag=True, help="Put out scores before the softmax, not probabilities."),
+    click.option("--precision", type=click.Choice(["fp32", "fp16", "int8"]), default="fp32", show_default=True),
+    click.option(
+        "--data",
+        multiple=True,
+        metavar="[TASK=]DIR",
+        help="Test images to verify on, as for eval; repeat for more tasks. int8 needs them.",
+    ),
+    click.option(
+        "--max-drop",
+        type=click.FloatRange(0, 100),
+        default=0.5,
+        show_default=True,
+        help="Percentage points of accuracy that int8 may lose.",
+    ),
+    click.option("--force", is_flag=True, help="Write an int8 graph that loses more."),
+)
+bench_options = _option_group(
+    click.option(
+        "--only",
+        multiple=True,
+        type=click.Choice(["forward", "mixed", "http"]),
+        help="One of the benchmarks; repeat for more.  [default: all]",
+    ),
+    click.option(
+        "--backbone",
+        "backbones",
+        multiple=True,
+        default=[BUNDLED, "vit_small_patch16_224"],
+        show_default=True,
+        help="timm name of a plain ViT, given random weights, or the bundled one; repeat for more.",
+    ),
+    click.option("--repeats", type=click.IntRange(1), default=20, show_default=True, help="Most rounds a comparison."),
+    click.option(
+        "--output",
+        type=click.Path(path_type=Path, file_okay=False),
+        default="benchmarks/results",
+        show_default=True,
+        help="Folder for results.json and tables.md.",
+    ),
+)
+
+
+def resolve_device(name: str) -> str:
+    """``auto`` resolved."""
+    if re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        return name
+    if name != "auto":
+        raise UsageError(f"--device {name} is not a device: use auto, cpu, cuda or cuda:N")
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def data_by_task(data: Sequence[str], tasks: Sequence[str]) -> dict[str, str]:
+    """``TASK=DIR``, or ``DIR`` alone for the only task."""
+    folders = {}
+    for item in data:
+        task, equals, folder = item.partition("=")
+        if not equals and len(tasks) > 1:
+            raise UsageError(f"--data {item} does not say for which task: --data TASK={item}")
+        folders[task if equals else tasks[0]] = folder if equals else item
+    return folders

@@ -60,7 +60,9 @@ def attention(
     if tau is not None:
         q = q / tau[:, None, None].to(q.dtype)
     if memory is not None:
-        k, v = (torch.cat([own, more.expand(len(x), -1, -1)], dim=1) for own, more in zip((k, v), memory, strict=True))
+        k, v = (
+            torch.cat([own, more.expand(x.shape[0], -1, -1)], dim=1) for own, more in zip((k, v), memory, strict=True)
+        )
     return attn.proj(attn.norm(_attend(q, k, v, attn.num_heads, mask)))  # type: ignore[no-any-return]
 
 
@@ -92,6 +94,7 @@ def _norm_heads(attn: Any, norm: nn.Module, x: Tensor) -> Tensor:
 def _attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None) -> Tensor:
     """Scaled dot-product attention of (B, rows, H*d) queries."""
     if torch.onnx.is_in_onnx_export():  # ONNX's own operator splits the heads itself: one node instead of a dozen
+        mask = None if mask is None else mask.expand(-1, -1, q.shape[1], -1)  # onnxruntime does not broadcast rows
         mixed: Tensor = torch.onnx.ops.attention(q, k, v, mask, q_num_heads=heads, kv_num_heads=heads)[0]
         return mixed
     q, k, v = (x.reshape(*x.shape[:2], heads, -1).transpose(1, 2) for x in (q, k, v))
@@ -107,7 +110,8 @@ def block(
     memory: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """The first ``rows`` rows of one frozen pre-norm transformer block (Eq. 2); arguments as in `attention`."""
-    y = x[:, :rows] + blk.ls1(attention(blk.attn, blk.norm1(x), tau, mask, rows, memory))
+    own = x if rows is None else x[:, :rows]
+    y = own + blk.ls1(attention(blk.attn, blk.norm1(x), tau, mask, rows, memory))
     return y + blk.ls2(blk.mlp(blk.norm2(y)))  # type: ignore[no-any-return]
 
 
@@ -137,7 +141,7 @@ def _gated_prompts(adapter: AdapterBatch, index: int, before: Tensor, after: Ten
     """
     keep = before
     if adapter.prompt.shape[1] > 1:
-        fresh = adapter.prompt[:, index + 1]
+        fresh = adapter.prompt[:, index + 1].to(before.dtype).expand_as(before)
         keep = fresh if adapter.deep is None else torch.where(adapter.deep[:, None, None], fresh, before)
     if adapter.plan.closed[index]:
         return keep
@@ -159,10 +163,11 @@ def pool(x: Tensor, adapter: AdapterBatch, prefix: int) -> Tensor:
     valid = adapter.valid(rows - adapter.prompts)
     if adapter.plan.pool == "mean" and valid is None:
         return x[:, prefix:].mean(dim=1)
-    mean = x.new_ones(1, rows) if valid is None else valid.to(x.dtype)
-    mean = torch.cat([torch.zeros_like(mean[:, :prefix]), mean[:, prefix:]], dim=1)
-    cls = F.one_hot(torch.zeros(1, dtype=torch.long, device=x.device), rows).to(x.dtype)
-    weights = torch.where(adapter.mean_pool[:, None], mean / mean.sum(dim=1, keepdim=True), cls)
+    position = torch.arange(rows, device=x.device)
+    mean = (position >= prefix)[None] if valid is None else valid & (position >= prefix)
+    weights = mean.to(x.dtype) / mean.sum(dim=1, keepdim=True)
+    if adapter.plan.pool is None:
+        weights = torch.where(adapter.mean_pool[:, None], weights, (position == 0).to(x.dtype))
     return torch.matmul(weights[:, None], x)[:, 0]
 
 
@@ -196,7 +201,7 @@ def prompted_features(model: Any, tokens: Tensor, adapter: AdapterBatch, on_bloc
         y = block(blk, x, None if tau is None else tau[:, index], mask, rows, memory)
         if carried:
             prompts = _gated_prompts(adapter, index, x[:, body:], y[:, body:])
-            y = torch.cat([y[:, :body], prompts.to(y.dtype).expand(batch, -1, -1)], dim=1)
+            y = torch.cat([y[:, :body], prompts.to(y.dtype)], dim=1)
         x = y
         if on_block is not None:
             on_block(index, x)

@@ -104,3 +104,18 @@ def echo_tasks(described: Sequence[TaskSummary | BrokenAdapter]) -> None:
         size = f"{item.nbytes / 1024:.0f} KiB"
         rows.append([item.task, item.method, item.backbone, str(item.classes), size, item.revision, accuracy])
     echo_table(["task", "method", "backbone", "classes", "size", "revision", "val"], rows)
+
+
+def echo_exported(result: dict[str, Any]) -> None:
+    """What was written, and how close it is to torch."""
+    reports = result["verification"] if "tasks" in result else {result["task"]: result["verification"]}
+    header = ("task", "images", "max abs difference", "top-1 agreement", "accuracy torch", "accuracy graph")
+    rows = []
+    for task, report in reports.items():
+        accuracy = report.get("accuracy")
+        shown = [f"{100 * accuracy[name]:.2f} %" for name in ("torch", "graph")] if accuracy else ["", ""]
+        difference, agreement = f"{report['max_abs_difference']:.1e}", f"{100 * report['top1_agreement']:.2f} %"
+        rows.append((task, str(report["images"]), difference, agreement, *shown))
+    echo_table(header, rows)
+    size = f", {result['size_bytes'] / 1e6:.1f} MB, {result['nodes']} nodes" if "nodes" in result else ""
+    click.echo(f"{result['output']}{size}")

@@ -32,6 +32,7 @@ NEIGHBOURS = {
     ("prompted", "adapter_batch"),
     ("evaluation", "engine"),
     ("evaluation", "train"),
+    ("export", "train"),
     ("cli", "bench"),
     ("cli", "options"),
     ("cli", "serve"),

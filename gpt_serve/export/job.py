@@ -1,0 +1,272 @@
+"""From adapters to verified graphs on disk."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gpt_serve.adapter import Adapter, revision_of
+from gpt_serve.adapter_batch import AdapterBatch
+from gpt_serve.backbone import Backbone
+from gpt_serve.errors import ExportError, UsageError
+from gpt_serve.export.files import EXTERNAL_BYTES, bank_folder, quantize, save, set_metadata, staged
+from gpt_serve.export.graphs import Form, InputKind, multi_graph, single_graph
+from gpt_serve.export.session import FORMAT, Array, Graph, bank_inputs
+from gpt_serve.export.verify import Answer, Tally, check, check_accuracy, verify
+from gpt_serve.images import normalize
+from gpt_serve.store import AdapterStore
+
+Precision = Literal["fp32", "fp16", "int8"]
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How to export.
+
+    Attributes:
+        input: ``uint8`` RGB pixels (B, h, w, 3), or ``float``: normalised (B, 3, h, w).
+        logits: scores before the softmax instead of probabilities.
+        data: image folders by task, for verification; int8 needs one for each task.
+        max_drop: percentage points of accuracy that int8 may lose.
+        force: keep an int8 graph that loses more.
+        external_bytes: weights of more bytes go to a file of their own.
+    """
+
+    input: InputKind = "uint8"
+    logits: bool = False
+    precision: Precision = "fp32"
+    data: Mapping[str, str] | None = None
+    max_drop: float = 0.5
+    force: bool = False
+    external_bytes: int = EXTERNAL_BYTES
+
+    @property
+    def form(self) -> Form:
+        """Of the graph before quantization."""
+        return Form(self.input, self.logits, self.precision == "fp16")
+
+    def check(self, tasks: Sequence[str]) -> None:
+        """Raise `UsageError` unless the data are those of ``tasks``, as far as they are needed."""
+        given = set(self.data or {})
+        if unknown := sorted(given - set(tasks)):
+            raise UsageError(f"--data names {unknown[0]!r}, which is not exported: use one of {', '.join(tasks)}")
+        if self.precision == "int8" and (missing := sorted(set(tasks) - given)):
+            raise UsageError(
+                f"int8 measures what it costs: pass --data {missing[0]}=DIR with test images of {missing[0]!r}"
+            )
+
+
+def export_task(
+    backbone: Backbone, store: AdapterStore, task: str, output: Path, options: ExportOptions = ExportOptions()
+) -> dict[str, Any]:
+    """Write the folded graph of one task, verified; nothing is written unless it answers as torch does.
+
+    Returns:
+        ``task``, ``revision``, ``output``, ``size_bytes``, ``nodes`` and the ``verification``.
+
+    Raises:
+        AdapterError: the adapter cannot be used with this backbone.
+        ExportError: ``output`` cannot be written, or the graph does not answer as torch does.
+    """
+    options.check([task])
+    adapter, revision = _load(backbone, store, task)
+    with staged(output) as folder:
+        path = folder / output.name
+        metadata = _metadata(backbone, "single", options) | {
+            "task": task,
+            "revision": revision,
+            "labels": json.dumps(adapter.labels, ensure_ascii=False),
+            "preprocess": json.dumps(adapter.preprocess.to_dict()),
+        }
+        model = single_graph(backbone, adapter, options.form)
+        nodes = len(model.graph)
+        save(model, path, metadata, options.external_bytes)
+        _finish(path, options)
+        tally = _verify(backbone, adapter, _single_answer(Graph(path), adapter), options)
+        set_metadata(path, metadata | {"verification": json.dumps(tally.to_dict())})
+        size = _size(folder)
+    return {
+        "task": task,
+        "revision": revision,
+        "output": str(output),
+        "size_bytes": size,
+        "nodes": nodes,
+        "verification": tally.to_dict(),
+    }
+
+
+def export_tasks(
+    backbone: Backbone, store: AdapterStore, tasks: Sequence[str], output: Path, options: ExportOptions
+) -> dict[str, Any]:
+    """Write one graph for many tasks and its bank, verified task by task and mixed.
+
+    Returns:
+        ``tasks`` (name to revision), ``output``, ``size_bytes``, ``nodes`` and the ``verification`` by task.
+
+    Raises:
+        AdapterError, ExportError: as `export_task`.
+        UsageError: the graph takes pixels only.
+    """
+    options.check(tasks)
+    if options.input != "uint8":
+        raise UsageError("a graph for many tasks takes uint8 pixels: leave --input out, or export one --task")
+    adapters = {task: _load(backbone, store, task)[0] for task in sorted(set(tasks))}
+    pool = next(iter(adapters.values())).pool
+    for adapter in adapters.values():
+        _check_shared(adapter, backbone, pool)
+    deep = any(adapter.deep for adapter in adapters.values())
+    with staged(output) as folder:
+        path = folder / output.name
+        metadata = _metadata(backbone, "multi", options) | {
+            "preprocess": json.dumps(backbone.spec.preprocess.to_dict()),
+            "pool": pool,
+            "deep": str(int(deep)),
+        }
+        model = multi_graph(backbone, pool, deep, options.form)
+        nodes = len(model.graph)
+        save(model, path, metadata, options.external_bytes)
+        _finish(path, options)
+        tallies = _verify_bank(backbone, Graph(path), adapters, options)
+        reports = {task: tally.to_dict() for task, tally in tallies.items()}
+        set_metadata(path, metadata | {"verification": json.dumps(_worst(tallies) | {"tasks": reports})})
+        bank = folder / bank_folder(output).name
+        bank.mkdir()
+        revisions = {task: _write_bank_file(bank, adapter) for task, adapter in adapters.items()}
+        size = _size(folder)
+    return {"tasks": revisions, "output": str(output), "size_bytes": size, "nodes": nodes, "verification": reports}
+
+
+def add_task(
+    backbone: Backbone, store: AdapterStore, task: str, graph: Path, options: ExportOptions = ExportOptions()
+) -> dict[str, Any]:
+    """Put one more task, or a new revision of one, into the bank of an exported graph; the graph stays as it is.
+
+    Raises:
+        AdapterError: as `export_task`.
+        ExportError: the graph is not one for many tasks of this backbone, or has no place for this adapter.
+    """
+    opened = Graph(graph)
+    if opened.metadata["kind"] != "multi":
+        raise ExportError(f"{graph} is a graph of one task: export it again with --tasks to add more")
+    if opened.metadata["backbone_sha256"] != backbone.fingerprint:
+        raise ExportError(
+            f"{graph} was exported from {opened.metadata['backbone']} ({opened.metadata['backbone_sha256'][:12]}), "
+            f"not from {backbone.name} ({backbone.fingerprint[:12]}): name its --backbone"
+        )
+    options = replace(options, precision=opened.metadata["precision"])  # type: ignore[arg-type]
+    options.check([task])
+    adapter, _ = _load(backbone, store, task)
+    _check_shared(adapter, backbone, opened.metadata["pool"])
+    tally = _verify_bank(backbone, opened, {task: adapter}, options)[task]
+    try:
+        bank_folder(graph).mkdir(exist_ok=True)
+        revision = _write_bank_file(bank_folder(graph), adapter)
+    except OSError as error:
+        raise ExportError(f"{bank_folder(graph)} cannot be written: {error.strerror}") from error
+    return {"task": task, "revision": revision, "output": str(graph), "verification": tally.to_dict()}
+
+
+def _load(backbone: Backbone, store: AdapterStore, task: str) -> tuple[Adapter, str]:
+    """The adapter and its revision."""
+    stored = store.load(task, backbone.spec)
+    if stored.adapter.method == "full":
+        raise ExportError(f"{task!r} was trained with method full, which is no adapter: export the fine-tuned model")
+    return stored.adapter, stored.revision
+
+
+def _metadata(backbone: Backbone, kind: str, options: ExportOptions) -> dict[str, str]:
+    return {
+        "format": FORMAT,
+        "kind": kind,
+        "backbone": backbone.name,
+        "backbone_sha256": backbone.fingerprint,
+        "input": options.input,
+        "output": options.form.output,
+        "precision": options.precision,
+    }
+
+
+def _finish(path: Path, options: ExportOptions) -> None:
+    if options.precision == "int8":
+        quantize(path, options.external_bytes)
+
+
+def _verify(backbone: Backbone, adapter: Adapter, answer: Answer, options: ExportOptions) -> Tally:
+    tally = verify(backbone, adapter, answer, (options.data or {}).get(adapter.task))
+    check(tally, options.precision, adapter.task)
+    if options.precision == "int8":
+        check_accuracy(tally, options.max_drop, options.force, adapter.task)
+    return tally
+
+
+def _verify_bank(
+    backbone: Backbone, graph: Graph, adapters: Mapping[str, Adapter], options: ExportOptions
+) -> dict[str, Tally]:
+    """Each task in batches that it shares with all of the others."""
+    tensors = [AdapterBatch.of(adapter, backbone.spec, "cpu") for adapter in adapters.values()]
+    heads = [(adapter.head_weight, adapter.head_bias) for adapter in adapters.values()]
+    bank = bank_inputs(tensors, heads, graph)
+    return {
+        task: _verify(backbone, adapter, _mixed_answer(graph, bank, row, len(adapter.labels)), options)
+        for row, (task, adapter) in enumerate(adapters.items())
+    }
+
+
+def _single_answer(graph: Graph, adapter: Adapter) -> Answer:
+    mean, std = (torch.tensor([values]) for values in (adapter.preprocess.mean, adapter.preprocess.std))
+
+    def answer(images: Tensor) -> Array:
+        if graph.metadata["input"] == "float":
+            return graph.probabilities({"images": normalize(images, mean, std).numpy()})
+        return graph.probabilities({"images": images.permute(0, 2, 3, 1).numpy()})
+
+    return answer
+
+
+def _mixed_answer(graph: Graph, bank: Mapping[str, Array], row: int, classes: int) -> Answer:
+    """The answers of task ``row`` when every image is followed by the same one for the next task of the bank."""
+    neighbour = (row + 1) % len(bank["counts"])
+
+    def answer(images: Tensor) -> Array:
+        pixels = images.permute(0, 2, 3, 1).numpy().repeat(2, axis=0)
+        index = np.tile(np.array([row, neighbour]), len(images))
+        return graph.probabilities({"images": pixels, "index": index, **bank})[::2, :classes]
+
+    return answer
+
+
+def _check_shared(adapter: Adapter, backbone: Backbone, pool: str) -> None:
+    """What all tasks of a graph have in common."""
+    own, shared = adapter.preprocess, backbone.spec.preprocess
+    if (own.mean, own.std) != (shared.mean, shared.std):
+        raise ExportError(f"{adapter.task!r} is normalised with other values than its backbone: export it alone")
+    if adapter.pool != pool:
+        raise ExportError(f"{adapter.task!r} pools by {adapter.pool}, the graph by {pool}: export it alone")
+
+
+def _write_bank_file(folder: Path, adapter: Adapter) -> str:
+    """Write the adapter beside the graph, in place at once; returns its revision."""
+    data = adapter.to_bytes()
+    path = folder / f"{adapter.task}.safetensors"
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(data)
+    partial.replace(path)
+    return revision_of(data)
+
+
+def _worst(tallies: Mapping[str, Tally]) -> dict[str, Any]:
+    total = Tally(
+        max_abs_difference=max(tally.max_abs_difference for tally in tallies.values()),
+        images=sum(tally.images for tally in tallies.values()),
+        agreed=sum(tally.agreed for tally in tallies.values()),
+    )
+    return total.to_dict()
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

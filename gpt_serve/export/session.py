@@ -1,0 +1,139 @@
+"""Exported graphs in onnxruntime: open, check, run."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gpt_serve.adapter_batch import AdapterBatch
+from gpt_serve.errors import ExportError
+
+FORMAT = "gpt-serve-onnx/1"
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+
+Array = NDArray[Any]
+
+
+class Graph:
+    """An exported graph, ready to run.
+
+    Args:
+        path: the ``.onnx`` file; large weights lie beside it.
+        device: ``cpu``, ``cuda`` or ``cuda:N``.
+        threads: for the CPU; None lets onnxruntime choose.
+
+    Raises:
+        ExportError: the file cannot be opened, is not ours, or would not run on ``device``.
+    """
+
+    def __init__(self, path: Path, device: str = "cpu", threads: int | None = None) -> None:
+        self.device = device
+        self._session = _open(path, device, threads)
+        self.metadata: Mapping[str, str] = self._session.get_modelmeta().custom_metadata_map
+        if self.metadata.get("format") != FORMAT:
+            raise ExportError(f"{path} is not a graph that gpt-serve exported: make one with gpt-serve export")
+        self.inputs = {item.name: item.type for item in self._session.get_inputs()}
+        self._output = self._session.get_outputs()[0].name
+
+    def probabilities(self, inputs: Mapping[str, Array]) -> Array:
+        """One run; logits are turned into probabilities. Returns (B, C) float32.
+
+        Raises:
+            ExportError: the task index is out of range; onnxruntime would take -1 for the last task.
+        """
+        if "index" in inputs:
+            check_index(inputs["index"], len(inputs["counts"]))
+        binding = self._session.io_binding()
+        kind, _, number = self.device.partition(":")
+        for name, array in inputs.items():
+            value = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), kind, int(number or 0))
+            binding.bind_ortvalue_input(name, value)
+        binding.bind_output(self._output, "cpu")
+        self._session.run_with_iobinding(binding)
+        scores: Array = binding.copy_outputs_to_cpu()[0]
+        if self.metadata["output"] == "logits":
+            return torch.from_numpy(scores).softmax(dim=1).numpy()
+        return scores
+
+    def json(self, key: str) -> Any:
+        """A value of the metadata that holds JSON."""
+        return json.loads(self.metadata[key])
+
+
+def _open(path: Path, device: str, threads: int | None) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    # Threads that spin between runs take the cores from whatever runs next: decoding, the HTTP process.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    providers: list[Any] = [CPU]
+    if device != "cpu":
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        providers = [(CUDA, {"device_id": int(device.partition(":")[2] or 0)})]
+        if CUDA not in ort.get_available_providers():
+            raise ExportError(f"onnxruntime has no CUDA provider here: use --device cpu or install {CUDA_EXTRA}")
+    try:
+        session = ort.InferenceSession(path, options, providers=providers)
+    except Exception as error:  # onnxruntime's exceptions share no base but this
+        raise ExportError(f"{path} does not open in onnxruntime: {_one_line(error)}") from error
+    if device != "cpu" and session.get_providers()[0] != CUDA:
+        raise ExportError(f"onnxruntime fell back from CUDA to the CPU: install {CUDA_EXTRA}, or use --device cpu")
+    return session
+
+
+CUDA_EXTRA = "onnxruntime-gpu[cuda,cudnn]"
+
+
+def check_index(index: Array, tasks: int) -> None:
+    """Raise `ExportError` unless all of ``index`` are rows of a bank of ``tasks``."""
+    if index.size and (index.min() < 0 or index.max() >= tasks):
+        raise ExportError(f"task index {index.min()}..{index.max()} is outside of the bank's {tasks} tasks")
+
+
+def bank_inputs(
+    adapters: Sequence[AdapterBatch], heads: Sequence[tuple[Tensor, Tensor]], graph: Graph
+) -> dict[str, Array]:
+    """The bank of a multi-task graph, see `graphs.MultiTask`; one ``A = 1`` batch and one head for each task.
+
+    Raises:
+        ExportError: prompts for every block, and the graph has no place for them.
+    """
+    deep = "is_deep" in graph.inputs
+    stacked = AdapterBatch.stack(adapters)
+    layers = [adapter.prompt.shape[1] for adapter in adapters]
+    if max(layers) > 1 and not deep:
+        raise ExportError("the graph has no place for prompts in every block: export it again with all of its tasks")
+    tasks, depth = len(adapters), stacked.gate.shape[1] + 1
+    padding = (0, 0, 0, max(0, 1 - stacked.prompts), 0, depth - stacked.prompt.shape[1] if deep else 0)
+    classes = max(len(bias) for _, bias in heads)
+    bank = {
+        "prompt": torch.nn.functional.pad(stacked.prompt, padding),
+        "counts": torch.tensor([adapter.prompts for adapter in adapters]),
+        "gate": stacked.gate,
+        "tau": torch.ones(tasks, depth) if stacked.tau is None else stacked.tau,
+        "head_weight": torch.stack([_pad_rows(weight, classes, 0.0) for weight, _ in heads]),
+        "head_bias": torch.stack([_pad_rows(bias, classes, float("-inf")) for _, bias in heads]),
+    }
+    if deep:
+        bank["is_deep"] = torch.tensor([count > 1 for count in layers])
+    if "mean_pool" in graph.inputs:
+        bank["mean_pool"] = stacked.mean_pool
+    return {name: tensor.cpu().numpy() for name, tensor in bank.items()}
+
+
+def _pad_rows(tensor: Tensor, rows: int, value: float) -> Tensor:
+    """(C, ...) to (rows, ...)."""
+    padded = tensor.new_full((rows, *tensor.shape[1:]), value)
+    padded[: len(tensor)] = tensor
+    return padded
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
