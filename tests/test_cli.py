@@ -21,7 +21,7 @@ from gpt_serve.store import FILE_NAME, AdapterStore
 from tests.factories import make_adapter
 
 LABELS = ("ant", "bee", "cow")
-COMMANDS = ("train", "eval", "predict", "serve", "tasks", "inspect", "bench")
+COMMANDS = ("train", "eval", "predict", "serve", "tasks", "inspect", "bench", "export")
 
 
 @pytest.fixture(scope="module")

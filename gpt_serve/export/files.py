@@ -1,5 +1,6 @@
 """Graphs on disk: metadata, external weights, int8, and all or nothing."""
 
+import logging
 import os
 import shutil
 import tempfile
@@ -78,7 +79,10 @@ def set_metadata(path: Path, metadata: Mapping[str, str]) -> None:
 
 
 def quantize(path: Path, external_bytes: int = EXTERNAL_BYTES) -> None:
-    """Turn the graph's matrix products into int8 ones: weights per output channel, activations as they come."""
+    """Turn the graph's matrix products into int8 ones, but for the head: it is small and decides.
+
+    Weights are scaled per output channel, activations over the whole batch as it comes.
+    """
     from onnxruntime.quantization import QuantType, quantize_dynamic  # takes a second
 
     external = path.with_name(path.name + DATA_SUFFIX)
@@ -86,11 +90,17 @@ def quantize(path: Path, external_bytes: int = EXTERNAL_BYTES) -> None:
     external.unlink(missing_ok=True)
     weights = sum(len(tensor.raw_data) for tensor in model.graph.initializer)
     del model.graph.value_info[:]  # the exporter's shapes confuse the quantizer
-    quantize_dynamic(
-        model,
-        path,
-        op_types_to_quantize=["MatMul"],
-        per_channel=True,
-        weight_type=QuantType.QInt8,
-        use_external_data_format=weights > external_bytes,
-    )
+    heads = [f"{node.name}_MatMul" for node in model.graph.node if node.op_type == "Gemm"]  # as the quantizer names it
+    logging.disable(logging.WARNING)  # it recommends what has been done
+    try:
+        quantize_dynamic(
+            model,
+            path,
+            op_types_to_quantize=["MatMul"],
+            nodes_to_exclude=heads,
+            per_channel=True,
+            weight_type=QuantType.QInt8,
+            use_external_data_format=weights > external_bytes,
+        )
+    finally:
+        logging.disable(logging.NOTSET)

@@ -107,7 +107,7 @@ def check(tally: Tally, precision: str, task: str) -> None:
 
 def check_accuracy(tally: Tally, max_drop: float, force: bool, task: str) -> None:
     """Raise `ExportError` when the graph loses more than ``max_drop`` percentage points and ``force`` is not set."""
-    drop = 100 * (tally.accuracy("torch") - tally.accuracy("graph"))
+    drop = 100 * (tally.correct["torch"] - tally.correct["graph"]) / tally.labelled
     if drop > max_drop and not force:
         raise ExportError(
             f"int8 loses {drop:.2f} points of accuracy on {task!r} ({tally.labelled} images), {max_drop:g} are "

@@ -1,0 +1,205 @@
+"""Exported graphs, run by onnxruntime, against the slow reference of the paper's equations."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+from torch import Tensor
+
+from gpt_serve.adapter import Adapter
+from gpt_serve.adapter_batch import AdapterBatch
+from gpt_serve.backbone import Backbone
+from gpt_serve.errors import ExportError
+from gpt_serve.export import graphs
+from gpt_serve.export.graphs import Form, multi_graph, single_graph
+from gpt_serve.export.session import Graph, bank_inputs, check_index
+from gpt_serve.images import normalize
+from gpt_serve.specs import Pool
+from tests import reference
+from tests.export.running import open_graph
+from tests.factories import make_adapter
+from tests.tiny_vit import METHODS, PREPROCESS, tiny_backbone
+
+INF = float("inf")
+
+
+def pixels(count: int) -> Tensor:
+    """uint8 (count, 3, 16, 16)."""
+    return torch.randint(0, 256, (count, 3, 16, 16), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
+
+
+def normalized(images: Tensor) -> Tensor:
+    return normalize(images, torch.tensor([PREPROCESS.mean]), torch.tensor([PREPROCESS.std]))
+
+
+def expected_logits(backbone: Backbone, adapter: Adapter, images: Tensor) -> np.ndarray:
+    """The slow reference, image by image."""
+    learned = {"prompt": adapter.prompt, "gamma": adapter.gamma, "tau": adapter.tau}
+    head = {"head_weight": adapter.head_weight, "head_bias": adapter.head_bias}
+    results = [
+        reference.forward(backbone.model, image, pool=adapter.pool, **head, **learned) for image in normalized(images)
+    ]
+    return torch.stack([result.logits for result in results]).numpy()
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    return torch.from_numpy(logits).softmax(dim=1).numpy()
+
+
+def nhwc(images: Tensor) -> np.ndarray:
+    return np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())
+
+
+def run(model: ir.Model, **inputs: np.ndarray) -> np.ndarray:
+    session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, inputs)[0]
+
+
+@pytest.fixture(scope="module")
+def shallow(tiny: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Graph:
+    """For any number of tasks on the tiny backbone, mean pooling, without prompts in every block."""
+    return open_graph(multi_graph(tiny, "mean", False, Form()), tmp_path_factory.mktemp("shallow"))
+
+
+@pytest.mark.parametrize(("method", "pool"), [*zip(METHODS, ["cls", "mean"] * 3, strict=True), ("gated", "mean")])
+def test_one_task_equals_the_reference(method: str, pool: Pool) -> None:
+    backbone = tiny_backbone(pool)
+    adapter = make_adapter(backbone.spec, method=method)
+    session_input = pixels(7)
+    model = single_graph(backbone, adapter, Form())
+    expected = softmax(expected_logits(backbone, adapter, session_input))
+    for batch in (1, 2, 7):
+        actual = run(model, images=nhwc(session_input[:batch]))
+        assert actual.dtype == np.float32
+        np.testing.assert_allclose(actual, expected[:batch], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [{"reg_tokens": 3, "no_embed_class": True, "init_values": 0.5}, {"qk_norm": True}, {"pre_norm": True}]
+)
+def test_other_backbones_equal_the_reference(options: dict[str, object]) -> None:
+    backbone = tiny_backbone("cls", **options)
+    adapter = make_adapter(backbone.spec, method="gated", gamma=torch.tensor([-INF, 0.5]))
+    actual = run(single_graph(backbone, adapter, Form()), images=nhwc(pixels(3)))
+    np.testing.assert_allclose(actual, softmax(expected_logits(backbone, adapter, pixels(3))), atol=1e-5)
+
+
+def test_float_input_and_logits(tiny: Backbone) -> None:
+    adapter = make_adapter(tiny.spec)
+    model = single_graph(tiny, adapter, Form(input="float", logits=True))
+    assert [output.name for output in model.graph.outputs] == ["logits"]
+    actual = run(model, images=normalized(pixels(3)).numpy())
+    np.testing.assert_allclose(actual, expected_logits(tiny, adapter, pixels(3)), atol=1e-4)
+
+
+def test_float16_is_close_and_half_the_size(tiny: Backbone) -> None:
+    adapter = make_adapter(tiny.spec)
+    half, full = (single_graph(tiny, adapter, Form(half=value)) for value in (True, False))
+    actual = run(half, images=nhwc(pixels(3)))
+    assert actual.dtype == np.float32
+    np.testing.assert_allclose(actual, softmax(expected_logits(tiny, adapter, pixels(3))), atol=2e-2)
+    sizes = [ir.to_proto(model).ByteSize() for model in (half, full)]
+    assert sizes[0] < 0.75 * sizes[1]  # nodes weigh much in so small a model
+
+
+def test_only_standard_operators_and_no_traces_of_this_machine(tiny: Backbone) -> None:
+    proto = ir.to_proto(single_graph(tiny, make_adapter(tiny.spec), Form()))
+    onnx.checker.check_model(proto, full_check=True)
+    assert {node.domain for node in proto.graph.node} == {""}
+    assert [item.version for item in proto.opset_import if item.domain == ""] == [23]
+    operators = [node.op_type for node in proto.graph.node]
+    assert operators.count("Attention") == 3
+    assert not {"Sigmoid", "Div", "Clip"} & set(operators), "gates and temperatures are folded"
+    assert str(Path(__file__).parents[2]).encode() not in proto.SerializeToString()
+
+
+def rows_of(model: ir.Model, operator: str) -> list[int]:
+    """Rows (axis 1) that each ``operator`` puts out."""
+    proto = onnx.shape_inference.infer_shapes(ir.to_proto(model))
+    shapes = {info.name: info.type.tensor_type.shape.dim for info in proto.graph.value_info}
+    return [shapes[node.output[0]][1].dim_value for node in proto.graph.node if node.op_type == operator]
+
+
+def test_closed_gates_and_pooling_drop_rows() -> None:
+    """17 prefix and patch rows, 3 prompts."""
+    cases = [("cls", [0.5, 0.5], [20, 20, 1]), ("cls", [-INF, -INF], [17, 17, 1]), ("mean", [-INF, 0.5], [17, 20, 20])]
+    for pool, gamma, rows in cases:
+        backbone = tiny_backbone(pool)
+        adapter = make_adapter(backbone.spec, gamma=torch.tensor(gamma))
+        assert rows_of(single_graph(backbone, adapter, Form()), "Gelu") == rows
+
+
+BANK = {
+    "gated": {},
+    "short": {"prompts": 1, "seed": 5},
+    "linear": {"method": "linear", "classes": 2},
+    "many": {"method": "vpt-shallow", "prompts": 6, "classes": 9},
+}
+
+
+def bank_of(adapters: list[Adapter], backbone: Backbone, graph: Graph) -> dict[str, np.ndarray]:
+    tensors = [AdapterBatch.of(adapter, backbone.spec, "cpu") for adapter in adapters]
+    return bank_inputs(tensors, [(adapter.head_weight, adapter.head_bias) for adapter in adapters], graph)
+
+
+@pytest.mark.parametrize(("deep", "pool"), [(False, "mean"), (False, "cls"), (True, None)])
+def test_many_tasks_in_one_batch_equal_the_reference(
+    deep: bool, pool: Pool | None, shallow: Graph, tmp_path: Path
+) -> None:
+    backbone = tiny_backbone(pool or "mean")
+    adapters = [make_adapter(backbone.spec, name, **options) for name, options in BANK.items()]
+    if deep:
+        adapters.append(make_adapter(backbone.spec, "deep", method="gated-deep"))
+    if pool is None:
+        adapters.append(make_adapter(backbone.spec, "other", pool="cls"))
+    shared = not deep and pool == "mean"
+    graph = shallow if shared else open_graph(multi_graph(backbone, pool, deep, Form()), tmp_path)
+    bank = bank_of(adapters, backbone, graph)
+    index = np.array([2, 0, len(adapters) - 1, 3, 1, 0, 3])
+    actual = graph.probabilities({"images": nhwc(pixels(7)), "index": index, **bank})
+    for row, slot in enumerate(index):
+        adapter = adapters[slot]
+        expected = softmax(expected_logits(backbone, adapter, pixels(7)[row : row + 1]))[0]
+        np.testing.assert_allclose(actual[row, : len(expected)], expected, atol=1e-5)
+        assert not actual[row, len(expected) :].any(), "classes that the task has not"
+    one = {name: values[2:3] for name, values in bank.items()}  # a bank of one, a batch of one
+    alone = graph.probabilities({"images": nhwc(pixels(1)), "index": np.array([0]), **one})
+    np.testing.assert_allclose(alone[0], actual[0], atol=1e-6)
+
+
+def test_a_bank_of_linear_probes_alone(tiny: Backbone, shallow: Graph) -> None:
+    """No task has a prompt; the graph still wants a row of them."""
+    adapters = [make_adapter(tiny.spec, "a", method="linear"), make_adapter(tiny.spec, "b", method="linear", seed=9)]
+    bank = bank_of(adapters, tiny, shallow)
+    assert bank["prompt"].shape == (2, 1, 1, 24) and not bank["counts"].any()
+    actual = shallow.probabilities({"images": nhwc(pixels(2)), "index": np.array([1, 1]), **bank})
+    np.testing.assert_allclose(actual, softmax(expected_logits(tiny, adapters[1], pixels(2))), atol=1e-5)
+
+
+def test_a_shallow_graph_refuses_deep_prompts(tiny: Backbone, shallow: Graph) -> None:
+    with pytest.raises(ExportError, match="no place for prompts in every block"):
+        bank_of([make_adapter(tiny.spec, method="vpt-deep")], tiny, shallow)
+
+
+@pytest.mark.parametrize("index", [[-1], [0, 3], [99]])
+def test_an_index_outside_of_the_bank_is_refused(index: list[int]) -> None:
+    with pytest.raises(ExportError, match="outside of the bank's 3 tasks"):
+        check_index(np.array(index), 3)
+
+
+def test_the_index_is_checked_before_the_run(tiny: Backbone, shallow: Graph) -> None:
+    bank = bank_of([make_adapter(tiny.spec)], tiny, shallow)
+    with pytest.raises(ExportError, match="outside"):
+        shallow.probabilities({"images": nhwc(pixels(1)), "index": np.array([-1]), **bank})
+
+
+def test_an_axis_that_became_a_constant_is_noticed(tiny: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch specialises such an axis in silence."""
+    scores = graphs.SingleTask.scores
+    monkeypatch.setattr(graphs.SingleTask, "scores", lambda self, logits: scores(self, logits.reshape(len(logits), -1)))
+    with pytest.raises(RuntimeError, match="axis 0 of images was taken for a constant"):
+        single_graph(tiny, make_adapter(tiny.spec), Form())
