@@ -28,6 +28,14 @@ TAU_MAX = 10.0
 OnBlock = Callable[[int, Tensor], None]
 
 
+class SplitProjection(nn.Module):
+    """In place of an attention's fused ``qkv``: three linear layers (D -> H*d), as exported graphs have them."""
+
+    def __init__(self, q: nn.Linear, k: nn.Linear, v: nn.Linear) -> None:
+        super().__init__()
+        self.q, self.k, self.v = q, k, v
+
+
 def embed(model: Any, images: Tensor) -> Tensor:
     """Normalised images (B, 3, H, W) to the input tokens of block 0 without prompts, (B, prefix + N, D) (Eq. 1)."""
     tokens: Tensor = model.norm_pre(model._pos_embed(model.patch_embed(images)))
@@ -68,16 +76,21 @@ def attention(
 
 def _project(attn: Any, x: Tensor, rows: int | None) -> tuple[Tensor, Tensor, Tensor]:
     """Queries of the first ``rows`` rows (B, rows, H*d), keys and values of all (B, S, H*d)."""
+    own = x if rows is None else x[:, :rows]
+    if isinstance(attn.qkv, SplitProjection):
+        return attn.qkv.q(own), *_keys_and_values(attn, x)
     if rows is None:
         q, k, v = attn.qkv(x).chunk(3, dim=-1)
         return q, k, v
     weight, bias, width = attn.qkv.weight, attn.qkv.bias, attn.attn_dim
-    q = F.linear(x[:, :rows], weight[:width], None if bias is None else bias[:width])
+    q = F.linear(own, weight[:width], None if bias is None else bias[:width])
     return q, *_keys_and_values(attn, x)
 
 
 def _keys_and_values(attn: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """(B, S, D) -> two of (B, S, H*d), the keys before their norm."""
+    if isinstance(attn.qkv, SplitProjection):
+        return attn.qkv.k(x), attn.qkv.v(x)
     weight, bias, width = attn.qkv.weight, attn.qkv.bias, attn.attn_dim
     k, v = F.linear(x, weight[width:], None if bias is None else bias[width:]).chunk(2, dim=-1)
     return k, v

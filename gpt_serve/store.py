@@ -32,12 +32,17 @@ class Signature:
 
 @dataclass(frozen=True, eq=False)
 class StoredAdapter:
-    """An adapter with the revision and signature of the very bytes it was read from."""
+    """An adapter with the very bytes it was read from, their revision and the file's signature."""
 
     adapter: Adapter
+    data: bytes
     revision: str
-    nbytes: int
     signature: Signature
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the file."""
+        return len(self.data)
 
 
 @dataclass(frozen=True)
@@ -155,7 +160,7 @@ class AdapterStore:
         try:
             data, signature = _read(path)
             adapter = _parse(data, task, spec or self.spec)
-            return StoredAdapter(adapter, revision_of(data), len(data), signature)
+            return StoredAdapter(adapter, data, revision_of(data), signature)
         except OSError as error:
             raise _unreadable(task, error) from error
         except AdapterError as error:

@@ -17,6 +17,7 @@ from gpt_serve.bench.timing import Plan, Row
 from gpt_serve.errors import UsageError
 
 TITLES = {
+    "export": "Exported graphs: a naive export against torch and the folded ones",
     "forward": "Forward pass: timm's own against the prompted one",
     "mixed": "Batches: one task against many, through the engine",
     "http": "Server: the engine alone against saturated HTTP",
@@ -46,11 +47,13 @@ class Report:
         machine: what it ran on.
         plan: how long each comparison was measured.
         rows: what came out; benchmarks and backbones in one piece each.
+        command: what ran them.
     """
 
     machine: dict[str, Any]
     plan: Plan
     rows: Sequence[Row]
+    command: str = "gpt-serve bench"
 
     def tables(self) -> list[Table]:
         """One per benchmark and backbone."""
@@ -65,7 +68,7 @@ class Report:
     def markdown(self) -> str:
         """Machine and tables."""
         facts = [f"- {name.replace('_', ' ')}: {value}" for name, value in self.machine.items()]
-        head = ["# Results", "", "Written by `gpt-serve bench`; [how to read this](../README.md).", "", *facts, ""]
+        head = ["# Results", "", f"Written by `{self.command}`; [how to read this](../README.md).", "", *facts, ""]
         return "\n".join([*head, *(table.markdown() for table in self.tables())])
 
     def write(self, folder: Path) -> None:

@@ -11,16 +11,18 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from gpt_serve.prompted import TAU_MAX, TAU_MIN
+from gpt_serve.prompted import TAU_MAX, TAU_MIN, SplitProjection
 from gpt_serve.specs import Preprocess
 
 
 @torch.no_grad()
 def fold_backbone(model: VisionTransformer) -> VisionTransformer:
-    """A copy of ``model`` with LayerScale in the weights and the prefix tokens' positions in the tokens."""
+    """A copy of ``model`` with LayerScale in the weights, ``qkv`` apart, and positions in the prefix tokens."""
     folded = copy.deepcopy(model)
-    for blk in folded.blocks:
+    blocks: Any = folded.blocks
+    for blk in blocks:
         _fold_layer_scale(blk)
+        _split_projection(blk.attn)
     _fold_positions(folded)
     return folded
 
@@ -30,15 +32,16 @@ def fold_temperatures(model: VisionTransformer, tau: Tensor) -> None:
     """Let the queries of each block be divided by its temperature: by their norm where there is one, else by ``Wq``.
 
     Args:
+        model: from `fold_backbone`.
         tau: (L,), clamped as the forward pass does.
     """
     blocks: Any = model.blocks
     for blk, value in zip(blocks, tau.clamp(TAU_MIN, TAU_MAX).tolist(), strict=True):
         attn = blk.attn
         if isinstance(attn.q_norm, nn.Identity):
-            _scale(attn.qkv, 1 / value, attn.attn_dim)
+            _scale(attn.qkv.q, 1 / value)
         else:
-            _scale(attn.q_norm, 1 / value, attn.head_dim)
+            _scale(attn.q_norm, 1 / value)
 
 
 @torch.no_grad()
@@ -68,6 +71,31 @@ def _fold_layer_scale(blk: Any) -> None:
         setattr(blk, name, nn.Identity())
 
 
+def _split_projection(attn: Any) -> None:
+    """Three projections, without the biases that attention does not need.
+
+    A bias of the keys adds the same to all scores of a query, which the softmax cancels; a bias of the values adds
+    itself to every mix of values, as weights sum to 1, and so goes through the output projection.
+    """
+    weights = attn.qkv.weight.chunk(3)
+    biases = (None,) * 3 if attn.qkv.bias is None else attn.qkv.bias.chunk(3)
+    q, k, v = (_linear(weight, bias) for weight, bias in zip(weights, biases, strict=True))
+    if isinstance(attn.k_norm, nn.Identity):
+        k.bias = None
+    if isinstance(attn.norm, nn.Identity) and v.bias is not None:
+        mixed = attn.proj.weight @ v.bias
+        attn.proj.bias = _parameter(mixed if attn.proj.bias is None else attn.proj.bias + mixed, mixed)
+        v.bias = None
+    attn.qkv = SplitProjection(q, k, v)
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> Any:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    layer.weight = _parameter(weight, weight)
+    layer.bias = None if bias is None else _parameter(bias, bias)  # type: ignore[assignment]
+    return layer
+
+
 def _fold_positions(model: Any) -> None:
     """Add the prefix tokens' positions to the tokens, which timm then takes for a model that has none for them."""
     prefix = model.num_prefix_tokens
@@ -84,14 +112,12 @@ def _fold_positions(model: Any) -> None:
     model.no_embed_class = True
 
 
-def _scale(module: Any, factor: float, rows: int) -> None:
-    """Multiply the first ``rows`` outputs of a linear layer or norm."""
+def _scale(module: Any, factor: float) -> None:
+    """Multiply the outputs of a linear layer or norm."""
     for name in ("weight", "bias"):
         tensor = getattr(module, name)
         if tensor is not None:
-            scaled = tensor.clone()
-            scaled[:rows] *= factor
-            setattr(module, name, _parameter(scaled, tensor))
+            setattr(module, name, _parameter(tensor * factor, tensor))
 
 
 def _parameter(value: Tensor, like: Tensor) -> nn.Parameter:

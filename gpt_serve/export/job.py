@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpt_serve.adapter import Adapter, revision_of
+from gpt_serve.adapter import Adapter
 from gpt_serve.adapter_batch import AdapterBatch
 from gpt_serve.backbone import Backbone
 from gpt_serve.errors import ExportError, UsageError
@@ -19,7 +19,7 @@ from gpt_serve.export.graphs import Form, InputKind, multi_graph, single_graph
 from gpt_serve.export.session import FORMAT, Array, Graph, bank_inputs
 from gpt_serve.export.verify import Answer, Tally, check, check_accuracy, verify
 from gpt_serve.images import normalize
-from gpt_serve.store import AdapterStore
+from gpt_serve.store import AdapterStore, StoredAdapter
 
 Precision = Literal["fp32", "fp16", "int8"]
 
@@ -74,7 +74,8 @@ def export_task(
         ExportError: ``output`` cannot be written, or the graph does not answer as torch does.
     """
     options.check([task])
-    adapter, revision = _load(backbone, store, task)
+    stored = _load(backbone, store, task)
+    adapter, revision = stored.adapter, stored.revision
     with staged(output) as folder:
         path = folder / output.name
         metadata = _metadata(backbone, "single", options) | {
@@ -115,7 +116,8 @@ def export_tasks(
     options.check(tasks)
     if options.input != "uint8":
         raise UsageError("a graph for many tasks takes uint8 pixels: leave --input out, or export one --task")
-    adapters = {task: _load(backbone, store, task)[0] for task in sorted(set(tasks))}
+    loaded = {task: _load(backbone, store, task) for task in sorted(set(tasks))}
+    adapters = {task: stored.adapter for task, stored in loaded.items()}
     pool = next(iter(adapters.values())).pool
     for adapter in adapters.values():
         _check_shared(adapter, backbone, pool)
@@ -136,8 +138,10 @@ def export_tasks(
         set_metadata(path, metadata | {"verification": json.dumps(_worst(tallies) | {"tasks": reports})})
         bank = folder / bank_folder(output).name
         bank.mkdir()
-        revisions = {task: _write_bank_file(bank, adapter) for task, adapter in adapters.items()}
+        for stored in loaded.values():
+            _write_bank_file(bank, stored)
         size = _size(folder)
+    revisions = {task: stored.revision for task, stored in loaded.items()}
     return {"tasks": revisions, "output": str(output), "size_bytes": size, "nodes": nodes, "verification": reports}
 
 
@@ -160,23 +164,23 @@ def add_task(
         )
     options = replace(options, precision=opened.metadata["precision"])  # type: ignore[arg-type]
     options.check([task])
-    adapter, _ = _load(backbone, store, task)
+    stored = _load(backbone, store, task)
+    adapter = stored.adapter
     _check_shared(adapter, backbone, opened.metadata["pool"])
     tally = _verify_bank(backbone, opened, {task: adapter}, options)[task]
     try:
         bank_folder(graph).mkdir(exist_ok=True)
-        revision = _write_bank_file(bank_folder(graph), adapter)
+        _write_bank_file(bank_folder(graph), stored)
     except OSError as error:
         raise ExportError(f"{bank_folder(graph)} cannot be written: {error.strerror}") from error
-    return {"task": task, "revision": revision, "output": str(graph), "verification": tally.to_dict()}
+    return {"task": task, "revision": stored.revision, "output": str(graph), "verification": tally.to_dict()}
 
 
-def _load(backbone: Backbone, store: AdapterStore, task: str) -> tuple[Adapter, str]:
-    """The adapter and its revision."""
+def _load(backbone: Backbone, store: AdapterStore, task: str) -> StoredAdapter:
     stored = store.load(task, backbone.spec)
     if stored.adapter.method == "full":
         raise ExportError(f"{task!r} was trained with method full, which is no adapter: export the fine-tuned model")
-    return stored.adapter, stored.revision
+    return stored
 
 
 def _metadata(backbone: Backbone, kind: str, options: ExportOptions) -> dict[str, str]:
@@ -249,14 +253,12 @@ def _check_shared(adapter: Adapter, backbone: Backbone, pool: str) -> None:
         raise ExportError(f"{adapter.task!r} pools by {adapter.pool}, the graph by {pool}: export it alone")
 
 
-def _write_bank_file(folder: Path, adapter: Adapter) -> str:
-    """Write the adapter beside the graph, in place at once; returns its revision."""
-    data = adapter.to_bytes()
-    path = folder / f"{adapter.task}.safetensors"
+def _write_bank_file(folder: Path, stored: StoredAdapter) -> None:
+    """A copy of the adapter's file, in place at once."""
+    path = folder / f"{stored.adapter.task}.safetensors"
     partial = path.with_suffix(".partial")
-    partial.write_bytes(data)
+    partial.write_bytes(stored.data)
     partial.replace(path)
-    return revision_of(data)
 
 
 def _worst(tallies: Mapping[str, Tally]) -> dict[str, Any]:

@@ -16,6 +16,10 @@ from gpt_serve.errors import ExportError
 
 FORMAT = "gpt-serve-onnx/1"
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+FATAL = 4  # severity of onnxruntime's log
+
+CUDA_PACKAGE = "onnxruntime-gpu[cuda,cudnn]"
+HEAVY = {"Attention", "Conv", "Gelu", "Gemm", "LayerNormalization", "MatMul", "MatMulInteger", "Softmax"}
 
 Array = NDArray[Any]
 
@@ -41,18 +45,29 @@ class Graph:
         self.inputs = {item.name: item.type for item in self._session.get_inputs()}
         self._output = self._session.get_outputs()[0].name
 
-    def probabilities(self, inputs: Mapping[str, Array]) -> Array:
+    def place(self, inputs: Mapping[str, Array]) -> dict[str, ort.OrtValue]:
+        """``inputs`` on the graph's device, for more than one run."""
+        kind, _, number = self.device.partition(":")
+        return {
+            name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), kind, int(number or 0))
+            for name, array in inputs.items()
+        }
+
+    def probabilities(self, inputs: Mapping[str, Array | ort.OrtValue]) -> Array:
         """One run; logits are turned into probabilities. Returns (B, C) float32.
+
+        Args:
+            inputs: by name; arrays, or what `place` made of them.
 
         Raises:
             ExportError: the task index is out of range; onnxruntime would take -1 for the last task.
         """
-        if "index" in inputs:
-            check_index(inputs["index"], len(inputs["counts"]))
+        arrays = {name: value for name, value in inputs.items() if not isinstance(value, ort.OrtValue)}
+        values = {**inputs, **self.place(arrays)}
+        if "index" in arrays:
+            check_index(arrays["index"], values["counts"].shape()[0])
         binding = self._session.io_binding()
-        kind, _, number = self.device.partition(":")
-        for name, array in inputs.items():
-            value = ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), kind, int(number or 0))
+        for name, value in values.items():
             binding.bind_ortvalue_input(name, value)
         binding.bind_output(self._output, "cpu")
         self._session.run_with_iobinding(binding)
@@ -68,27 +83,44 @@ class Graph:
 
 def _open(path: Path, device: str, threads: int | None) -> ort.InferenceSession:
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    # Its exceptions say what it would say on stderr.
+    ort.set_default_logger_severity(FATAL)
+    options.log_severity_level = FATAL
     # Threads that spin between runs take the cores from whatever runs next: decoding, the HTTP process.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if threads is not None:
         options.intra_op_num_threads = threads
     providers: list[Any] = [CPU]
     if device != "cpu":
-        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-        providers = [(CUDA, {"device_id": int(device.partition(":")[2] or 0)})]
         if CUDA not in ort.get_available_providers():
-            raise ExportError(f"onnxruntime has no CUDA provider here: use --device cpu or install {CUDA_EXTRA}")
+            raise ExportError(f"onnxruntime has no CUDA provider here: use --device cpu or install {CUDA_PACKAGE}")
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        providers.insert(0, (CUDA, {"device_id": int(device.partition(":")[2] or 0)}))
     try:
-        session = ort.InferenceSession(path, options, providers=providers)
+        session = ort.InferenceSession(path, options, providers=providers, enable_fallback=False)
     except Exception as error:  # onnxruntime's exceptions share no base but this
         raise ExportError(f"{path} does not open in onnxruntime: {_one_line(error)}") from error
-    if device != "cpu" and session.get_providers()[0] != CUDA:
-        raise ExportError(f"onnxruntime fell back from CUDA to the CPU: install {CUDA_EXTRA}, or use --device cpu")
+    if device != "cpu":
+        _check_placement(session)
     return session
 
 
-CUDA_EXTRA = "onnxruntime-gpu[cuda,cudnn]"
+def _check_placement(session: ort.InferenceSession) -> None:
+    """Refuse a session that onnxruntime, without a word, runs on the CPU after all.
+
+    Arithmetic on shapes belongs there even beside CUDA; what computes does not.
+    """
+    placed = [
+        (part.ep_name, node.op_type)
+        for part in session.get_provider_graph_assignment_info()
+        for node in part.get_nodes()
+    ]
+    strays = sorted({operator for provider, operator in placed if provider != CUDA and operator in HEAVY})
+    if strays:
+        raise ExportError(
+            f"onnxruntime fell back from CUDA to the CPU for {', '.join(strays)}: install {CUDA_PACKAGE}, "
+            "or use --device cpu"
+        )
 
 
 def check_index(index: Array, tasks: int) -> None:

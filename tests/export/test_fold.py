@@ -22,6 +22,7 @@ VITS = {
     "clip": {"pre_norm": True},
     "no-bias": {"qkv_bias": False},
     "qk-norm": {"qk_norm": True},
+    "scale-norm": {"scale_attn_norm": True, "scale_mlp_norm": True},
 }
 PREPROCESS = Preprocess((16, 16), 1.0, "center", "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from PIL import Image
@@ -13,6 +14,7 @@ from PIL import Image
 from gpt_serve.backbone import Backbone
 from gpt_serve.errors import BackboneMismatch, DataError, ExportError, UnknownTask, UsageError
 from gpt_serve.export import ExportOptions, Graph, add_task, export_task, export_tasks, files, graphs
+from gpt_serve.export.session import _check_placement
 from gpt_serve.export.verify import Tally, check_accuracy
 from gpt_serve.store import AdapterStore
 from tests.factories import make_adapter
@@ -196,7 +198,7 @@ def test_int8(tiny: Backbone, store: AdapterStore, data: str, tmp_path: Path, ex
     options = ExportOptions(precision="int8", data={"alpha": data}, force=True, external_bytes=external_bytes)
     result = export_task(tiny, store, "alpha", output, options)
     operators = [node.op_type for node in onnx.load(output).graph.node]
-    assert operators.count("MatMulInteger") == 12 and operators.count("MatMul") == 1, "all but the head"
+    assert operators.count("MatMulInteger") == 18 and operators.count("MatMul") == 1, "all but the head"
     assert Graph(output).metadata["precision"] == "int8"
     assert 1e-5 < result["verification"]["max_abs_difference"] < 0.5
     assert set(result["verification"]["accuracy"]) == {"torch", "graph", "images"}
@@ -275,6 +277,18 @@ def test_cuda_without_a_provider_is_refused(single: dict[str, Any], monkeypatch:
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(ExportError, match="no CUDA provider here"):
         Graph(Path(single["output"]), "cuda")
+
+
+def test_computing_on_the_cpu_beside_cuda_is_refused(single: dict[str, Any]) -> None:
+    """Here everything is on the CPU; without matrix products and the like there would be nothing to refuse."""
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    with pytest.raises(ExportError, match="fell back from CUDA to the CPU for Attention, Conv, Gelu"):
+        _check_placement(ort.InferenceSession(single["output"], options, providers=["CPUExecutionProvider"]))
+    program = torch.onnx.export(torch.nn.Flatten().eval(), (torch.zeros(1, 2, 2),), dynamo=True, verbose=False)
+    assert program is not None
+    shapes = program.model_proto.SerializeToString()
+    _check_placement(ort.InferenceSession(shapes, options, providers=["CPUExecutionProvider"]))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -1,0 +1,295 @@
+"""Classify images with a graph that `gpt-serve export` wrote. Needs numpy, pillow and onnxruntime; no torch.
+
+    python run.py flowers.onnx photo.jpg ...
+    python run.py multi.onnx --task flowers photo.jpg ...      # reads multi.bank/flowers.safetensors too
+
+Copy it beside any graph (with bank.py if that has several tasks) and run it there, or import `Model`.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice, repeat
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import onnxruntime as ort
+from PIL import Image, UnidentifiedImageError
+
+FORMAT = "gpt-serve-onnx/1"
+CPU = "CPUExecutionProvider"
+BATCH = 32  # most images in a run
+MAX_PIXELS = 50_000_000
+MAX_STRETCH = 50  # a side that scaling would make this many times what it must cover loses its ends first
+TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
+
+
+class RunnerError(Exception):
+    """A file or an argument that its user can put right; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task: its ``C`` class names, the revision of its adapter, and its preprocessing (gpt_serve/specs.py)."""
+
+    name: str
+    revision: str
+    labels: list[str]
+    preprocess: dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """The answer for one image; ``probabilities`` is float32 (C,)."""
+
+    task: Task
+    probabilities: np.ndarray
+
+    def top(self, k: int) -> list[tuple[str, float]]:
+        """The ``k`` most probable (label, probability) pairs, best first."""
+        best = np.argsort(-self.probabilities, kind="stable")[:k]
+        return [(self.task.labels[at], float(self.probabilities[at])) for at in best]
+
+
+class Model:
+    """A graph and, for a multi-task graph, the adapters in the bank folder beside it.
+
+    Args:
+        tasks: which adapters of a multi-task graph to hold; all by default.
+        providers: of onnxruntime, best first; unless the CPU is among them, no node may run there.
+
+    Attributes:
+        tasks: `Task` by name, in the order that ``index`` counts.
+        bank: the inputs of a multi-task graph that stay the same from run to run, by name.
+
+    Raises:
+        RunnerError: whatever is wrong with the files, the tasks or the providers.
+    """
+
+    def __init__(self, path: str | Path, tasks: Sequence[str] = (), providers: Sequence[str] = (CPU,)) -> None:
+        path = Path(path)
+        self.session = open_session(path, providers)
+        self.metadata: dict[str, str] = self.session.get_modelmeta().custom_metadata_map
+        if (found := self.metadata.get("format", "none")) != FORMAT:
+            raise RunnerError(f"{path} is not a graph of gpt-serve export: its format is {found!r:.60}, not {FORMAT!r}")
+        self.bank: dict[str, np.ndarray] = {}
+        if self.metadata["kind"] == "multi":
+            from bank import read_bank  # a file that single-task graphs do without
+
+            shapes = {item.name: item.shape for item in self.session.get_inputs()}
+            try:
+                held, self.bank = read_bank(path.with_suffix(".bank"), tasks, self.metadata, shapes)
+            except ValueError as error:
+                raise RunnerError(str(error)) from error
+        else:
+            held = [(self.metadata, self.metadata["revision"])]
+            if set(tasks) - {self.metadata["task"]}:
+                raise RunnerError(f"{path} has no task {', '.join(tasks)}: it answers for {self.metadata['task']}")
+        self.tasks: dict[str, Task] = {}
+        for metadata, revision in held:
+            labels, preprocess = json.loads(metadata["labels"]), json.loads(metadata["preprocess"])
+            self.tasks[metadata["task"]] = Task(metadata["task"], revision, labels, preprocess)
+
+    def predict(self, images: Iterable[Image.Image], tasks: str | Sequence[str] | None = None) -> list[Prediction]:
+        """Classify images, `BATCH` at a time; of an iterator's images only one is held in full size.
+
+        Args:
+            images: of any size and mode.
+            tasks: a name for all images or one for each; may be left out if the model holds a single task.
+
+        Raises:
+            RunnerError: unknown task.
+            ValueError: not as many tasks as images.
+        """
+        if tasks is None:
+            if len(self.tasks) > 1:
+                raise RunnerError(f"the graph has several tasks, name one: {', '.join(self.tasks)}")
+            (tasks,) = self.tasks
+        if unknown := ({tasks} if isinstance(tasks, str) else set(tasks)) - set(self.tasks):
+            raise RunnerError(f"no task {', '.join(sorted(unknown))}: there are {', '.join(self.tasks)}")
+        jobs = zip(images, repeat(tasks)) if isinstance(tasks, str) else zip(images, tasks, strict=True)  # noqa: B905
+        rows = {name: row for row, name in enumerate(self.tasks)}
+        answers: list[Prediction] = []
+        prepared = ((self.tasks[name], prepare(image, self.tasks[name].preprocess)) for image, name in jobs)
+        while batch := list(islice(prepared, BATCH)):
+            asked, pixels = zip(*batch, strict=True)
+            scores = self.run(np.stack(pixels), np.array([rows[task.name] for task in asked]))
+            answers += [Prediction(task, row[: len(task.labels)]) for task, row in zip(asked, scores, strict=True)]
+        return answers
+
+    def run(self, pixels: np.ndarray, index: np.ndarray) -> np.ndarray:
+        """One run of the graph.
+
+        Args:
+            pixels: uint8 (B, H, W, 3) from `prepare`.
+            index: int (B,), each image's task by its position in ``tasks``.
+
+        Returns:
+            float32 (B, C) probabilities; a task's own classes are the first ones.
+        """
+        # onnxruntime would silently answer -1 with the last task.
+        if not np.all((index >= 0) & (index < len(self.tasks))):
+            raise RunnerError(f"index points at no task: use 0 to {len(self.tasks) - 1}")
+        feeds = self.bank | {"images": pixels, "index": index.astype(np.int64)}
+        if self.metadata.get("input") == "float":
+            (task,) = self.tasks.values()
+            mean, std = (np.array(task.preprocess[key], np.float32) for key in ("mean", "std"))
+            feeds["images"] = ((pixels.astype(np.float32) / 255 - mean) / std).transpose(0, 3, 1, 2)
+        (scores,) = self.session.run(None, {item.name: feeds[item.name] for item in self.session.get_inputs()})
+        if self.metadata["output"] == "logits":
+            scores = np.exp(scores - scores.max(axis=1, keepdims=True))
+            scores /= scores.sum(axis=1, keepdims=True)
+        return scores
+
+
+def open_session(path: Path, providers: Sequence[str]) -> ort.InferenceSession:
+    """A session that really uses the first of ``providers``: onnxruntime by itself falls back to the CPU."""
+    if not path.is_file():
+        raise RunnerError(f"{path} does not exist: write it with gpt-serve export")
+    if unknown := set(providers) - set(there := ort.get_available_providers()):
+        raise RunnerError(f"this onnxruntime has no {', '.join(unknown)}: it has {', '.join(there)}")
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # what fails also raises
+    if CPU not in providers:
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    hint = f"install onnxruntime-gpu[cuda,cudnn], or let the CPU do the rest: --providers {providers[0]},{CPU}"
+    refused = RunnerError(f"{providers[0]} does not run here, or not all of the graph: {hint}")
+    try:
+        session = ort.InferenceSession(path, options, providers=list(providers), enable_fallback=0)
+    except Exception as error:  # onnxruntime's errors have no base class of their own
+        text = " ".join(str(error).split())
+        if "External" in text:
+            raise RunnerError(f"{path} needs its weights, {path.name}.data, beside it: move both together") from error
+        if isinstance(error, RuntimeError) or "CPU EP" in text:
+            raise refused from error
+        raise RunnerError(f"{path} is not an ONNX graph that onnxruntime {ort.__version__} loads: {text}") from error
+    if session.get_providers()[0] != providers[0]:
+        raise refused
+    return session
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Decode a JPEG, PNG or WebP file of at most `MAX_PIXELS`; of an animation, its first frame."""
+    try:
+        with open(path, "rb") as file:
+            image = Image.open(file, formats=("JPEG", "PNG", "WEBP"))
+            if image.width * image.height <= MAX_PIXELS:
+                image.load()
+                return image
+    except Image.DecompressionBombError:
+        pass
+    except Exception as error:  # Pillow promises no closed list for damaged files
+        unknown = "it is not a JPEG, PNG or WebP image" if isinstance(error, UnidentifiedImageError) else None
+        why = unknown or getattr(error, "strerror", None) or "it is damaged or truncated"
+        raise RunnerError(f"{path} cannot be read: {why}") from error
+    raise RunnerError(f"{path} has more than the {MAX_PIXELS // 10**6} megapixels allowed: scale it down first")
+
+
+def prepare(image: Image.Image, preprocess: Mapping[str, Any]) -> np.ndarray:
+    """An image to uint8 (H, W, 3), RGB: what gpt_serve/images.py does, with Pillow."""
+    image = to_rgb(image, exif=preprocess["exif"])
+    height, width = preprocess["input_size"]
+    resample = Image.Resampling[preprocess["interpolation"].upper()]
+    if preprocess["crop_mode"] == "squash":
+        return np.asarray(image.resize((width, height), resample))
+    cover = (math.floor(height / preprocess["crop_pct"]), math.floor(width / preprocess["crop_pct"]))
+    ratio = min(image.height / cover[0], image.width / cover[1])
+    longest = [math.ceil(side * ratio * MAX_STRETCH) for side in cover]
+    # An even number of pixels goes, so that the centre stays where it is.
+    kept = [min(side, most + (side - most) % 2) for side, most in zip(image.size[::-1], longest, strict=True)]
+    image = crop(image, *kept)
+    image = image.resize(covering_size(image.size, cover), resample)
+    return np.asarray(crop(image, height, width))
+
+
+def covering_size(size: tuple[int, int], cover: tuple[int, int]) -> tuple[int, int]:
+    """The (w', h') that keeps the aspect ratio of (w, h) and just covers ``cover`` (h, w), rounded as timm does."""
+    if cover[0] == cover[1]:
+        return int(cover[0] * size[0] / min(size)), int(cover[0] * size[1] / min(size))
+    ratio = min(size[0] / cover[1], size[1] / cover[0])
+    return round(size[0] / ratio), round(size[1] / ratio)
+
+
+def crop(image: Image.Image, height: int, width: int) -> Image.Image:
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))
+
+
+def to_rgb(image: Image.Image, *, exif: bool) -> Image.Image:
+    """Upright, without transparency (on white), 16-bit grey as its high byte."""
+    image.load()  # a PNG may have its EXIF behind the pixels
+    orientation = read_orientation(image) if exif else 1
+    if image.mode.startswith("I"):
+        wide = np.asarray(image)
+        grey = (wide.clip(0, 65535) >> 8).astype(np.uint8)
+        grey[wide == image.info.get("transparency", -1)] = 255
+        image = Image.fromarray(grey).convert("RGB")
+    elif image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        image = Image.new("RGB", rgba.size, "white")
+        image.paste(rgba, mask=rgba.getchannel("A"))
+    image = image.convert("RGB")
+    return image.transpose(Image.Transpose[TURNS[orientation - 2]]) if 2 <= orientation <= 8 else image
+
+
+def read_orientation(image: Image.Image) -> int:
+    """The EXIF tag of a loaded image, 1 to 8; a photo whose EXIF is damaged is still a photo."""
+    try:
+        exif = Image.Exif()
+        exif.load(image.info["exif"])
+        return int(exif.get(0x0112, 1))
+    except Exception:
+        return 1
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"run.py: {message}; try --help\n")
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(description="Classify images with an exported graph.")
+    parser.add_argument("graph", help="what gpt-serve export wrote")
+    parser.add_argument("images", nargs="+", help="JPEG, PNG or WebP")
+    parser.add_argument("--task", help="needed for a multi-task graph")
+    parser.add_argument("--top-k", type=int, default=5, metavar="K", help="answers per image, 1 to 1000")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--providers", default=CPU, help="of onnxruntime, separated by commas, best first")
+    options = parser.parse_args(arguments)
+    if not 1 <= options.top_k <= 1000:
+        parser.error("--top-k must be 1 to 1000")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the answers; 2 after a mistake, with one line on stderr."""
+    options = parse_arguments(arguments)
+    warnings.simplefilter("ignore")  # Pillow's, on EXIF and sizes that are handled here
+    ort.set_default_logger_severity(4)
+    try:
+        model = Model(options.graph, [options.task] if options.task else (), options.providers.split(","))
+        found = model.predict((open_image(path) for path in options.images), options.task)
+    except RunnerError as error:
+        print(f"run.py: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        return 2
+    answers = []
+    for path, prediction in zip(options.images, found, strict=True):
+        best = [{"label": label, "probability": value} for label, value in prediction.top(options.top_k)]
+        answers.append({"image": path, "revision": prediction.task.revision, "predictions": best})
+    if options.json:
+        print(json.dumps({"task": found[0].task.name, "images": answers}))
+        return 0
+    for answer in answers:
+        shown = ", ".join(f"{item['label']} {100 * item['probability']:.1f} %" for item in answer["predictions"])
+        print(f"{os.fsencode(answer['image']).decode(errors='replace')}: {shown}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
