@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from PIL import Image
@@ -52,15 +53,59 @@ class Row:
     image: Tensor
 
 
+class Forward(Protocol):
+    """What computes a mixed batch."""
+
+    def __call__(self, rows: Sequence[Row]) -> list[Prediction]:
+        """The answers of one or more rows, in order."""
+        ...
+
+
+class TorchForward:
+    """The forward pass in torch, on the backbone's device; residents lie there, too."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
+
+    @torch.inference_mode()
+    def __call__(self, rows: Sequence[Row]) -> list[Prediction]:
+        """The answers of one or more rows, in order."""
+        device = self.backbone.device
+        unique, slots = slots_of(rows)
+        slot = torch.tensor(slots, device=device)
+        tokens = embed(self.backbone.model, normalized(rows, unique, slot))
+        adapter = AdapterBatch.stack([resident.tensors for resident in unique])
+        if len(unique) > 1:
+            adapter = adapter.gather(slot)
+        features = prompted_features(self.backbone.model, tokens, adapter)
+        return _classify(features, [row.resident for row in rows])
+
+
+def slots_of(rows: Sequence[Row]) -> tuple[list[Resident], list[int]]:
+    """The adapters of a batch, sorted by task, and the place of each row's among them."""
+    unique = sorted({id(row.resident): row.resident for row in rows}.values(), key=lambda resident: resident.task)
+    places = {id(resident): place for place, resident in enumerate(unique)}
+    return unique, [places[id(row.resident)] for row in rows]
+
+
+def normalized(rows: Sequence[Row], unique: Sequence[Resident], slot: Tensor) -> Tensor:
+    """The rows' images, each by its adapter's mean and standard deviation: (B, 3, H, W) on the device of ``slot``."""
+    images = torch.stack([row.image for row in rows]).to(slot.device, non_blocking=True)
+    mean = torch.tensor([resident.preprocess.mean for resident in unique], device=slot.device)
+    std = torch.tensor([resident.preprocess.std for resident in unique], device=slot.device)
+    return normalize(images, mean[slot], std[slot])
+
+
 class Engine:
     """Answers batches for one backbone and one adapter store.
 
     Args:
-        backbone: resident, frozen.
+        backbone: resident, frozen. Its spec and device are what matters when ``forward`` has weights of its own.
         store: read as it is at the time of each batch; new, changed and removed adapters take effect at once.
         capacity: adapters kept on the device; the least recently used leaves first.
         limits: of each image.
         max_batch: images per forward pass; longer lists are computed in parts.
+        forward: what computes the batches; by default torch, with the backbone's weights.
 
     Raises:
         UsageError: ``capacity`` or ``max_batch`` is less than 1.
@@ -74,6 +119,7 @@ class Engine:
         capacity: int = 1024,
         limits: ImageLimits = ImageLimits(),
         max_batch: int = 64,
+        forward: Forward | None = None,
     ) -> None:
         if max_batch < 1:
             raise UsageError(f"a batch of {max_batch} images holds none: use a max_batch of 1 or more")
@@ -81,6 +127,7 @@ class Engine:
         self.limits = limits
         self.max_batch = max_batch
         self.bank = AdapterBank(backbone, store, capacity)
+        self.forward = forward or TorchForward(backbone)
         self._threads = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="decode")
 
     def predict(self, requests: Sequence[tuple[str, ImageInput]]) -> list[Prediction | GPTServeError]:
@@ -94,7 +141,8 @@ class Engine:
         # One look at the store per task: all rows of a batch answer with the same revision.
         residents = {task: self._resident(task) for task in dict.fromkeys(task for task, _ in requests)}
         prepared = list(self._threads.map(lambda request: self._prepare(residents[request[0]], request[1]), requests))
-        answers = iter(self._compute([item for item in prepared if isinstance(item, Row)]))
+        rows = [item for item in prepared if isinstance(item, Row)]
+        answers = iter(self.forward(rows) if rows else [])
         return [next(answers) if isinstance(item, Row) else item for item in prepared]
 
     def _resident(self, task: str) -> Resident | GPTServeError:
@@ -112,25 +160,6 @@ class Engine:
             return Row(resident, preprocess_image(pixels, resident.preprocess))
         except ImageError as error:
             return error
-
-    @torch.inference_mode()
-    def _compute(self, rows: Sequence[Row]) -> list[Prediction]:
-        """The forward pass of one mixed batch."""
-        if not rows:
-            return []
-        device = self.backbone.device
-        unique = list({id(row.resident): row.resident for row in rows}.values())
-        slots = {id(resident): slot for slot, resident in enumerate(unique)}
-        slot = torch.tensor([slots[id(row.resident)] for row in rows], device=device)
-        images = torch.stack([row.image for row in rows]).to(device, non_blocking=True)
-        mean = torch.tensor([resident.preprocess.mean for resident in unique], device=device)
-        std = torch.tensor([resident.preprocess.std for resident in unique], device=device)
-        tokens = embed(self.backbone.model, normalize(images, mean[slot], std[slot]))
-        adapter = AdapterBatch.stack([resident.tensors for resident in unique])
-        if len(unique) > 1:
-            adapter = adapter.gather(slot)
-        features = prompted_features(self.backbone.model, tokens, adapter)
-        return _classify(features, [row.resident for row in rows])
 
 
 def _classify(features: Tensor, residents: Sequence[Resident]) -> list[Prediction]:

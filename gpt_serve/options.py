@@ -79,6 +79,13 @@ training_options = _option_group(
     click.option("--workers", type=click.IntRange(0, 256), default=2, show_default=True, help="Decoding processes."),
 )
 serving_options = _option_group(
+    click.option(
+        "--engine",
+        type=click.Choice(["auto", "torch", "onnx"]),
+        default="auto",
+        show_default=True,
+        help="What runs the forward pass; auto: onnx (onnxruntime) on the CPU, torch on a GPU.",
+    ),
     click.option("--max-batch-size", type=int, default=32, show_default=True, help="Most images in a forward pass."),
     click.option(
         "--batch-timeout", type=float, default=0.002, show_default=True, help="Seconds to wait for batch-mates."
@@ -108,7 +115,13 @@ export_options = _option_group(
         help="RGB pixels (batch, H, W, 3), or normalised (batch, 3, H, W).",
     ),
     click.option("--logits", is_flag=True, help="Put out scores before the softmax, not probabilities."),
-    click.option("--precision", type=click.Choice(["fp32", "fp16", "int8"]), default="fp32", show_default=True),
+    click.option(
+        "--precision",
+        type=click.Choice(["fp32", "fp16", "int8"]),
+        default="fp32",
+        show_default=True,
+        help="Of weights and activations; fp16 is for GPUs, int8 needs --data.",
+    ),
     click.option(
         "--data",
         multiple=True,
@@ -128,7 +141,7 @@ bench_options = _option_group(
     click.option(
         "--only",
         multiple=True,
-        type=click.Choice(["forward", "mixed", "http"]),
+        type=click.Choice(["forward", "mixed", "engines", "http"]),
         help="One of the benchmarks; repeat for more.  [default: all]",
     ),
     click.option(

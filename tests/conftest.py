@@ -1,13 +1,25 @@
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from gpt_serve.backbone import Backbone
+from gpt_serve.export.cache import serving_graph
+from gpt_serve.export.session import Graph
 from tests.tiny_vit import tiny_backbone
 
 # The models here are small: more threads only fight each other and the server processes of other tests.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where graphs are kept, by this process and the servers that it starts: each is built once for all tests."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="session")
@@ -20,6 +32,12 @@ def bundled() -> Backbone:
 def tiny() -> Backbone:
     """A random ViT: 3 blocks, width 24, 16x16 input, 16 patches, CLS token, mean pooling. Shared: don't change it."""
     return tiny_backbone()
+
+
+@pytest.fixture(scope="session")
+def tiny_graph(tiny: Backbone) -> Graph:
+    """What a server with the onnx engine would run for `tiny`; takes seconds."""
+    return serving_graph(tiny)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ import gc
 import io
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from gpt_serve import engine as engine_module
 from gpt_serve.adapter import Adapter
 from gpt_serve.backbone import Backbone
-from gpt_serve.engine import Engine, ImageInput, Prediction
+from gpt_serve.engine import Engine, Forward, ImageInput, Prediction, TorchForward
 from gpt_serve.errors import (
     BackboneMismatch,
     GPTServeError,
@@ -28,6 +28,8 @@ from gpt_serve.errors import (
     UnsupportedImage,
     UsageError,
 )
+from gpt_serve.export.cache import serving_graph
+from gpt_serve.export.forward import OnnxForward
 from gpt_serve.images import ImageLimits
 from gpt_serve.specs import BackboneSpec
 from gpt_serve.store import FILE_NAME, AdapterStore
@@ -93,9 +95,10 @@ def store(tiny: Backbone, tmp_path: Path) -> AdapterStore:
     return stored(tmp_path, adapters_of(tiny.spec))
 
 
-@pytest.fixture
-def engine(tiny: Backbone, store: AdapterStore) -> Engine:
-    return Engine(tiny, store)
+@pytest.fixture(params=["torch", "onnx"])
+def engine(request: pytest.FixtureRequest, tiny: Backbone, store: AdapterStore) -> Engine:
+    forward = OnnxForward(request.getfixturevalue("tiny_graph")) if request.param == "onnx" else None
+    return Engine(tiny, store, forward=forward)
 
 
 def answers(results: Sequence[Prediction | GPTServeError]) -> list[Prediction]:
@@ -147,10 +150,13 @@ def test_mixed_batch_equals_the_reference(engine: Engine, traffic: str) -> None:
         check_reference(result, engine.backbone, adapter, image)
 
 
-def test_bundled_backbone_equals_the_reference(bundled: Backbone, tmp_path: Path) -> None:
+@pytest.mark.parametrize("forward", [TorchForward, lambda backbone: OnnxForward(serving_graph(backbone))])
+def test_bundled_backbone_equals_the_reference(
+    bundled: Backbone, tmp_path: Path, forward: Callable[[Backbone], Forward]
+) -> None:
     # Random heads as they are would make every answer certain.
     adapters = [replace(item, head_weight=0.1 * item.head_weight) for item in adapters_of(whole_image(bundled.spec))]
-    engine = Engine(bundled, stored(tmp_path, adapters))
+    engine = Engine(bundled, stored(tmp_path, adapters), forward=forward(bundled))
     images = [pixels(seed, 32, 32) for seed in range(len(adapters))]
     results = engine.predict([(adapter.task, image) for adapter, image in zip(adapters, images, strict=True)])
     for result, adapter, image in zip(answers(results), adapters, images, strict=True):
@@ -170,7 +176,7 @@ def test_long_lists_are_computed_in_parts(engine: Engine, store: AdapterStore, m
     tasks = [adapter.task for adapter in adapters_of(engine.backbone.spec)]
     requests: list[Request] = [(tasks[seed % 9], pixels(seed, 18, 22)) for seed in range(11)]
     requests[4] = ("nobody", pixels(4, 18, 22))
-    parts = Engine(engine.backbone, store, max_batch=max_batch).predict(requests)
+    parts = Engine(engine.backbone, store, max_batch=max_batch, forward=engine.forward).predict(requests)
     whole = engine.predict(requests)
     assert isinstance(parts[4], UnknownTask)
     for index in set(range(11)) - {4}:

@@ -4,6 +4,7 @@ timing.py    interleaved rounds and the ratios of their times
 inputs.py    adapters and images that need no download
 forward.py   bare timm forward pass - prompted forward pass
 mixed.py     a batch of one task - a mixed batch
+engines.py   torch - onnxruntime
 http.py      the engine alone - the HTTP server, saturated
 report.py    machine facts, tables, JSON
 """
@@ -11,6 +12,7 @@ report.py    machine facts, tables, JSON
 from collections.abc import Callable, Sequence
 
 from gpt_serve.backbone import Backbone
+from gpt_serve.bench.engines import bench_engines
 from gpt_serve.bench.forward import bench_forward
 from gpt_serve.bench.http import bench_http
 from gpt_serve.bench.mixed import bench_mixed
@@ -20,6 +22,7 @@ from gpt_serve.bench.timing import Plan, Row
 BENCHMARKS: dict[str, Callable[[Backbone, Plan], list[Row]]] = {
     "forward": bench_forward,
     "mixed": bench_mixed,
+    "engines": bench_engines,
     "http": bench_http,
 }
 

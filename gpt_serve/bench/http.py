@@ -1,10 +1,11 @@
-"""What HTTP costs: the saturated server against the engine alone, on the same requests.
+"""What HTTP costs: the saturated server against the engine that it runs, alone, on the same requests.
 
 The clients are threads of this process, so on a machine with few cores they take part of what the server could use;
 the engine has the machine to itself.
 """
 
 import http.client
+import os
 import subprocess
 import sys
 import time
@@ -20,11 +21,13 @@ import numpy as np
 from safetensors.torch import save_file
 
 from gpt_serve.backbone import BUNDLED, Backbone
+from gpt_serve.bench.engines import onnx_engine
 from gpt_serve.bench.inputs import photo
 from gpt_serve.bench.mixed import ALIKE, BATCH, answer, publish
 from gpt_serve.bench.timing import Plan, Ratio, Row, interleave, to_rows
 from gpt_serve.engine import Engine
 from gpt_serve.errors import GPTServeError
+from gpt_serve.serve import ServeConfig
 from gpt_serve.store import AdapterStore
 
 CLIENTS = (8, 32, 64)
@@ -43,7 +46,8 @@ def bench_http(backbone: Backbone, plan: Plan, clients: Sequence[int] = CLIENTS)
         store = AdapterStore(folder / "adapters", backbone.spec)
         tasks = publish(backbone, store, "alike", ALIKE, BATCH)
         pool = list(zip(tasks, (photo(seed) for seed in range(BATCH)), strict=True))
-        engine = Engine(backbone, store, max_batch=BATCH)
+        onnx = ServeConfig(device=str(backbone.device)).chosen_engine == "onnx"
+        engine = onnx_engine(backbone, store, folder, BATCH) if onnx else Engine(backbone, store, max_batch=BATCH)
         requests = list(islice(cycle(pool), _count(engine, pool, plan, max(clients))))
         with _server(backbone, folder) as port:
             return _compare(backbone.name, plan, engine, requests, port, clients)
@@ -132,13 +136,15 @@ def _server(backbone: Backbone, folder: Path) -> Iterator[int]:
     """The port of a ``gpt-serve serve`` with ``backbone``'s very weights and the adapters in ``folder``."""
     options = ["--port", "0", "--adapters", str(folder / "adapters"), "--backbone", backbone.name]
     options += ["--device", str(backbone.device), "--max-batch-size", str(BATCH), "--deadline", str(PATIENCE)]
+    environment = dict(os.environ)
     if backbone.name != BUNDLED:
+        environment["XDG_CACHE_HOME"] = str(folder)  # where the graph of these weights is
         save_file(backbone.model.state_dict(), folder / "weights.safetensors")
         options += ["--checkpoint", str(folder / "weights.safetensors")]
     log = folder / "server.log"
     command = [sys.executable, "-c", "from gpt_serve.cli import main; main()", "serve", *options]
     with open(log, "wb") as file:
-        process = subprocess.Popen(command, stderr=file)
+        process = subprocess.Popen(command, stderr=file, env=environment)
     try:
         yield _wait_ready(process, log)
     finally:

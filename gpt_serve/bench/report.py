@@ -11,6 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import onnxruntime as ort
 import torch
 
 from gpt_serve.bench.timing import Plan, Row
@@ -20,6 +21,7 @@ TITLES = {
     "export": "Exported graphs: a naive export against torch and the folded ones",
     "forward": "Forward pass: timm's own against the prompted one",
     "mixed": "Batches: one task against many, through the engine",
+    "engines": "Engines: torch against onnxruntime",
     "http": "Server: the engine alone against saturated HTTP",
 }
 
@@ -99,7 +101,8 @@ def machine_facts(device: str) -> dict[str, Any]:
         "load_before": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
     }
-    return facts | {name: version(name) for name in ("gpt-serve", "torch", "timm", "litserve")}
+    versions = {name: version(name) for name in ("gpt-serve", "torch", "timm", "litserve")}
+    return facts | versions | {"onnxruntime": ort.__version__}  # of several packages
 
 
 def _cpu_model() -> str:

@@ -48,7 +48,7 @@ class Row:
     """One variant of a comparison.
 
     Attributes:
-        benchmark: ``forward``, ``mixed`` or ``http``.
+        benchmark: ``forward``, ``mixed``, ``engines`` or ``http``.
         case: what all variants of the comparison have in common.
         seconds: per image, median of the rounds.
         ratio: to the first variant of the comparison, which has 1.

@@ -1,16 +1,34 @@
-"""ONNX graphs of adapters, folded and verified; see ``graphs`` for their inputs and ``session`` for running them."""
+"""ONNX graphs of adapters, folded and verified; see ``graphs`` for their inputs and ``session`` for running them.
+
+Attributes load on first use: a server that runs a kept graph needs none of what builds one.
+"""
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
 from gpt_serve.errors import ExportError
 
-try:
-    import onnx as _onnx  # noqa: F401
-    import onnx_ir as _onnx_ir  # noqa: F401
-    import onnxruntime as _onnxruntime  # noqa: F401
-    import onnxscript as _onnxscript  # noqa: F401
-except ModuleNotFoundError as error:
-    raise ExportError(f"ONNX graphs need {error.name}: pip install onnx onnxscript onnxruntime-gpu") from error
-
-from gpt_serve.export.job import ExportOptions, add_task, export_task, export_tasks
-from gpt_serve.export.session import Graph
+if TYPE_CHECKING:
+    from gpt_serve.export.job import ExportOptions, add_task, export_task, export_tasks
+    from gpt_serve.export.session import Graph
 
 __all__ = ["ExportOptions", "Graph", "add_task", "export_task", "export_tasks"]
+
+_HOMES = {
+    "ExportOptions": "job",
+    "Graph": "session",
+    "add_task": "job",
+    "export_task": "job",
+    "export_tasks": "job",
+}
+
+for _name in ("onnx", "onnx_ir", "onnxruntime", "onnxscript"):
+    if find_spec(_name) is None:
+        raise ExportError(f"ONNX graphs need {_name}: pip install onnx onnxscript onnxruntime-gpu")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

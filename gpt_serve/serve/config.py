@@ -3,8 +3,14 @@
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from gpt_serve.errors import UsageError
+
+EngineName = Literal["torch", "onnx"]
+
+FASTEST: dict[str, EngineName] = {"cpu": "onnx", "cuda": "torch", "mps": "torch"}
+"""What ``auto`` means on each kind of device: measured on the CPU by ``gpt-serve bench --only engines``."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +25,7 @@ class ServeConfig:
         checkpoint: weights file for the backbone instead of the hub's.
         input_size: side of the backbone's input in pixels; None takes its own.
         device: ``cpu``, ``cuda``, ``cuda:<index>`` or ``mps``.
+        engine: what runs the forward pass, ``torch``, ``onnx`` (onnxruntime) or ``auto``: the faster one.
         max_batch_size: most images in one forward pass.
         batch_timeout: seconds to wait for more requests once one is there.
         max_body_bytes: largest request body; beyond it 413.
@@ -36,6 +43,7 @@ class ServeConfig:
     checkpoint: Path | None = None
     input_size: int | None = None
     device: str = "cpu"
+    engine: EngineName | Literal["auto"] = "auto"
     max_batch_size: int = 32
     batch_timeout: float = 0.002
     max_body_bytes: int = 10 * 2**20
@@ -56,3 +64,12 @@ class ServeConfig:
         kind, _, index = self.device.partition(":")
         if kind not in ("cpu", "cuda", "mps") or (index and not index.isdecimal()):
             raise UsageError(f"unknown device {self.device!r}: use cpu, cuda, cuda:<index> or mps")
+        if self.engine not in ("torch", "onnx", "auto"):
+            raise UsageError(f"unknown engine {self.engine!r}: use torch, onnx or auto")
+        if (kind, self.engine) == ("mps", "onnx"):
+            raise UsageError("onnxruntime computes on cpu and cuda only: use --engine torch, or another --device")
+
+    @property
+    def chosen_engine(self) -> EngineName:
+        """``engine`` with ``auto`` resolved."""
+        return FASTEST[self.device.partition(":")[0]] if self.engine == "auto" else self.engine

@@ -21,6 +21,7 @@ STATUS: dict[type[errors.GPTServeError], tuple[int, str]] = {
     errors.GPTServeError: (500, "Internal server error"),
     errors.UsageError: (500, "Internal server error"),
     errors.DataError: (500, "Internal server error"),
+    errors.ExportError: (500, "Internal server error"),
     errors.UnsupportedBackbone: (500, "Internal server error"),
     errors.CheckpointError: (500, "Internal server error"),
     errors.InvalidTaskName: (400, "Invalid task name"),

@@ -1,12 +1,24 @@
-"""What the child processes do first."""
+"""What processes do first, and the children at the end."""
 
+import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from importlib import import_module
 from multiprocessing.connection import wait
 from typing import NoReturn
+
+
+def configure_logging() -> None:
+    """One short line per event on stderr; LitServe and uvicorn speak up for warnings only."""
+    logger = logging.getLogger("gpt_serve")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
 
 
 def guard_child() -> None:

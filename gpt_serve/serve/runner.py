@@ -5,7 +5,6 @@ import logging
 import os
 import signal
 import socket
-import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -17,6 +16,7 @@ from fastapi import FastAPI
 from gpt_serve.errors import NotReady, UsageError
 from gpt_serve.serve.app import Lifespan, build_app
 from gpt_serve.serve.config import ServeConfig
+from gpt_serve.serve.process import configure_logging
 from gpt_serve.serve.server import Server
 from gpt_serve.serve.supervisor import Supervisor
 from gpt_serve.serve.worker import PredictAPI
@@ -37,7 +37,7 @@ def run_server(config: ServeConfig, api: type[PredictAPI] = PredictAPI) -> int:
         UsageError: the port cannot be had; nothing was loaded.
         GPTServeError: the backbone cannot be loaded, or the worker dies again and again.
     """
-    _configure_logging()
+    configure_logging()
     # For the worker's torch: threads that spin while they wait fight the API process and each other for the cores
     # (measured on two busy ones: 13 ms per image instead of 38).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -141,12 +141,3 @@ def _announce(server: Server, sock: socket.socket) -> None:
     assert server.spec is not None and server.store is not None
     count = len(server.store.tasks())
     logger.info("ready on http://%s:%d: %s, %d task(s)", host, port, server.spec.name, count)
-
-
-def _configure_logging() -> None:
-    """One short line per event on stderr; LitServe and uvicorn speak up for warnings only."""
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger.handlers[:] = [handler]
-    logger.setLevel(logging.INFO)
-    logger.propagate = False

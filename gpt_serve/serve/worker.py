@@ -7,6 +7,7 @@ This module stays free of torch, so that the parent can spawn the worker at once
 import logging
 import pickle
 import queue
+import re
 import time
 from collections.abc import MutableMapping
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from litserve.transport.base import MessageTransport
 
 from gpt_serve.errors import GPTServeError
 from gpt_serve.serve.config import ServeConfig
-from gpt_serve.serve.process import end_child, guard_child
+from gpt_serve.serve.process import configure_logging, end_child, guard_child
 
 if TYPE_CHECKING:
     from gpt_serve.engine import Engine, Prediction
@@ -76,6 +77,7 @@ class PredictAPI(LitAPI):
     def setup(self, device: str) -> None:
         """Load the backbone and run it once; a deliberate error ends the process without a traceback."""
         guard_child()
+        configure_logging()
         from gpt_serve.serve.loading import load_engine  # after the guard: it takes seconds
 
         try:
@@ -112,9 +114,10 @@ class PredictAPI(LitAPI):
 
 
 def _device_is_lost(error: Exception) -> bool:
+    """Whether this process's CUDA context is broken for good; onnxruntime says so by code, 2 being out of memory."""
     import torch
 
-    return isinstance(error, torch.AcceleratorError)
+    return isinstance(error, torch.AcceleratorError) or bool(re.search(r"CUDA failure (?!2:)", str(error)))
 
 
 def _reply(result: "Prediction | GPTServeError", top_k: int) -> Reply:

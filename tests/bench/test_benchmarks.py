@@ -14,6 +14,7 @@ from click.testing import CliRunner
 
 from gpt_serve.backbone import Backbone
 from gpt_serve.bench import BENCHMARKS, run_benchmarks
+from gpt_serve.bench.engines import bench_engines
 from gpt_serve.bench.forward import _prompted, bench_forward, flops
 from gpt_serve.bench.http import bench_http, form, saturate
 from gpt_serve.bench.inputs import photo
@@ -63,6 +64,17 @@ def test_mixed(tiny: Backbone) -> None:
         check_comparison(rows[start : start + 4])
         assert rows[start].case == f"batch 6, {kind}"
         assert [row.variant for row in rows[start : start + 4]] == variants
+
+
+def test_engines(tiny: Backbone) -> None:
+    rows = bench_engines(tiny, SHORT, batches=(1, 3))
+    cases = ["batch 1, one task", "batch 1, one task, vpt-deep, P = 100"]
+    cases += ["batch 3, one task", "batch 3, 3 tasks, methods and P mixed"]
+    for start, case in enumerate(cases):
+        check_comparison(rows[2 * start : 2 * start + 2])
+        assert rows[2 * start].case == case
+        assert [row.variant for row in rows[2 * start : 2 * start + 2]] == ["torch", "onnxruntime"]
+    assert len(rows) == 2 * len(cases)
 
 
 def test_tasks_cycle_through_the_kinds(tiny: Backbone, tmp_path: Path) -> None:
@@ -142,7 +154,8 @@ def test_all_backbones_take_part_but_only_the_first_over_http(monkeypatch: pytes
         monkeypatch.setitem(BENCHMARKS, benchmark, lambda backbone, plan: [])
     said: list[str] = []
     run_benchmarks(["one", "two"], "cpu", SHORT, say=said.append)
-    assert said == ["forward: one", "forward: two", "mixed: one", "mixed: two", "http: one"]
+    twice = [f"{benchmark}: {name}" for benchmark in ("forward", "mixed", "engines") for name in ("one", "two")]
+    assert said == [*twice, "http: one"]
     said.clear()
     run_benchmarks(["one", "two"], "cpu", SHORT, only=["http", "mixed"], say=said.append)
     assert said == ["mixed: one", "mixed: two", "http: one"]

@@ -58,7 +58,7 @@ def test_files(tmp_path: Path) -> None:
 def test_machine_facts_name_versions_but_no_machine() -> None:
     facts = machine_facts("cpu")
     names = {"date", "cpu", "cores", "device", "threads", "load_before", "python", "torch", "timm", "litserve"}
-    assert set(facts) == names | {"gpt-serve"}
+    assert set(facts) == names | {"gpt-serve", "onnxruntime"}
     assert facts["device"] == "cpu" and facts["threads"] == 1 and facts["cpu"]
     json.dumps(facts)
 

@@ -46,7 +46,7 @@ def sending(server: ServerProcess, image: bytes) -> Iterator[dict[str, Sender]]:
 
 
 def test_no_request_is_lost_or_answered_by_a_wrong_revision(
-    adapters: Path, spec: BackboneSpec, sending: dict[str, Sender]
+    server: ServerProcess, adapters: Path, spec: BackboneSpec, sending: dict[str, Sender]
 ) -> None:
     store = AdapterStore(adapters)
     versions = [make_adapter(spec, "swap", seed=100 + i, labels=[f"v{i}-{c}" for c in range(4)]) for i in range(4)]
@@ -71,6 +71,7 @@ def test_no_request_is_lost_or_answered_by_a_wrong_revision(
         sender.stopped.set()
         sender.join()
 
+    assert [line for line in server.log if line.endswith("engine: onnxruntime on cpu")]
     assert {status for *_, status, _ in sending["c"].results} == {200}
     seen: set[str | None] = set()
     for start, end, status, body in sending["a"].results + sending["b"].results:

@@ -40,7 +40,7 @@ def test_answers_what_the_engine_answers(server: ServerProcess, engine: Engine, 
     assert (body["task"], body["revision"]) == ("birds", expected.revision)
     assert [entry["label"] for entry in body["predictions"]] == [label for label, _ in expected.top(3)]
     assert [entry["probability"] for entry in body["predictions"]] == pytest.approx(
-        [probability for _, probability in expected.top(3)], abs=1e-4
+        [probability for _, probability in expected.top(3)], abs=1e-5
     )
 
 

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
 from gpt_serve.specs import BackboneSpec
 from gpt_serve.store import AdapterStore
@@ -27,8 +28,11 @@ def store(tmp_path: Path, spec: BackboneSpec) -> Path:
 
 
 def test_keys_then_sigterm_drains_and_frees_the_port(store: Path, image: bytes) -> None:
-    with ServerProcess(store, trouble=True, max_batch_size=2, env={"LIT_SERVER_API_KEY": "sesame"}) as server:
+    """And this one computes with torch; the other servers of these tests with the default."""
+    key = {"LIT_SERVER_API_KEY": "sesame"}
+    with ServerProcess(store, trouble=True, max_batch_size=2, engine="torch", env=key) as server:
         server.wait_ready()
+        assert [line for line in server.log if line.endswith("engine: torch on cpu")]
         refused = server.predict("good", image)
         check_problem(refused, 401)
         assert "www-authenticate" in refused.headers
@@ -88,6 +92,14 @@ def test_a_backbone_that_cannot_be_loaded_ends_the_server(tmp_path: Path) -> Non
     with ServerProcess(tmp_path, backbone="resnet18") as server:
         assert server.wait(60) == 2
         assert len(server.log) == 1 and server.log[0].startswith("Error: ") and "resnet18" in server.log[0]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+def test_onnxruntime_without_cuda_is_refused_in_one_line(tmp_path: Path) -> None:
+    with ServerProcess(tmp_path, engine="onnx", device="cuda") as server:
+        assert server.wait(60) == 2
+        assert "use --device cpu" in server.log[-1] and server.log[-1].startswith("Error: ")
+        assert not [line for line in server.log[:-1] if "building the ONNX graph" not in line]
 
 
 def test_the_worker_is_spawned_before_torch_is_imported() -> None:

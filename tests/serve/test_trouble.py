@@ -132,4 +132,5 @@ def test_a_killed_worker_is_noticed_and_replaced(troubled: ServerProcess, image:
     check_problem(troubled.predict("good", image), 503)
     until(lambda: troubled.get("/ready").status_code == 200, 60)
     assert troubled.worker_pid() != old
+    assert len([line for line in troubled.log if "building the ONNX graph" in line]) <= 1, "it was kept"
     assert troubled.predict("good", image).status_code == 200

@@ -95,6 +95,16 @@ def test_a_lost_device_ends_the_worker(ending: None) -> None:
         api(Engine(torch.AcceleratorError("illegal memory access"))).predict([item("broken"), item("good")])
 
 
+CUDA_FAILURE = "[ONNXRuntimeError] : 1 : FAIL : CUDA failure {}: what happened ; GPU=0 ; hostname=here"
+
+
+def test_onnxruntime_loses_a_device_too_but_not_by_running_out_of_memory(ending: None) -> None:
+    with pytest.raises(Ended):
+        api(Engine(RuntimeError(CUDA_FAILURE.format(700)))).predict([item("broken"), item("good")])
+    replies = api(Engine(RuntimeError(CUDA_FAILURE.format(2)))).predict([item("broken"), item("good")])
+    assert [kind for kind, *_ in replies] == ["GPTServeError", ""]
+
+
 @pytest.mark.parametrize("error", [EOFError(), ConnectionResetError(), BrokenPipeError()])
 def test_a_worker_without_its_queue_ends(ending: None, error: Exception) -> None:
     class Gone:
