@@ -1,3 +1,4 @@
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,3 +48,11 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("needs the image folders in ../shared/data")
     return folder
+
+
+@pytest.fixture
+def all_threads() -> Iterator[None]:
+    """For a test that computes for long and alone."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(1)

@@ -40,6 +40,7 @@ def test_the_recorded_test_accuracy_is_measured_again(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("all_threads")
 def test_caltech_is_measured_again(engine: Engine, shared_data: Path) -> None:
     recorded = engine.bank.store.load("caltech101").adapter.training["metrics"]["test_accuracy"]
     result = evaluate_task(engine, "caltech101", str(shared_data / "caltech101"))

@@ -204,6 +204,7 @@ def to_onnx(module: nn.Module, example: Mapping[str, Tensor], output: str, dynam
             input_names=list(example),
             output_names=[output],
             dynamic_shapes=dynamic,
+            optimize=False,
             verbose=False,
         )
         assert program is not None

@@ -20,6 +20,7 @@ from gpt_serve.export.session import FORMAT, Array, Graph, bank_inputs
 from gpt_serve.export.verify import Answer, Tally, check, check_accuracy, verify
 from gpt_serve.images import normalize
 from gpt_serve.store import AdapterStore, StoredAdapter
+from gpt_serve.train.data import open_evaluation
 
 Precision = Literal["fp32", "fp16", "int8"]
 
@@ -50,8 +51,9 @@ class ExportOptions:
         """Of the graph before quantization."""
         return Form(self.input, self.logits, self.precision == "fp16")
 
-    def check(self, tasks: Sequence[str]) -> None:
-        """Raise `UsageError` unless the data are those of ``tasks``, as far as they are needed."""
+    def check(self, adapters: Sequence[Adapter]) -> None:
+        """Raise `UsageError` or `DataError` unless there are data for ``adapters``, as far as they are needed."""
+        tasks = [adapter.task for adapter in adapters]
         given = set(self.data or {})
         if unknown := sorted(given - set(tasks)):
             raise UsageError(f"--data names {unknown[0]!r}, which is not exported: use one of {', '.join(tasks)}")
@@ -59,6 +61,9 @@ class ExportOptions:
             raise UsageError(
                 f"int8 measures what it costs: pass --data {missing[0]}=DIR with test images of {missing[0]!r}"
             )
+        for adapter in adapters:
+            if adapter.task in given:
+                open_evaluation((self.data or {})[adapter.task], adapter.labels)
 
 
 def export_task(
@@ -73,9 +78,9 @@ def export_task(
         AdapterError: the adapter cannot be used with this backbone.
         ExportError: ``output`` cannot be written, or the graph does not answer as torch does.
     """
-    options.check([task])
     stored = _load(backbone, store, task)
     adapter, revision = stored.adapter, stored.revision
+    options.check([adapter])
     with staged(output) as folder:
         path = folder / output.name
         metadata = _metadata(backbone, "single", options) | {
@@ -113,11 +118,11 @@ def export_tasks(
         AdapterError, ExportError: as `export_task`.
         UsageError: the graph takes pixels only.
     """
-    options.check(tasks)
     if options.input != "uint8":
         raise UsageError("a graph for many tasks takes uint8 pixels: leave --input out, or export one --task")
     loaded = {task: _load(backbone, store, task) for task in sorted(set(tasks))}
     adapters = {task: stored.adapter for task, stored in loaded.items()}
+    options.check(list(adapters.values()))
     pool = next(iter(adapters.values())).pool
     for adapter in adapters.values():
         _check_shared(adapter, backbone, pool)
@@ -163,9 +168,9 @@ def add_task(
             f"not from {backbone.name} ({backbone.fingerprint[:12]}): name its --backbone"
         )
     options = replace(options, precision=opened.metadata["precision"])  # type: ignore[arg-type]
-    options.check([task])
     stored = _load(backbone, store, task)
     adapter = stored.adapter
+    options.check([adapter])
     _check_shared(adapter, backbone, opened.metadata["pool"])
     tally = _verify_bank(backbone, opened, {task: adapter}, options)[task]
     try:

@@ -1,25 +1,45 @@
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from click.testing import CliRunner, Result
 
 from gpt_serve.backbone import Backbone
-from gpt_serve.export import ExportOptions, export_task, export_tasks
-from gpt_serve.store import AdapterStore
+from gpt_serve.cli import main
 
-STORE = AdapterStore(Path(__file__).parents[2] / "adapters")
+ADAPTERS = Path(__file__).parents[2] / "adapters"
 
 
-@pytest.fixture(scope="session")
-def flowers_graph(bundled: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shipped task ``flowers``, exported with the defaults; takes ten seconds."""
-    path = tmp_path_factory.mktemp("exported") / "flowers.onnx"
-    export_task(bundled, STORE, "flowers", path)
-    return path
+def run_export(*args: str) -> Result:
+    """``gpt-serve export`` with the adapters that ship, on the CPU."""
+    return CliRunner(catch_exceptions=False).invoke(
+        main, ["export", "--device", "cpu", "--adapters", str(ADAPTERS), *args], prog_name="gpt-serve"
+    )
 
 
 @pytest.fixture(scope="session")
-def multi_graph(bundled: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The three shipped tasks in one graph, with the bank folder beside it; takes twenty seconds."""
-    path = tmp_path_factory.mktemp("exported") / "multi.onnx"
-    export_tasks(bundled, STORE, ["flowers", "caltech101", "digits"], path, ExportOptions())
-    return path
+def flowers_graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped task ``flowers``, exported with the defaults."""
+    output = tmp_path_factory.mktemp("flowers") / "flowers.onnx"
+    result = run_export("--task", "flowers", "--output", str(output), "--json")
+    assert (result.exit_code, result.stderr) == (0, "")
+    summary: dict[str, Any] = json.loads(result.stdout)
+    assert summary["task"] == "flowers" and summary["output"] == str(output)
+    return output
+
+
+@pytest.fixture(scope="session")
+def multi_export(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
+    """Two shipped tasks in one graph, to which the third was added; and what the first of these commands said."""
+    output = tmp_path_factory.mktemp("multi") / "multi.onnx"
+    result = run_export("--tasks", "digits, flowers", "--output", str(output))
+    added = run_export("--task", "caltech101", "--add-to", str(output))
+    assert (added.exit_code, added.stderr) == (0, "")
+    return output, result
+
+
+@pytest.fixture(scope="session")
+def multi_graph(multi_export: tuple[Path, Result], bundled: Backbone) -> Path:
+    """The three shipped tasks in one graph, with the bank folder beside it."""
+    return multi_export[0]

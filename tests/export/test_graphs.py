@@ -22,7 +22,7 @@ from gpt_serve.specs import Pool
 from tests import reference
 from tests.export.running import open_graph
 from tests.factories import make_adapter
-from tests.tiny_vit import METHODS, PREPROCESS, tiny_backbone
+from tests.tiny_vit import PREPROCESS, tiny_backbone
 
 INF = float("inf")
 
@@ -65,7 +65,9 @@ def shallow(tiny: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Graph:
     return open_graph(multi_graph(tiny, "mean", False, Form()), tmp_path_factory.mktemp("shallow"))
 
 
-@pytest.mark.parametrize(("method", "pool"), [*zip(METHODS, ["cls", "mean"] * 3, strict=True), ("gated", "mean")])
+@pytest.mark.parametrize(
+    ("method", "pool"), [("linear", "mean"), ("vpt-deep", "cls"), ("gated", "mean"), ("gated", "cls")]
+)
 def test_one_task_equals_the_reference(method: str, pool: Pool) -> None:
     backbone = tiny_backbone(pool)
     adapter = make_adapter(backbone.spec, method=method)
@@ -78,9 +80,7 @@ def test_one_task_equals_the_reference(method: str, pool: Pool) -> None:
         np.testing.assert_allclose(actual, expected[:batch], atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "options", [{"reg_tokens": 3, "no_embed_class": True, "init_values": 0.5}, {"qk_norm": True}, {"pre_norm": True}]
-)
+@pytest.mark.parametrize("options", [{"reg_tokens": 3, "no_embed_class": True, "init_values": 0.5}, {"qk_norm": True}])
 def test_other_backbones_equal_the_reference(options: dict[str, object]) -> None:
     backbone = tiny_backbone("cls", **options)
     adapter = make_adapter(backbone.spec, method="gated", gamma=torch.tensor([-INF, 0.5]))
@@ -98,12 +98,12 @@ def test_float_input_and_logits(tiny: Backbone) -> None:
 
 def test_float16_is_close_and_half_the_size(tiny: Backbone) -> None:
     adapter = make_adapter(tiny.spec)
-    half, full = (single_graph(tiny, adapter, Form(half=value)) for value in (True, False))
+    half = single_graph(tiny, adapter, Form(half=True))
     actual = run(half, images=nhwc(pixels(3)))
     assert actual.dtype == np.float32
     np.testing.assert_allclose(actual, softmax(expected_logits(tiny, adapter, pixels(3))), atol=2e-2)
-    sizes = [ir.to_proto(model).ByteSize() for model in (half, full)]
-    assert sizes[0] < 0.75 * sizes[1]  # nodes weigh much in so small a model
+    weights = sum(value.const_value.nbytes for value in half.graph.initializers.values())
+    assert weights < 0.55 * 4 * sum(parameter.numel() for parameter in tiny.model.parameters())
 
 
 def test_only_standard_operators_and_no_traces_of_this_machine(tiny: Backbone) -> None:
@@ -126,7 +126,7 @@ def rows_of(model: ir.Model, operator: str) -> list[int]:
 
 def test_closed_gates_and_pooling_drop_rows() -> None:
     """17 prefix and patch rows, 3 prompts."""
-    cases = [("cls", [0.5, 0.5], [20, 20, 1]), ("cls", [-INF, -INF], [17, 17, 1]), ("mean", [-INF, 0.5], [17, 20, 20])]
+    cases = [("cls", [-INF, -INF], [17, 17, 1]), ("mean", [-INF, 0.5], [17, 20, 20])]
     for pool, gamma, rows in cases:
         backbone = tiny_backbone(pool)
         adapter = make_adapter(backbone.spec, gamma=torch.tensor(gamma))

@@ -12,6 +12,7 @@ from tests.train.conftest import Recorder
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("all_threads")
 def test_an_epoch_of_digits_reaches_an_accuracy_floor(bundled: Backbone, tmp_path: Path) -> None:
     recipe = make_recipe("adamw", prompts=4, epochs=1, warmup=0, augment="none")
     summary = train_adapter(bundled, Job("digits", "digits", tmp_path, recipe), Recorder(), World())
