@@ -71,6 +71,11 @@ def save(model: ir.Model, path: Path, metadata: Mapping[str, str], external_byte
     ir.save(model, path, external_data=external)
 
 
+def count_nodes(path: Path) -> int:
+    """Operators in the graph."""
+    return len(onnx.load(path, load_external_data=False).graph.node)
+
+
 def set_metadata(path: Path, metadata: Mapping[str, str]) -> None:
     """Replace the graph's metadata; external weights stay where they are."""
     model = onnx.load(path, load_external_data=False)

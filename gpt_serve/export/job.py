@@ -14,7 +14,7 @@ from gpt_serve.adapter import Adapter
 from gpt_serve.adapter_batch import AdapterBatch
 from gpt_serve.backbone import Backbone
 from gpt_serve.errors import ExportError, UsageError
-from gpt_serve.export.files import EXTERNAL_BYTES, bank_folder, quantize, save, set_metadata, staged
+from gpt_serve.export.files import EXTERNAL_BYTES, bank_folder, count_nodes, quantize, save, set_metadata, staged
 from gpt_serve.export.graphs import Form, InputKind, multi_graph, single_graph
 from gpt_serve.export.session import FORMAT, Array, Graph, bank_inputs
 from gpt_serve.export.verify import Answer, Tally, check, check_accuracy, verify
@@ -90,9 +90,8 @@ def export_task(
             "preprocess": json.dumps(adapter.preprocess.to_dict()),
         }
         model = single_graph(backbone, adapter, options.form)
-        nodes = len(model.graph)
         save(model, path, metadata, options.external_bytes)
-        _finish(path, options)
+        nodes = _finish(path, options)
         tally = _verify(backbone, adapter, _single_answer(Graph(path), adapter), options)
         set_metadata(path, metadata | {"verification": json.dumps(tally.to_dict())})
         size = _size(folder)
@@ -135,9 +134,8 @@ def export_tasks(
             "deep": str(int(deep)),
         }
         model = multi_graph(backbone, pool, deep, options.form)
-        nodes = len(model.graph)
         save(model, path, metadata, options.external_bytes)
-        _finish(path, options)
+        nodes = _finish(path, options)
         tallies = _verify_bank(backbone, Graph(path), adapters, options)
         reports = {task: tally.to_dict() for task, tally in tallies.items()}
         set_metadata(path, metadata | {"verification": json.dumps(_worst(tallies) | {"tasks": reports})})
@@ -200,9 +198,11 @@ def _metadata(backbone: Backbone, kind: str, options: ExportOptions) -> dict[str
     }
 
 
-def _finish(path: Path, options: ExportOptions) -> None:
+def _finish(path: Path, options: ExportOptions) -> int:
+    """Quantize the graph if it is to be; returns its number of nodes."""
     if options.precision == "int8":
         quantize(path, options.external_bytes)
+    return count_nodes(path)
 
 
 def _verify(backbone: Backbone, adapter: Adapter, answer: Answer, options: ExportOptions) -> Tally:

@@ -198,6 +198,7 @@ def test_int8(tiny: Backbone, store: AdapterStore, data: str, tmp_path: Path) ->
     options = ExportOptions(precision="int8", data={"alpha": data}, force=True, external_bytes=0)
     result = export_task(tiny, store, "alpha", output, options)
     operators = [node.op_type for node in onnx.load(output).graph.node]
+    assert result["nodes"] == len(operators)
     assert operators.count("MatMulInteger") == 18 and operators.count("MatMul") == 1, "all but the head"
     assert Graph(output).metadata["precision"] == "int8"
     assert 1e-5 < result["verification"]["max_abs_difference"] < 0.5
