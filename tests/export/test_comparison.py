@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt_serve.backbone import Backbone
 from gpt_serve.bench.timing import Plan
 from tests import reference
 from tests.factories import make_adapter
@@ -40,7 +39,7 @@ def test_the_yardstick_equals_the_reference(pool: str) -> None:
 
 
 @pytest.mark.slow
-def test_all_variants_answer_alike_and_are_timed(tiny: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_variants_answer_alike_and_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     import compare
 
     answers = {}
@@ -52,7 +51,7 @@ def test_all_variants_answer_alike_and_are_timed(tiny: Backbone, monkeypatch: py
         return {name: [1.0, 2.0] for name in variants}
 
     monkeypatch.setattr(compare, "interleave", interleave)
-    rows = compare.bench_export(tiny, Plan(repeats=1), batches=(2,), prompts=3)
+    rows = compare.bench_export(tiny_backbone(depth=2), Plan(repeats=1), batches=(2,), prompts=3)
     assert [row.variant for row in rows] == [
         "naive export",
         "torch eager",
