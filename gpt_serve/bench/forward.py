@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from gpt_serve.adapter_batch import AdapterBatch
@@ -55,7 +56,8 @@ def _finished(run: Callable[[Tensor], object], images: Tensor) -> Callable[[], N
 
 def flops(run: Callable[[Tensor], object], images: Tensor) -> int:
     """Floating-point operations of ``run(images)`` in its matrix products, attention and convolutions."""
-    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+    # As plain matrix products: not every version counts the fused kernels of every device.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.inference_mode():
         run(images)
     total: int = counter.get_total_flops()
     return total
