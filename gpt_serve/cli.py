@@ -26,6 +26,7 @@ from gpt_serve.options import (
     serving_options,
     task_option,
     training_options,
+    weights_options,
 )
 
 if TYPE_CHECKING:
@@ -193,7 +194,7 @@ def serve(device: str, **options: Any) -> None:
 
 @main.command()
 @export_options
-@backbone_options
+@weights_options
 @adapters_option
 @json_option
 def export(
@@ -204,7 +205,6 @@ def export(
     add_to: Path | None,
     kind: Any,
     data: tuple[str, ...],
-    device: str,
     adapters: Path,
     as_json: bool,
     backbone: str,
@@ -230,7 +230,7 @@ def export(
     from gpt_serve.terminal import echo_exported
 
     chosen = ExportOptions(input=kind, data=data_by_task(data, names), **options)
-    model = Backbone.load(backbone, checkpoint=checkpoint, input_size=input_size, device=resolve_device(device))
+    model = Backbone.load(backbone, checkpoint=checkpoint, input_size=input_size)
     if add_to is not None:
         result = add_task(model, store, names[0], add_to, chosen)
     elif output is not None and task is not None:

@@ -32,14 +32,14 @@ adapters_option = click.option(
     help="Folder of adapters.",
 )
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-backbone_options = _option_group(
+weights_options = _option_group(
     click.option(
         "--backbone", default=BUNDLED, show_default=True, help="timm name of a plain ViT, or the bundled one."
     ),
     click.option("--checkpoint", type=click.Path(path_type=Path), help="Weights file: MAE, MoCo v3 or timm."),
     click.option("--input-size", type=click.IntRange(1, 4096), help="Side of the input in pixels."),
-    device_option,
 )
+backbone_options = _option_group(weights_options, device_option)
 training_options = _option_group(
     click.option("--pool", type=click.Choice(["cls", "mean"]), help="Pooling; the pretraining's own by default."),
     click.option(

@@ -12,9 +12,9 @@ ADAPTERS = Path(__file__).parents[2] / "adapters"
 
 
 def run_export(*args: str) -> Result:
-    """``gpt-serve export`` with the adapters that ship, on the CPU."""
+    """``gpt-serve export`` with the adapters that ship."""
     return CliRunner(catch_exceptions=False).invoke(
-        main, ["export", "--device", "cpu", "--adapters", str(ADAPTERS), *args], prog_name="gpt-serve"
+        main, ["export", "--adapters", str(ADAPTERS), *args], prog_name="gpt-serve"
     )
 
 
