@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from gpt_serve.adapter import Adapter
 from gpt_serve.specs import BackboneSpec, Pool
 
-Memory = tuple[tuple[Tensor, Tensor], ...]
+Memory = Sequence[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,12 @@ class Plan:
 
     closed: tuple[bool, ...]
     pool: Pool | None
+
+    @property
+    def constant(self) -> int:
+        """How many of the first blocks only read the prompts, while these are the adapter's own constants."""
+        reading = [*self.closed, self.pool == "cls"]
+        return reading.index(False) if False in reading else len(reading)
 
     @classmethod
     def shared(cls, plans: Sequence["Plan"]) -> "Plan":
@@ -51,6 +57,7 @@ class AdapterBatch:
         deep: (A,) bool, which rows take fresh tokens in each block; None when ``prompt``'s layers say so for all.
         counts: (A,) int, prompts of each row when rows are padded to ``P``; None when every row has ``P``.
         memory: keys and values (A, P, H*d) of the prompts in the first blocks, see `prompted.remember`.
+        skipped: layers that ``prompt`` leaves out because ``memory`` stands for them; 0 when it has one layer for all.
     """
 
     prompt: Tensor
@@ -61,6 +68,7 @@ class AdapterBatch:
     deep: Tensor | None = None
     counts: Tensor | None = None
     memory: Memory = ()
+    skipped: int = 0
 
     @classmethod
     def single(
@@ -148,6 +156,7 @@ class AdapterBatch:
             deep=None if self.deep is None else self.deep[index],
             counts=None if self.counts is None else self.counts[index],
             memory=tuple((keys[index], values[index]) for keys, values in self.memory),
+            skipped=self.skipped,
         )
 
     @property
@@ -157,7 +166,7 @@ class AdapterBatch:
 
     def entering(self, index: int) -> Tensor:
         """(A, P, D): the tokens with which the prompts start, should block ``index`` be the first to carry them."""
-        return self.prompt[:, index if self.prompt.shape[1] > 1 else 0]
+        return self.prompt[:, index - self.skipped if self.prompt.shape[1] > 1 else 0]
 
     def valid(self, body: int) -> Tensor | None:
         """(A, S) bool: which of ``body`` prefix and patch rows plus ``P`` prompt rows are real; None when all are."""

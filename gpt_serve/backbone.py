@@ -39,6 +39,16 @@ class Backbone:
         self.model = _move(model, device)
         self.device = torch.device(device)
 
+    def cast(self, dtype: torch.dtype) -> None:
+        """Keep weights and compute activations in ``dtype``; the fingerprint stays that of the float32 weights."""
+        self.model.to(dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        dtype: torch.dtype = self.model.patch_embed.proj.weight.dtype
+        return dtype
+
     @classmethod
     def load(
         cls,

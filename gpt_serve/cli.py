@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ import click
 
 from gpt_serve import __version__
 from gpt_serve.errors import GPTServeError, UsageError
+from gpt_serve.memory import reuse_freed_memory
 from gpt_serve.options import (
     adapters_option,
     backbone_options,
@@ -25,9 +26,9 @@ from gpt_serve.options import (
     resolve_device,
     serving_options,
     task_option,
-    training_options,
     weights_options,
 )
+from gpt_serve.train_commands import close_gates, train
 
 if TYPE_CHECKING:
     from gpt_serve.engine import Engine
@@ -81,59 +82,11 @@ def main() -> None:
     """Serve many vision tasks from one frozen Vision Transformer with gated prompt adapters."""
     # Idle OpenMP threads that spin slow everything else on a shared machine; read once, when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    reuse_freed_memory()
 
 
-@main.command()
-@task_option
-@click.option("--data", help="Image folder, or the built-in dataset: digits.  [default: the task's name]")
-@backbone_options
-@training_options
-@adapters_option
-@json_option
-def train(
-    task: str,
-    data: str | None,
-    backbone: str,
-    checkpoint: Path | None,
-    input_size: int | None,
-    device: str,
-    pool: Any,
-    resume: bool,
-    skip_unreadable: bool,
-    workers: int,
-    adapters: Path,
-    as_json: bool,
-    recipe: str,
-    **hyperparameters: Any,
-) -> None:
-    """Train an adapter and publish it; a running server picks it up."""
-    from gpt_serve.specs import check_task_name
-
-    check_task_name(task)
-    from gpt_serve.backbone import Backbone
-    from gpt_serve.terminal import Terminal, echo_trained
-    from gpt_serve.train.distributed import join_world
-    from gpt_serve.train.fit import Job, train_adapter
-    from gpt_serve.train.recipe import make_recipe
-
-    job = Job(task, data or task, adapters, make_recipe(recipe, **hyperparameters), resume, skip_unreadable, workers)
-    with ExitStack() as stack:
-        world, device = stack.enter_context(join_world(resolve_device(device)))
-        model = Backbone.load(backbone, checkpoint=checkpoint, input_size=input_size, pool=pool, device=device)
-        terminal = Terminal(quiet=not world.leader)
-        stack.callback(terminal.close)
-        try:
-            summary = train_adapter(model, job, terminal, world)
-        except KeyboardInterrupt:
-            terminal.close()
-            if terminal.epochs:
-                terminal.notice(f"stopped after epoch {terminal.epochs}: repeat the command with --resume to continue")
-            raise
-    if summary is not None:
-        if as_json:
-            click.echo(json.dumps(summary))
-        else:
-            echo_trained(summary, adapters)
+main.add_command(train)
+main.add_command(close_gates)
 
 
 @main.command("eval")
@@ -327,7 +280,8 @@ def _engine(
 
     model = Backbone.load(backbone, checkpoint=checkpoint, input_size=input_size, device=resolve_device(device))
     engine = Engine(model, store, limits=LOCAL_LIMITS)
-    engine.bank.get(task)
+    with engine.bank.holding(task):  # trouble is reported before anything is computed
+        pass
     return engine
 
 

@@ -1,7 +1,7 @@
 """A batch of (task, image) pairs, mixed in every way, through one forward pass."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,12 +10,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from gpt_serve.adapter_batch import AdapterBatch
 from gpt_serve.backbone import Backbone
-from gpt_serve.bank import AdapterBank, Resident
-from gpt_serve.errors import GPTServeError, ImageError, UndecodableImage, UsageError
+from gpt_serve.bank import DEFAULT_BANK_BYTES, DEFAULT_HOST_BYTES, AdapterBank, Resident
+from gpt_serve.errors import BankFull, GPTServeError, ImageError, UndecodableImage, UsageError
 from gpt_serve.images import ImageLimits, decode, from_pil, normalize, preprocess_image
-from gpt_serve.prompted import embed, prompted_features
+from gpt_serve.passes import COSTS, PassPlanner
+from gpt_serve.prompted import block, embed, prompted_features
+from gpt_serve.slab import gather
 from gpt_serve.specs import Preprocess
 from gpt_serve.store import AdapterStore
 
@@ -47,68 +48,66 @@ class Prediction:
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One row of the forward pass: an adapter and its preprocessed image, uint8 (3, H, W)."""
+    """One row of the forward pass: an adapter, held in the bank, and its preprocessed image, uint8 (3, H, W)."""
 
     resident: Resident
     image: Tensor
 
 
 class Forward(Protocol):
-    """What computes a mixed batch."""
+    """What computes a pass."""
 
-    def __call__(self, rows: Sequence[Row]) -> list[Prediction]:
-        """The answers of one or more rows, in order."""
+    def __call__(self, rows: Sequence[Row]) -> Tensor:
+        """Features (B, D) of one or more rows, in order, where the rows' heads lie."""
         ...
 
 
 class TorchForward:
-    """The forward pass in torch, on the backbone's device; residents lie there, too."""
+    """The forward pass in torch, on the backbone's device, in the backbone's dtype.
 
-    def __init__(self, backbone: Backbone) -> None:
+    Args:
+        compiled: let ``torch.compile`` fuse the blocks: the first passes of each form then take seconds longer.
+    """
+
+    def __init__(self, backbone: Backbone, *, compiled: bool = False) -> None:
         self.backbone = backbone
+        # One block is compiled, for all of them; batch sizes and prompts are left open.
+        self.run_block: Callable[..., Tensor] = torch.compile(block, dynamic=True) if compiled else block
 
     @torch.inference_mode()
-    def __call__(self, rows: Sequence[Row]) -> list[Prediction]:
-        """The answers of one or more rows, in order."""
-        device = self.backbone.device
-        unique, slots = slots_of(rows)
-        slot = torch.tensor(slots, device=device)
-        tokens = embed(self.backbone.model, normalized(rows, unique, slot))
-        adapter = AdapterBatch.stack([resident.tensors for resident in unique])
-        if len(unique) > 1:
-            adapter = adapter.gather(slot)
-        features = prompted_features(self.backbone.model, tokens, adapter)
-        return _classify(features, [row.resident for row in rows])
+    def __call__(self, rows: Sequence[Row]) -> Tensor:
+        """Features (B, D) of one or more rows, in order."""
+        images = normalized(rows, self.backbone.device).to(self.backbone.dtype)
+        tokens = embed(self.backbone.model, images)
+        adapter = gather([row.resident.place for row in rows])
+        return prompted_features(self.backbone.model, tokens, adapter, run_block=self.run_block)
 
 
-def slots_of(rows: Sequence[Row]) -> tuple[list[Resident], list[int]]:
-    """The adapters of a batch, sorted by task, and the place of each row's among them."""
-    unique = sorted({id(row.resident): row.resident for row in rows}.values(), key=lambda resident: resident.task)
-    places = {id(resident): place for place, resident in enumerate(unique)}
-    return unique, [places[id(row.resident)] for row in rows]
-
-
-def normalized(rows: Sequence[Row], unique: Sequence[Resident], slot: Tensor) -> Tensor:
-    """The rows' images, each by its adapter's mean and standard deviation: (B, 3, H, W) on the device of ``slot``."""
-    images = torch.stack([row.image for row in rows]).to(slot.device, non_blocking=True)
-    mean = torch.tensor([resident.preprocess.mean for resident in unique], device=slot.device)
-    std = torch.tensor([resident.preprocess.std for resident in unique], device=slot.device)
-    return normalize(images, mean[slot], std[slot])
+def normalized(rows: Sequence[Row], device: torch.device) -> Tensor:
+    """The rows' images on ``device``, each by its adapter's mean and standard deviation: float32 (B, 3, H, W)."""
+    images = torch.stack([row.image for row in rows]).to(device, non_blocking=True)
+    chosen = [row.resident.preprocess for row in rows]
+    if len(set(chosen)) == 1:
+        chosen = chosen[:1]
+    mean = torch.tensor([preprocess.mean for preprocess in chosen], device=device)
+    std = torch.tensor([preprocess.std for preprocess in chosen], device=device)
+    return normalize(images, mean, std)
 
 
 class Engine:
     """Answers batches for one backbone and one adapter store.
 
     Args:
-        backbone: resident, frozen. Its spec and device are what matters when ``forward`` has weights of its own.
+        backbone: resident, frozen.
         store: read as it is at the time of each batch; new, changed and removed adapters take effect at once.
-        capacity: adapters kept on the device; the least recently used leaves first.
+        bank_bytes: memory for adapters on the device; the least recently used leaves first.
+        host_bytes: memory for adapters that are ready to be copied there.
         limits: of each image.
-        max_batch: images per forward pass; longer lists are computed in parts.
-        forward: what computes the batches; by default torch, with the backbone's weights.
+        max_batch: images per batch; longer lists are computed in parts.
+        forward: what computes the passes; by default torch, with the backbone's weights.
 
     Raises:
-        UsageError: ``capacity`` or ``max_batch`` is less than 1.
+        UsageError: ``max_batch`` is less than 1, or the bank's sizes cannot work.
     """
 
     def __init__(
@@ -116,7 +115,8 @@ class Engine:
         backbone: Backbone,
         store: AdapterStore,
         *,
-        capacity: int = 1024,
+        bank_bytes: int = DEFAULT_BANK_BYTES,
+        host_bytes: int = DEFAULT_HOST_BYTES,
         limits: ImageLimits = ImageLimits(),
         max_batch: int = 64,
         forward: Forward | None = None,
@@ -126,55 +126,109 @@ class Engine:
         self.backbone = backbone
         self.limits = limits
         self.max_batch = max_batch
-        self.bank = AdapterBank(backbone, store, capacity)
+        self.bank = AdapterBank(backbone, store, bank_bytes=bank_bytes, host_bytes=host_bytes)
         self.forward = forward or TorchForward(backbone)
+        self.planner = planner_for(backbone)
         self._threads = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="decode")
 
     def predict(self, requests: Sequence[tuple[str, ImageInput]]) -> list[Prediction | GPTServeError]:
-        """One result per request, in order; a bad request yields its error and disturbs no other."""
+        """One result per request, in order; a bad request yields its error and disturbs no other.
+
+        Each task is looked up once for every ``max_batch`` requests, so that these answer with the same revision.
+        """
         results: list[Prediction | GPTServeError] = []
         for start in range(0, len(requests), self.max_batch):
             results += self._predict_batch(requests[start : start + self.max_batch])
         return results
 
-    def _predict_batch(self, requests: Sequence[tuple[str, ImageInput]]) -> list[Prediction | GPTServeError]:
-        # One look at the store per task: all rows of a batch answer with the same revision.
-        residents = {task: self._resident(task) for task in dict.fromkeys(task for task, _ in requests)}
-        prepared = list(self._threads.map(lambda request: self._prepare(residents[request[0]], request[1]), requests))
-        rows = [item for item in prepared if isinstance(item, Row)]
-        answers = iter(self.forward(rows) if rows else [])
-        return [next(answers) if isinstance(item, Row) else item for item in prepared]
-
-    def _resident(self, task: str) -> Resident | GPTServeError:
-        try:
-            return self.bank.get(task)
-        except GPTServeError as error:
-            return error
-
-    def _prepare(self, resident: Resident | GPTServeError, image: ImageInput) -> Row | GPTServeError:
-        """The row that the forward pass takes, or the reason why there is none."""
-        if isinstance(resident, GPTServeError):
-            return resident
+    def prepare(self, resident: Resident, image: ImageInput) -> Row | GPTServeError:
+        """The row that the forward pass takes, or the reason why there is none. Safe to call in many threads."""
         try:
             pixels = _pixels(image, self.limits, resident.preprocess)
             return Row(resident, preprocess_image(pixels, resident.preprocess))
         except ImageError as error:
             return error
 
+    @torch.inference_mode()
+    def compute(self, rows: Sequence[Row]) -> list[Prediction]:
+        """The answers of rows of any mix, in order; in one thread at a time."""
+        if not rows:
+            return []
+        passes = self.planner.plan([row.resident.place.kind for row in rows])
+        features = [self.forward([rows[index] for index in part]) for part in passes]
+        order = [index for part in passes for index in part]
+        predictions = classify(torch.cat(features), [rows[index].resident for index in order])
+        return [answer for _, answer in sorted(zip(order, predictions, strict=True), key=lambda pair: pair[0])]
 
-def _classify(features: Tensor, residents: Sequence[Resident]) -> list[Prediction]:
-    """Each row's head and softmax; classes differ by task, so rows (B, D) are grouped by adapter."""
-    members: dict[int, list[int]] = {}
+    def _predict_batch(self, requests: Sequence[tuple[str, ImageInput]]) -> list[Prediction | GPTServeError]:
+        residents: dict[str, Resident | GPTServeError] = {}
+        results: list[Prediction | GPTServeError] = []
+        pending: list[tuple[str, ImageInput]] = []
+        try:
+            for task, image in requests:
+                if task not in residents:
+                    try:
+                        residents[task] = self.bank.take(task, timeout=0)
+                    except BankFull:  # of the very adapters that this batch holds: use them and let them go
+                        results += self._answer(pending, residents)
+                        pending = []
+                        self._release(residents)
+                        residents[task] = self._take(task)
+                    except GPTServeError as error:
+                        residents[task] = error
+                pending.append((task, image))
+            return results + self._answer(pending, residents)
+        finally:
+            self._release(residents)
+
+    def _take(self, task: str) -> Resident | GPTServeError:
+        """The adapter, however long others hold the bank."""
+        try:
+            return self.bank.take(task)
+        except GPTServeError as error:
+            return error
+
+    def _release(self, residents: dict[str, Resident | GPTServeError]) -> None:
+        while residents:
+            _, resident = residents.popitem()
+            if isinstance(resident, Resident):
+                self.bank.release(resident)
+
+    def _answer(
+        self, requests: Sequence[tuple[str, ImageInput]], residents: dict[str, Resident | GPTServeError]
+    ) -> list[Prediction | GPTServeError]:
+        def prepare(request: tuple[str, ImageInput]) -> Row | GPTServeError:
+            resident = residents[request[0]]
+            return resident if isinstance(resident, GPTServeError) else self.prepare(resident, request[1])
+
+        prepared = list(self._threads.map(prepare, requests))
+        answers = iter(self.compute([item for item in prepared if isinstance(item, Row)]))
+        return [next(answers) if isinstance(item, Row) else item for item in prepared]
+
+
+def planner_for(backbone: Backbone) -> PassPlanner:
+    """How batches become passes on the backbone's device."""
+    embedding = backbone.model.patch_embed
+    body = backbone.model.num_prefix_tokens + embedding.num_patches
+    return PassPlanner(body, backbone.spec.width, COSTS[backbone.device.type])
+
+
+def classify(features: Tensor, residents: Sequence[Resident]) -> list[Prediction]:
+    """Each row's head and softmax, float32; rows (B, D) of one adapter share a product, and all share one copy back."""
+    members: dict[Resident, list[int]] = {}
     for index, resident in enumerate(residents):
-        members.setdefault(id(resident), []).append(index)
-    probabilities: dict[int, Tensor] = {}
-    for indices in members.values():
-        resident = residents[indices[0]]
-        logits = torch.addmm(resident.head_bias, features[indices], resident.head_weight.T)
-        probabilities.update(zip(indices, logits.float().softmax(dim=1).cpu().unbind(), strict=True))
+        members.setdefault(resident, []).append(index)
+    classes = max(len(resident.labels) for resident in members)
+    logits = torch.full((len(residents), classes), float("-inf"), device=features.device)
+    features = features.float()
+    for resident, indices in members.items():
+        weight, bias = resident.head
+        rows = torch.tensor(indices, device=features.device)
+        logits[rows, : len(resident.labels)] = torch.addmm(bias.float(), features[rows], weight.float().T)
+    scores = logits.softmax(dim=1).cpu()
     return [
-        Prediction(resident.task, resident.revision, resident.labels, probabilities[index])
-        for index, resident in enumerate(residents)
+        Prediction(resident.task, resident.revision, resident.labels, row[: len(resident.labels)])
+        for resident, row in zip(residents, scores.unbind(), strict=True)
     ]
 
 

@@ -12,7 +12,8 @@ The message of each is one line for the person who caused it and says what to do
     │   ├── InvalidTaskName        not [a-z0-9][a-z0-9._-]{0,63}
     │   ├── UnknownTask            no adapter of that name
     │   ├── InvalidAdapter         a file that is not a valid adapter
-    │   └── BackboneMismatch       trained on another backbone
+    │   ├── BackboneMismatch       trained on another backbone
+    │   └── BankFull               no room for it on the device
     ├── ExportError            a graph that cannot be made, opened, or that does not answer as torch does
     ├── ImageError             an image that cannot be used
     │   ├── ImageTooLarge          too many bytes or pixels
@@ -70,6 +71,10 @@ class InvalidAdapter(AdapterError):
 
 class BackboneMismatch(AdapterError):
     """The adapter was trained on a backbone with other weights."""
+
+
+class BankFull(AdapterError):
+    """There is no room for the adapter on the device: everything there is in use, or it is too large."""
 
 
 class ExportError(GPTServeError):

@@ -20,8 +20,9 @@ def evaluate_task(engine: Engine, task: str, source: str) -> dict[str, Any]:
         AdapterError: the adapter cannot be used.
         UsageError: it was replaced meanwhile.
     """
-    resident = engine.bank.get(task)
-    samples = open_evaluation(source, resident.labels)
+    with engine.bank.holding(task) as resident:
+        revision, known = resident.revision, resident.labels
+    samples = open_evaluation(source, known)
     correct = 0
     for start in range(0, len(samples), CHUNK):
         chunk = samples[start : start + CHUNK]
@@ -31,10 +32,10 @@ def evaluate_task(engine: Engine, task: str, source: str) -> dict[str, Any]:
                 raise DataError(f"cannot read {sample.name}: {result}; replace or remove it")
             if isinstance(result, GPTServeError):
                 raise result
-            if result.revision != resident.revision:
+            if result.revision != revision:
                 raise UsageError(f"adapter {task!r} was replaced while it was evaluated: repeat the command")
-            correct += result.top(1)[0][0] == resident.labels[sample.target]
-    return {"task": task, "revision": resident.revision, "accuracy": correct / len(samples), "n": len(samples)}
+            correct += result.top(1)[0][0] == known[sample.target]
+    return {"task": task, "revision": revision, "accuracy": correct / len(samples), "n": len(samples)}
 
 
 def _read(sample: Sample) -> bytes:

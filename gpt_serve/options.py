@@ -12,6 +12,19 @@ from gpt_serve.errors import UsageError
 BUNDLED = "mae-vit-tiny-32"
 
 
+class ByteSize(click.ParamType[int]):
+    """A number of bytes: ``1048576``, ``1024K``, ``1M``, ``0.5G``."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The bytes."""
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)(?:I?B)?", str(value).strip().upper())
+        if match is None:
+            self.fail(f"{value!r} is not a size: give bytes, or a number with K, M, G or T, such as 512M", param, ctx)
+        return int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " "))
+
+
 def _option_group(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def apply(command: Any) -> Any:
         for option in reversed(options):
@@ -75,8 +88,22 @@ training_options = _option_group(
     ),
     click.option("--seed", type=int, help="Of everything random.  [0]"),
     click.option("--resume", is_flag=True, help="Continue the interrupted run of this task."),
+)
+reading_options = _option_group(
     click.option("--skip-unreadable", is_flag=True, help="Train without the images that cannot be read."),
     click.option("--workers", type=click.IntRange(0, 256), default=2, show_default=True, help="Decoding processes."),
+)
+closing_options = _option_group(
+    click.option(
+        "--tolerance",
+        type=float,
+        default=0.0,
+        show_default=True,
+        metavar="POINTS",
+        help="Percentage points of validation accuracy that closed gates may cost.",
+    ),
+    click.option("--epochs", type=int, help="Of each of at most 4 fine-tunes.  [a quarter of training's, at least 5]"),
+    click.option("--lr", type=float, help="Peak learning rate of the fine-tunes.  [a quarter of training's]"),
 )
 serving_options = _option_group(
     click.option(
@@ -85,6 +112,24 @@ serving_options = _option_group(
         default="auto",
         show_default=True,
         help="What runs the forward pass; auto: onnx (onnxruntime) on the CPU, torch on a GPU.",
+    ),
+    click.option(
+        "--precision",
+        type=click.Choice(["fp32", "bf16"]),
+        default="fp32",
+        show_default=True,
+        help="Of weights and activations; bf16 is faster where the processor has it, and rounds answers.",
+    ),
+    click.option("--compile", is_flag=True, help="Let torch.compile fuse the blocks; starting takes longer."),
+    click.option(
+        "--bank-bytes", type=ByteSize(), default="1G", show_default=True, help="Memory for adapters on the device."
+    ),
+    click.option(
+        "--host-bytes",
+        type=ByteSize(),
+        default="1G",
+        show_default=True,
+        help="Memory for adapters that are ready to be copied there; 0 for none.",
     ),
     click.option("--max-batch-size", type=int, default=32, show_default=True, help="Most images in a forward pass."),
     click.option(

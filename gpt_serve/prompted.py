@@ -136,11 +136,8 @@ def remember(model: Any, adapter: AdapterBatch) -> AdapterBatch:
     Args:
         adapter: one adapter, ``A = 1``.
     """
-    reading = [*adapter.plan.closed, adapter.plan.pool == "cls"]
     memory = []
-    for index, blk in enumerate(model.blocks):
-        if not reading[index] or not adapter.prompts:
-            break
+    for index, blk in enumerate(model.blocks[: adapter.plan.constant if adapter.prompts else 0]):
         keys, values = _keys_and_values(blk.attn, blk.norm1(adapter.entering(index)))
         memory.append((_norm_heads(blk.attn, blk.attn.k_norm, keys), values))
     return replace(adapter, memory=tuple(memory))
@@ -154,7 +151,7 @@ def _gated_prompts(adapter: AdapterBatch, index: int, before: Tensor, after: Ten
     """
     keep = before
     if adapter.prompt.shape[1] > 1:
-        fresh = adapter.prompt[:, index + 1].to(before.dtype).expand_as(before)
+        fresh = adapter.prompt[:, index + 1 - adapter.skipped].to(before.dtype).expand_as(before)
         keep = fresh if adapter.deep is None else torch.where(adapter.deep[:, None, None], fresh, before)
     if adapter.plan.closed[index]:
         return keep
@@ -184,7 +181,13 @@ def pool(x: Tensor, adapter: AdapterBatch, prefix: int) -> Tensor:
     return torch.matmul(weights[:, None], x)[:, 0]
 
 
-def prompted_features(model: Any, tokens: Tensor, adapter: AdapterBatch, on_block: OnBlock | None = None) -> Tensor:
+def prompted_features(
+    model: Any,
+    tokens: Tensor,
+    adapter: AdapterBatch,
+    on_block: OnBlock | None = None,
+    run_block: Callable[..., Tensor] = block,
+) -> Tensor:
     """Run all blocks with prompts, gates and temperatures, then pool, then the backbone's norm.
 
     Args:
@@ -193,6 +196,7 @@ def prompted_features(model: Any, tokens: Tensor, adapter: AdapterBatch, on_bloc
         adapter: ``A`` is 1 or ``B``.
         on_block: called as ``on_block(l, x)`` with the tokens that block ``l`` hands on: (B, S, D), without the
             prompt rows while they are remembered, and the CLS row alone after the last block under CLS pooling.
+        run_block: `block`, or what ``torch.compile`` made of it.
 
     Returns:
         (B, D) features for the head.
@@ -211,7 +215,7 @@ def prompted_features(model: Any, tokens: Tensor, adapter: AdapterBatch, on_bloc
         carried = adapter.prompts > 0 and memory is None and index < last
         if carried and adapter.plan.closed[index]:
             rows = body
-        y = block(blk, x, None if tau is None else tau[:, index], mask, rows, memory)
+        y = run_block(blk, x, None if tau is None else tau[:, index], mask, rows, memory)
         if carried:
             prompts = _gated_prompts(adapter, index, x[:, body:], y[:, body:])
             y = torch.cat([y[:, :body], prompts.to(y.dtype)], dim=1)

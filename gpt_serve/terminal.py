@@ -44,9 +44,9 @@ class Terminal:
         if not self.quiet:
             tqdm.write(text, file=sys.stderr)
 
-    def scanning(self, total: int) -> Callable[[], object]:
-        """A bar over the images that are checked."""
-        bar = self._open(total, "checking images")
+    def scanning(self, total: int, what: str = "checking images") -> Callable[[], object]:
+        """A bar over the images that are read."""
+        bar = self._open(total, what)
         return lambda: bar.update()
 
     def unreadable(self, images: "list[Unreadable]") -> None:
@@ -91,6 +91,23 @@ def echo_trained(summary: dict[str, Any], adapters: Path) -> None:
     if "test_accuracy" in metrics:
         text += f", test accuracy {100 * metrics['test_accuracy']:.1f} %"
     click.echo(f"{summary['task']}: {text}; revision {summary['revision']} in {adapters / summary['task']}")
+
+
+def echo_closing(summary: dict[str, Any], adapters: Path) -> None:
+    """What closing gates came to, in one line."""
+    step = summary["closing"]
+    task, closed = summary["task"], step["closed"]
+    before, after = (f"{100 * value:.1f} %" for value in step["val_accuracy"])
+    if not closed:
+        text = f"no gate can close with validation accuracy within {step['tolerance']:g} points of {before}"
+        click.echo(f"{task}: {text}; revision {summary['revision']} stays")
+        return
+    text = f"closed {len(closed)} of {step['open_before']} open gates (blocks {', '.join(map(str, closed))})"
+    text += f"; validation accuracy {before} before, {after} after"
+    if "test_accuracy" in step:
+        before, after = (f"{100 * value:.1f} %" for value in step["test_accuracy"])
+        text += f"; test accuracy {before} before, {after} after"
+    click.echo(f"{task}: {text}; revision {summary['revision']} in {adapters / task}")
 
 
 def echo_tasks(described: Sequence[TaskSummary | BrokenAdapter]) -> None:

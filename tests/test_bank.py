@@ -3,6 +3,7 @@
 import errno
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,16 @@ from gpt_serve import store as store_module
 from gpt_serve.adapter import Adapter
 from gpt_serve.backbone import Backbone
 from gpt_serve.bank import AdapterBank, Resident
-from gpt_serve.errors import BackboneMismatch, GPTServeError, InvalidAdapter, InvalidTaskName, UnknownTask, UsageError
+from gpt_serve.errors import (
+    BackboneMismatch,
+    BankFull,
+    GPTServeError,
+    InvalidAdapter,
+    InvalidTaskName,
+    UnknownTask,
+    UsageError,
+)
+from gpt_serve.slab import Packed
 from gpt_serve.specs import BackboneSpec
 from gpt_serve.store import FILE_NAME, AdapterStore, StoredAdapter
 from tests.factories import make_adapter
@@ -34,8 +44,26 @@ def store(tmp_path: Path) -> CountingStore:
     return CountingStore(tmp_path)
 
 
-def bank_of(backbone: Backbone, store: AdapterStore, capacity: int = 8) -> AdapterBank:
-    return AdapterBank(backbone, store, capacity)
+def room(spec: BackboneSpec, *adapters: Adapter) -> int:
+    """Bytes of a bank that just holds ``adapters``."""
+    rows = 0
+    for adapter in adapters:
+        packed = Packed.of(adapter, spec)
+        rows += packed.extent(packed.kind.plan.constant if packed.kind.prompts else 0)
+    return (rows + 1) * 4 * spec.width  # row 0 pads
+
+
+def bank_of(backbone: Backbone, store: AdapterStore, holds: int | None = None, **options: Any) -> AdapterBank:
+    """A bank for ``holds`` adapters as `make_adapter` makes them."""
+    if holds is not None:
+        options["bank_bytes"] = room(backbone.spec, *[make_adapter(backbone.spec)] * holds)
+    return AdapterBank(backbone, store, **options)
+
+
+def get(bank: AdapterBank, task: str) -> Resident:
+    """Take and release: good for looking at what does not change."""
+    with bank.holding(task) as resident:
+        return resident
 
 
 def overwrite(store: AdapterStore, task: str, data: bytes) -> None:
@@ -49,35 +77,36 @@ def overwrite(store: AdapterStore, task: str, data: bytes) -> None:
 def test_resident_is_the_file(tiny, store):
     adapter = make_adapter(tiny.spec, "alpha", method="gated", prompts=4, classes=6)
     revision = store.publish(adapter)
-    resident = bank_of(tiny, store).get("alpha")
+    resident = get(bank_of(tiny, store), "alpha")
     assert (resident.task, resident.revision, resident.labels) == ("alpha", revision, adapter.labels)
     assert resident.preprocess == adapter.preprocess
-    assert torch.equal(resident.head_weight, adapter.head_weight)
-    assert torch.equal(resident.head_bias, adapter.head_bias)
-    assert torch.equal(resident.tensors.prompt[0], adapter.prompt)
-    assert torch.equal(resident.tensors.gate[0], adapter.gamma.sigmoid())
-    assert torch.equal(resident.tensors.tau[0], adapter.tau)
+    weight, bias = resident.head
+    tensors = resident.place.batch
+    assert torch.equal(weight, adapter.head_weight) and torch.equal(bias, adapter.head_bias)
+    assert torch.equal(tensors.prompt[0], adapter.prompt)
+    assert torch.equal(tensors.gate[0], adapter.gamma.sigmoid())
+    assert torch.equal(tensors.tau[0], adapter.tau)
 
 
 def test_loaded_once(tiny, store):
     store.publish(make_adapter(tiny.spec, "alpha"))
     bank = bank_of(tiny, store)
-    assert bank.get("alpha") is bank.get("alpha")
+    assert get(bank, "alpha") is get(bank, "alpha")
     assert store.loads == ["alpha"]
 
 
 def test_least_recently_used_leaves_first(tiny, store):
     for task in ("a", "b", "c"):
         store.publish(make_adapter(tiny.spec, task))
-    bank = bank_of(tiny, store, capacity=2)
+    bank = bank_of(tiny, store, holds=2, host_bytes=0)
     for task in ("a", "b", "a", "c", "a"):  # c pushes out b
-        bank.get(task)
+        get(bank, task)
     assert store.loads == ["a", "b", "c"]
     assert len(bank) == 2
-    bank.get("b")  # which pushes out c
-    bank.get("a")
+    get(bank, "b")  # which pushes out c
+    get(bank, "a")
     assert store.loads == ["a", "b", "c", "b"]
-    bank.get("c")
+    get(bank, "c")
     assert store.loads == ["a", "b", "c", "b", "c"]
     assert len(bank) == 2
 
@@ -85,34 +114,24 @@ def test_least_recently_used_leaves_first(tiny, store):
 def test_capacity_of_one(tiny, store):
     for task in ("a", "b"):
         store.publish(make_adapter(tiny.spec, task))
-    bank = bank_of(tiny, store, capacity=1)
-    assert [bank.get(task).task for task in ("a", "b", "b", "a")] == ["a", "b", "b", "a"]
+    bank = bank_of(tiny, store, holds=1, host_bytes=0)
+    assert [get(bank, task).task for task in ("a", "b", "b", "a")] == ["a", "b", "b", "a"]
     assert store.loads == ["a", "b", "a"]
 
 
-def test_what_has_left_still_works_for_those_who_hold_it(tiny, store):
-    for task in ("a", "b"):
-        store.publish(make_adapter(tiny.spec, task))
-    bank = bank_of(tiny, store, capacity=1)
-    resident = bank.get("a")
-    weight = resident.head_weight.clone()
-    bank.get("b")
-    assert torch.equal(resident.head_weight, weight)
-
-
-@pytest.mark.parametrize("capacity", [0, -1])
-def test_capacity_must_be_positive(tiny, store, capacity):
-    with pytest.raises(UsageError, match=f"a bank of {capacity} adapters .*: use a capacity of 1 or more"):
-        bank_of(tiny, store, capacity)
+@pytest.mark.parametrize("sizes", [{"bank_bytes": 0}, {"bank_bytes": -1}, {"host_bytes": -1}], ids=str)
+def test_sizes_that_cannot_work(tiny, store, sizes):
+    with pytest.raises(UsageError, match="cannot work: use more"):
+        bank_of(tiny, store, **sizes)
 
 
 def test_reloaded_when_the_file_changes(tiny, store):
     first = store.publish(make_adapter(tiny.spec, "alpha", seed=1))
     bank = bank_of(tiny, store)
-    assert bank.get("alpha").revision == first
+    assert get(bank, "alpha").revision == first
     second = store.publish(make_adapter(tiny.spec, "alpha", seed=2))
-    assert bank.get("alpha").revision == second != first
-    assert bank.get("alpha").revision == second
+    assert get(bank, "alpha").revision == second != first
+    assert get(bank, "alpha").revision == second
     assert store.loads == ["alpha", "alpha"]
     assert len(bank) == 1
 
@@ -127,18 +146,18 @@ def test_file_replaced_between_the_look_and_the_reading(tiny, tmp_path):
     store = Racing(tmp_path)
     store.publish(make_adapter(tiny.spec, "alpha", seed=1))
     bank = bank_of(tiny, store)
-    assert bank.get("alpha").revision == AdapterStore(tmp_path).load("alpha").revision
-    bank.get("alpha")
+    assert get(bank, "alpha").revision == AdapterStore(tmp_path).load("alpha").revision
+    get(bank, "alpha")
     assert store.loads == ["alpha"]
 
 
 def test_removed_adapter_is_unknown_and_dropped(tiny, store):
     store.publish(make_adapter(tiny.spec, "alpha"))
     bank = bank_of(tiny, store)
-    bank.get("alpha")
+    get(bank, "alpha")
     store.remove("alpha")
     with pytest.raises(UnknownTask, match="unknown task 'alpha'"):
-        bank.get("alpha")
+        get(bank, "alpha")
     assert len(bank) == 0
 
 
@@ -146,7 +165,7 @@ def test_names_that_cannot_exist_cost_nothing(tiny, store):
     bank = bank_of(tiny, store)
     for task, error in [("nobody", UnknownTask), ("../alpha", InvalidTaskName), ("", InvalidTaskName)]:
         with pytest.raises(error):
-            bank.get(task)
+            get(bank, task)
     assert store.loads == [] and len(bank) == 0
 
 
@@ -159,7 +178,7 @@ def test_refused_file_is_read_once(tiny, store):
     messages = set()
     for _ in range(5):
         with pytest.raises(InvalidAdapter) as caught:
-            bank.get("alpha")
+            get(bank, "alpha")
         messages.add(str(caught.value))
     assert store.loads == ["alpha"]
     assert len(messages) == 1 and "adapter 'alpha' is refused" in messages.pop()
@@ -170,47 +189,47 @@ def test_refusal_is_a_new_error_each_time(tiny, store):
     overwrite(store, "alpha", b"not an adapter at all")
     bank = bank_of(tiny, store)
     errors: list[GPTServeError] = []
-    for _ in range(3):
+    for _ in range(4):
         with pytest.raises(InvalidAdapter) as caught:
-            bank.get("alpha")
+            get(bank, "alpha")
         errors.append(caught.value)
-    assert len({id(error) for error in errors}) == 3
+    assert len({id(error) for error in errors}) == 4
     depths = []
     for error in errors:
         depth, entry = 0, error.__traceback__
         while entry is not None:
             depth, entry = depth + 1, entry.tb_next
         depths.append(depth)
-    assert depths == [depths[0]] * 3
+    assert depths[1:] == [depths[1]] * 3  # the first one comes from the reading
 
 
 def test_fixed_file_is_taken(tiny, store):
     overwrite(store, "alpha", b"not an adapter at all")
     bank = bank_of(tiny, store)
     with pytest.raises(InvalidAdapter):
-        bank.get("alpha")
+        get(bank, "alpha")
     revision = store.publish(make_adapter(tiny.spec, "alpha"))
-    assert bank.get("alpha").revision == revision
+    assert get(bank, "alpha").revision == revision
     overwrite(store, "alpha", b"broken again")
     with pytest.raises(InvalidAdapter):
-        bank.get("alpha")
+        get(bank, "alpha")
     assert store.loads == ["alpha"] * 3
 
 
 def test_adapter_of_another_backbone_is_refused_by_name(tiny, store):
     store.publish(make_adapter(tiny.spec, "alpha", backbone="other", backbone_sha256="cd" * 32))
     with pytest.raises(BackboneMismatch, match="trained on backbone other .cdcdcdcdcdcd., not on tiny"):
-        bank_of(tiny, store).get("alpha")
+        get(bank_of(tiny, store), "alpha")
 
 
 def test_refused_file_goes_with_its_task(tiny, store):
     overwrite(store, "alpha", b"not an adapter at all")
     bank = bank_of(tiny, store)
     with pytest.raises(InvalidAdapter):
-        bank.get("alpha")
+        get(bank, "alpha")
     (store.root / "alpha" / FILE_NAME).unlink()
     with pytest.raises(UnknownTask):
-        bank.get("alpha")
+        get(bank, "alpha")
     assert len(bank) == 0
 
 
@@ -225,8 +244,8 @@ def test_trouble_of_the_disk_is_not_remembered(tiny, store, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(store_module, "_read", fail)
         with pytest.raises(InvalidAdapter, match="Too many open files"):
-            bank.get("alpha")
-    assert bank.get("alpha").revision == revision
+            get(bank, "alpha")
+    assert get(bank, "alpha").revision == revision
 
 
 # Many threads
@@ -245,7 +264,7 @@ def numbered(spec: BackboneSpec, number: int) -> Adapter:
 def number_of(resident: Resident) -> int:
     """The number, if all parts agree on it."""
     numbers = {int(label.split("-")[0]) for label in resident.labels}
-    for tensor in (resident.head_weight, resident.head_bias, resident.tensors.prompt):
+    for tensor in (*resident.head, resident.place.batch.prompt):
         numbers.update(tensor.unique().int().tolist())
     assert len(numbers) == 1, f"parts of several adapters: {numbers}"
     return numbers.pop()
@@ -253,7 +272,7 @@ def number_of(resident: Resident) -> int:
 
 def test_threads_see_whole_adapters_and_never_an_old_one(tiny, tmp_path):
     store = AdapterStore(tmp_path)
-    bank = bank_of(tiny, store, capacity=2)
+    bank = bank_of(tiny, store, holds=2)
     revisions = {store.publish(numbered(tiny.spec, 0)): 0}
     published = 0
     stop = threading.Event()
@@ -264,8 +283,8 @@ def test_threads_see_whole_adapters_and_never_an_old_one(tiny, tmp_path):
         try:
             while not stop.is_set():
                 least = published  # what was there before the bank was asked
-                resident = bank.get("alpha")
-                number = number_of(resident)
+                with bank.holding("alpha") as resident:
+                    number = number_of(resident)
                 if number < least:
                     problems.append(f"{number} after {least} was published")
                 if revisions.get(resident.revision, number) != number:
@@ -286,22 +305,25 @@ def test_threads_see_whole_adapters_and_never_an_old_one(tiny, tmp_path):
     for thread in threads:
         thread.join(30)
     assert problems == []
-    assert min(looks) > 0 and number_of(bank.get("alpha")) == 30
+    assert min(looks) > 0 and number_of(get(bank, "alpha")) == 30
 
 
 def test_many_tasks_in_few_places_under_threads(tiny, tmp_path):
     store = AdapterStore(tmp_path)
     tasks = [f"task-{index}" for index in range(6)]
-    revisions = {task: store.publish(make_adapter(tiny.spec, task, seed=index)) for index, task in enumerate(tasks)}
-    bank = bank_of(tiny, store, capacity=2)
+    adapters = {task: make_adapter(tiny.spec, task, seed=index) for index, task in enumerate(tasks)}
+    revisions = {task: store.publish(adapter) for task, adapter in adapters.items()}
+    heads = {task: adapter.head_weight for task, adapter in adapters.items()}
+    bank = bank_of(tiny, store, holds=2)
     wrong: list[object] = []
 
     def look(offset: int) -> None:
         try:
             for step in range(40):
                 task = tasks[(step * 5 + offset) % 6]
-                resident = bank.get(task)
-                if (resident.task, resident.revision) != (task, revisions[task]):
+                with bank.holding(task) as resident:
+                    seen = resident.head[0].clone()
+                if not torch.equal(seen, heads[task]) or (resident.task, resident.revision) != (task, revisions[task]):
                     wrong.append(resident)
         except Exception as error:
             wrong.append(error)
@@ -313,3 +335,135 @@ def test_many_tasks_in_few_places_under_threads(tiny, tmp_path):
         thread.join(60)
     assert wrong == []
     assert len(bank) == 2
+
+
+# Pins, tiers, room
+
+
+def test_what_is_held_stays(tiny, store):
+    for seed, task in enumerate("ab"):
+        store.publish(make_adapter(tiny.spec, task, seed=seed))
+    bank = bank_of(tiny, store, holds=1)
+    held = bank.take("a")
+    before = held.head[0].clone()
+    with pytest.raises(BankFull, match="no room in the bank for adapter 'b' in time"):
+        bank.take("b", timeout=0.01)
+    assert bank.try_take("b") is None
+    bank.release(held)
+    bank.release(bank.take("b", timeout=0))
+    assert not torch.equal(held.head[0], before), "its room was not used again"
+
+
+def test_who_waits_for_room_gets_it_when_it_is_free(tiny, store):
+    for task in "ab":
+        store.publish(make_adapter(tiny.spec, task))
+    bank = bank_of(tiny, store, holds=1)
+    held = bank.take("a")
+    taken: list[Resident] = []
+    thread = threading.Thread(target=lambda: taken.append(bank.take("b")))
+    thread.start()
+    thread.join(0.1)
+    assert taken == []
+    bank.release(held)
+    thread.join(30)
+    assert [resident.task for resident in taken] == ["b"]
+
+
+def test_held_twice_released_twice(tiny, store):
+    for task in "ab":
+        store.publish(make_adapter(tiny.spec, task))
+    bank = bank_of(tiny, store, holds=1)
+    first, second = bank.take("a"), bank.try_take("a")
+    assert first is second
+    bank.release(first)
+    with pytest.raises(BankFull):
+        bank.take("b", timeout=0)
+    bank.release(first)
+    assert bank.take("b", timeout=0).task == "b"
+
+
+def test_an_old_revision_keeps_its_slot_while_it_is_held(tiny, store):
+    old = make_adapter(tiny.spec, "alpha", seed=1)
+    store.publish(old)
+    bank = bank_of(tiny, store, holds=3)
+    held = bank.take("alpha")
+    for seed in (2, 3):
+        store.publish(make_adapter(tiny.spec, "alpha", seed=seed))
+        assert get(bank, "alpha").revision != held.revision
+    store.remove("alpha")
+    with pytest.raises(UnknownTask):
+        bank.take("alpha")
+    assert torch.equal(held.head[0], old.head_weight)
+    assert len(bank) == 0 and bank.stats().bytes_used > 0
+    bank.release(held)
+    assert bank.stats().bytes_used == 0
+
+
+def test_an_adapter_larger_than_the_bank(tiny, store):
+    store.publish(make_adapter(tiny.spec, "alpha", prompts=50))
+    with pytest.raises(BankFull, match="adapter 'alpha' takes [0-9]+ bytes, and the bank has [0-9]+: use more --bank"):
+        bank_of(tiny, store, holds=1).take("alpha")
+
+
+def test_the_host_tier_saves_reading(tiny, store):
+    for task in "ab":
+        store.publish(make_adapter(tiny.spec, task))
+    bank = bank_of(tiny, store, holds=1)
+    for task in "ababab":
+        get(bank, task)
+    stats = bank.stats()
+    assert store.loads == ["a", "b"] and stats.disk_reads == 2
+    assert (stats.loads, stats.evictions, stats.hits, stats.resident, stats.host_resident) == (6, 5, 0, 1, 2)
+    assert stats.load_seconds > 0 and stats.bytes_used == stats.bytes_total
+    store.publish(make_adapter(tiny.spec, "b", seed=9))
+    assert get(bank, "b").revision == store.load("b").revision, "an old version came from the host tier"
+
+
+def test_the_host_tier_is_bounded(tiny, store):
+    adapters = [make_adapter(tiny.spec, task) for task in "abc"]
+    for adapter in adapters:
+        store.publish(adapter)
+    one = Packed.of(adapters[0], tiny.spec).nbytes + sum(map(len, adapters[0].labels))
+    bank = bank_of(tiny, store, host_bytes=2 * one)
+    for task in "abc":
+        get(bank, task)
+    assert bank.stats().host_resident == 2
+    none = bank_of(tiny, store, host_bytes=one - 1)
+    get(none, "a")
+    assert none.stats().host_resident == 0
+
+
+def test_a_load_is_shared_and_holds_up_no_other(tiny, tmp_path):
+    gate, started = threading.Event(), threading.Event()
+
+    class Slow(CountingStore):
+        def load(self, task: str, spec: BackboneSpec | None = None) -> StoredAdapter:
+            if task == "slow":
+                started.set()
+                assert gate.wait(30)
+            return super().load(task, spec)
+
+    store = Slow(tmp_path)
+    for task in ("slow", "quick"):
+        store.publish(make_adapter(tiny.spec, task))
+    bank = bank_of(tiny, store)
+    taken: list[Resident] = []
+    threads = [threading.Thread(target=lambda: taken.append(bank.take("slow"))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    assert started.wait(30)
+    assert bank.take("quick", timeout=5).task == "quick" and taken == []
+    gate.set()
+    for thread in threads:
+        thread.join(30)
+    assert len(taken) == 4 and len(set(map(id, taken))) == 1
+    assert store.loads.count("slow") == 1
+
+
+def test_keys_and_values_of_closed_adapters_are_remembered_when_there_is_room(tiny, store):
+    store.publish(make_adapter(tiny.spec, "deep", method="vpt-deep", pool="cls"))
+    store.publish(make_adapter(tiny.spec, "open"))
+    generous, tight = bank_of(tiny, store), bank_of(tiny, store, bank_bytes=40 * 4 * tiny.spec.width)
+    assert get(generous, "deep").place.kind.remembered == tiny.spec.depth
+    assert get(generous, "open").place.kind.remembered == 0
+    assert get(tight, "deep").place.kind.remembered == 0

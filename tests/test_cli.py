@@ -21,7 +21,7 @@ from gpt_serve.store import FILE_NAME, AdapterStore
 from tests.factories import make_adapter
 
 LABELS = ("ant", "bee", "cow")
-COMMANDS = ("train", "eval", "predict", "serve", "tasks", "inspect", "bench", "export")
+COMMANDS = ("train", "close-gates", "eval", "predict", "serve", "tasks", "inspect", "bench", "export")
 
 
 @pytest.fixture(scope="module")
@@ -259,6 +259,27 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["eval", "--task", "foreign", "--data", "data"],
         "adapter 'foreign' is refused: trained on backbone vit_huge",
     ),
+    "nothing to close": (
+        ["close-gates", "--task", "probe", "--data", "data"],
+        "adapter 'probe' learns no gates (method linear): there is nothing to close",
+    ),
+    "closing without a record": (
+        ["close-gates", "--task", "alpha", "--data", "data"],
+        "adapter 'alpha' does not tell how it was trained: train it with gpt-serve train",
+    ),
+    "closing gates of a foreign adapter": (
+        ["close-gates", "--task", "foreign", "--data", "data"],
+        "adapter 'foreign' is refused: trained on backbone vit_huge",
+    ),
+    "closing gates of nobody": (["close-gates", "--task", "nobody", "--data", "data"], "unknown task 'nobody'"),
+    "closing at no cost": (
+        ["close-gates", "--task", "alpha", "--data", "data", "--tolerance", "-1"],
+        "--tolerance must lie between 0 and 100 percentage points, not -1.0",
+    ),
+    "training gates that are not there": (
+        ["train", "--task", "a", "--data", "data", "--method", "linear", "--close-gates"],
+        "--close-gates: the method linear learns no gates: leave it out",
+    ),
     "corrupt adapter": (["predict", "--task", "corrupt", "one.png"], "adapter 'corrupt' is refused: "),
     "corrupt adapter of inspect": (["inspect", "--task", "corrupt"], "adapter 'corrupt' is refused: "),
     "unwritable plot": (
@@ -290,7 +311,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistake_is_one_line_and_exit_code_2(folder, name):
     args, reason = MISTAKES[name]
-    if args[0] in ("predict", "eval") and "--device" not in args:
+    if args[0] in ("predict", "eval", "close-gates") and "--device" not in args:
         args = [*args[:1], "--device", "cpu", *args[1:]]
     result = run(*args)
     assert (result.exit_code, result.stdout) == (2, "")

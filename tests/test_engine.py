@@ -16,7 +16,7 @@ from torch import Tensor
 from gpt_serve import engine as engine_module
 from gpt_serve.adapter import Adapter
 from gpt_serve.backbone import Backbone
-from gpt_serve.engine import Engine, Forward, ImageInput, Prediction, TorchForward
+from gpt_serve.engine import Engine, Forward, ImageInput, Prediction, TorchForward, planner_for
 from gpt_serve.errors import (
     BackboneMismatch,
     GPTServeError,
@@ -29,7 +29,8 @@ from gpt_serve.errors import (
     UsageError,
 )
 from gpt_serve.export.cache import serving_graph
-from gpt_serve.export.forward import OnnxForward
+from gpt_serve.export.forward import FasterForward, OnnxForward
+from gpt_serve.export.session import Graph
 from gpt_serve.images import ImageLimits
 from gpt_serve.specs import BackboneSpec
 from gpt_serve.store import FILE_NAME, AdapterStore
@@ -97,8 +98,14 @@ def store(tiny: Backbone, tmp_path: Path) -> AdapterStore:
 
 @pytest.fixture(params=["torch", "onnx"])
 def engine(request: pytest.FixtureRequest, tiny: Backbone, store: AdapterStore) -> Engine:
-    forward = OnnxForward(request.getfixturevalue("tiny_graph")) if request.param == "onnx" else None
+    forward = faster(tiny, request.getfixturevalue("tiny_graph")) if request.param == "onnx" else None
     return Engine(tiny, store, forward=forward)
+
+
+def faster(backbone: Backbone, graph: Graph | None = None) -> Forward:
+    """What a server with the onnx engine runs."""
+    onnx = OnnxForward(graph or serving_graph(backbone))
+    return FasterForward(onnx, TorchForward(backbone), planner_for(backbone))
 
 
 def answers(results: Sequence[Prediction | GPTServeError]) -> list[Prediction]:
@@ -150,7 +157,7 @@ def test_mixed_batch_equals_the_reference(engine: Engine, traffic: str) -> None:
         check_reference(result, engine.backbone, adapter, image)
 
 
-@pytest.mark.parametrize("forward", [TorchForward, lambda backbone: OnnxForward(serving_graph(backbone))])
+@pytest.mark.parametrize("forward", [TorchForward, faster])
 def test_bundled_backbone_equals_the_reference(
     bundled: Backbone, tmp_path: Path, forward: Callable[[Backbone], Forward]
 ) -> None:
@@ -187,18 +194,44 @@ def test_empty_list(engine: Engine) -> None:
     assert engine.predict([]) == []
 
 
-@pytest.mark.parametrize("options", [{"max_batch": 0}, {"max_batch": -3}, {"capacity": 0}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"max_batch": 0}, {"max_batch": -3}, {"bank_bytes": 0}, {"host_bytes": -1}], ids=str
+)
 def test_engine_that_could_not_answer(tiny: Backbone, store: AdapterStore, options: dict[str, int]) -> None:
-    with pytest.raises(UsageError, match="use a .* of 1 or more"):
+    with pytest.raises(UsageError, match="use a max_batch of 1 or more|cannot work: use more"):
         Engine(tiny, store, **options)
 
 
 def test_more_tasks_in_a_batch_than_fit_into_the_bank(tiny: Backbone, store: AdapterStore) -> None:
-    small, large = Engine(tiny, store, capacity=2), Engine(tiny, store)
+    small, large = Engine(tiny, store, bank_bytes=40 * 4 * tiny.spec.width), Engine(tiny, store)
     requests: list[Request] = [(adapter.task, pixels(1, 16, 16)) for adapter in adapters_of(tiny.spec)]
     for actual, expected in zip(answers(small.predict(requests)), answers(large.predict(requests)), strict=True):
         check_same(actual, expected)
-    assert len(small.bank) == 2
+    assert len(small.bank) < len(large.bank) == 9
+    assert small.bank.stats().evictions > 0
+
+
+def test_half_precision_rounds_the_same_answers(tiny: Backbone, store: AdapterStore) -> None:
+    half = tiny_backbone()
+    half.cast(torch.bfloat16)
+    requests: list[Request] = [
+        (adapter.task, pixels(seed, 16, 16)) for seed, adapter in enumerate(adapters_of(tiny.spec))
+    ]
+    rounded, exact = (answers(Engine(backbone, store).predict(requests)) for backbone in (half, tiny))
+    for one, other in zip(rounded, exact, strict=True):
+        assert one.probabilities.dtype == torch.float32
+        assert 0 < (one.probabilities - other.probabilities).abs().max() < 0.1
+
+
+@pytest.mark.slow
+def test_a_compiled_block_answers_alike(tiny: Backbone, store: AdapterStore) -> None:
+    requests: list[Request] = [("gated", pixels(seed, 16, 16)) for seed in range(3)]
+    compiled = Engine(tiny, store, forward=TorchForward(tiny, compiled=True))
+    assert compiled.forward.run_block is not TorchForward(tiny).run_block  # type: ignore[attr-defined]
+    for one, other in zip(
+        answers(compiled.predict(requests)), answers(Engine(tiny, store).predict(requests)), strict=True
+    ):
+        check_same(one, other)
 
 
 # Images

@@ -52,7 +52,7 @@ def test_accuracy_is_the_share_of_hits(engine, tmp_path, monkeypatch, chunk):
     assert 0 < expected < 1  # else the comparison would say little
     assert result == {
         "task": "alpha",
-        "revision": engine.bank.get("alpha").revision,
+        "revision": engine.bank.store.load("alpha").revision,
         "accuracy": pytest.approx(expected),
         "n": 15,
     }

@@ -14,11 +14,11 @@ PACKAGE = Path(gpt_serve.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = [
-    {"errors", "specs"},
+    {"errors", "extents", "memory", "specs"},
     {"adapter", "backbone", "checkpoints", "image_headers", "images"},
-    {"adapter_batch", "bank", "prompted", "store"},
-    {"engine", "evaluation", "export", "train"},
-    {"bench", "cli", "options", "serve", "terminal"},
+    {"adapter_batch", "bank", "host", "passes", "prompted", "slab", "store"},
+    {"engine", "evaluation", "export", "scheduler", "train"},
+    {"bench", "cli", "options", "serve", "terminal", "train_commands"},
 ]
 LAYER_OF = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 
@@ -27,18 +27,29 @@ NEIGHBOURS = {
     ("specs", "errors"),
     ("backbone", "checkpoints"),
     ("images", "image_headers"),
-    ("bank", "adapter_batch"),
+    ("bank", "host"),
+    ("bank", "prompted"),
+    ("bank", "slab"),
     ("bank", "store"),
+    ("host", "slab"),
+    ("host", "store"),
+    ("passes", "adapter_batch"),
+    ("passes", "slab"),
+    ("slab", "adapter_batch"),
     ("prompted", "adapter_batch"),
     ("evaluation", "engine"),
     ("evaluation", "train"),
     ("export", "engine"),
     ("export", "train"),
+    ("scheduler", "engine"),
     ("bench", "serve"),
     ("cli", "bench"),
     ("cli", "options"),
     ("cli", "serve"),
     ("cli", "terminal"),
+    ("cli", "train_commands"),
+    ("train_commands", "options"),
+    ("train_commands", "terminal"),
 }
 
 

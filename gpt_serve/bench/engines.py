@@ -10,14 +10,14 @@ from gpt_serve.backbone import BUNDLED, Backbone
 from gpt_serve.bench.inputs import photo
 from gpt_serve.bench.mixed import UNLIKE, answer, publish
 from gpt_serve.bench.timing import Plan, Row, interleave, to_rows
-from gpt_serve.engine import Engine
+from gpt_serve.engine import Engine, TorchForward, planner_for
 from gpt_serve.export.cache import serving_graph
-from gpt_serve.export.forward import OnnxForward
+from gpt_serve.export.forward import FasterForward, OnnxForward
 from gpt_serve.images import decode, preprocess_image
 from gpt_serve.store import AdapterStore
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
-CLOSED = ("vpt-deep", 100)  # what torch is best at: it computes no row for prompts behind closed gates
+CLOSED = ("vpt-deep", 100)  # what torch computes in both engines: no row of prompts behind closed gates
 CLOSED_BATCHES = (1, 8, 32)
 
 
@@ -52,7 +52,7 @@ def bench_engines(backbone: Backbone, plan: Plan, batches: Sequence[int] = BATCH
 
 
 def onnx_engine(backbone: Backbone, store: AdapterStore, folder: Path, max_batch: int) -> Engine:
-    """An engine on onnxruntime.
+    """An engine on onnxruntime where that is faster than torch, as ``gpt-serve serve --engine onnx`` has it.
 
     Graphs of random weights are kept in ``folder``, as a server would with it for ``XDG_CACHE_HOME``: nobody needs them
     again.
@@ -60,4 +60,5 @@ def onnx_engine(backbone: Backbone, store: AdapterStore, folder: Path, max_batch
     host = Backbone(copy.deepcopy(backbone.model), backbone.spec, "cpu")
     kept = None if backbone.name == BUNDLED else folder / "gpt-serve"
     graph = serving_graph(host, str(backbone.device), kept)
-    return Engine(host, store, max_batch=max_batch, forward=OnnxForward(graph))
+    forward = FasterForward(OnnxForward(graph), TorchForward(backbone), planner_for(backbone))
+    return Engine(backbone, store, max_batch=max_batch, forward=forward)

@@ -26,7 +26,7 @@ def bench_mixed(backbone: Backbone, plan: Plan, batch: int = BATCH) -> list[Row]
     with TemporaryDirectory() as folder:
         store = AdapterStore(folder, backbone.spec)
         alike, unlike = publish(backbone, store, "alike", ALIKE, batch), publish(backbone, store, "any", UNLIKE, batch)
-        engine = Engine(backbone, store, capacity=2 * batch, max_batch=batch)
+        engine = Engine(backbone, store, max_batch=batch)
         for name, images in inputs.items():
             variants = {
                 "one task": _batched(engine, alike[:1] * batch, images, batch),

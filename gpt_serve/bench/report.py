@@ -23,6 +23,14 @@ TITLES = {
     "mixed": "Batches: one task against many, through the engine",
     "engines": "Engines: torch against onnxruntime",
     "http": "Server: the engine alone against saturated HTTP",
+    "peers": "Peers: the engine against other ways to serve many tasks",
+    "tasks": "Tasks in a batch: one against many",
+    "prompts": "Prompts: timm's own forward pass against the engine's",
+    "bank": "Bank: all adapters resident against 100 of them",
+    "cold": "Cold adapters: an answer from a resident adapter against one from disk",
+    "overhead": "Overhead: the forward pass on ready tensors against the engine",
+    "passes": "Passes: how large, and for which rows together",
+    "soak": "Soak: memory of the process under churn",
 }
 
 

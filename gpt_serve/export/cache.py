@@ -1,4 +1,4 @@
-"""The graph that a server runs: every kind of adapter and normalisation, built once per backbone and kept.
+"""The graph that a server runs: every adapter with prompts for the first block, built once per backbone and kept.
 
 It is kept in ``$XDG_CACHE_HOME/gpt-serve``, by default ``~/.cache/gpt-serve``, which may be deleted at any time.
 """
@@ -7,7 +7,6 @@ import errno
 import logging
 import os
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,18 +14,21 @@ import onnxruntime as ort
 import torch
 
 from gpt_serve import __version__
-from gpt_serve.adapter_batch import AdapterBatch
+from gpt_serve.adapter import Adapter
 from gpt_serve.backbone import Backbone
 from gpt_serve.bank import Resident
-from gpt_serve.engine import Row, TorchForward
+from gpt_serve.engine import Row, TorchForward, classify
 from gpt_serve.errors import ExportError
 from gpt_serve.export.forward import OnnxForward
 from gpt_serve.export.session import FORMAT, Graph
+from gpt_serve.slab import Packed, Slab
 from gpt_serve.specs import BackboneSpec, Pool
+from gpt_serve.store import Signature
 
 logger = logging.getLogger("gpt_serve.export")
 
 TOLERANCE = 1e-5  # of probabilities
+SAMPLE_ROWS = 64  # of a slab: enough for the samples
 
 
 def serving_graph(backbone: Backbone, device: str = "cpu", folder: Path | None = None) -> Graph:
@@ -97,10 +99,10 @@ def _build(path: Path, backbone: Backbone) -> Graph:
     with TemporaryDirectory(prefix=".new-", dir=path.parent) as name:
         logger.info("building the ONNX graph of %s, which takes seconds; it is kept in %s", backbone.name, path.parent)
         from gpt_serve.export.files import publish, save
-        from gpt_serve.export.graphs import Form, multi_graph  # seconds and 100 MB, not needed again
+        from gpt_serve.export.graphs import features_graph  # seconds and 100 MB, not needed again
 
         staged = Path(name) / path.name
-        save(multi_graph(backbone, None, True, Form(input="float")), staged, _metadata(backbone.spec))
+        save(features_graph(backbone), staged, _metadata(backbone.spec))
         graph = _open(staged, backbone)
         publish(staged.parent, path)
     return graph
@@ -113,7 +115,7 @@ def _metadata(spec: BackboneSpec) -> dict[str, str]:
         "backbone": spec.name,
         "backbone_sha256": spec.fingerprint,
         "input": "float",
-        "output": "probabilities",
+        "output": "features",
         "precision": "fp32",
     }
 
@@ -127,8 +129,14 @@ def _open(path: Path, backbone: Backbone) -> Graph:
     graph = Graph(path, threads=torch.get_num_threads())
     rows = _samples(backbone)
     for batch in (rows, rows[:1]):
-        answers = zip(TorchForward(backbone)(batch), OnnxForward(graph)(batch), strict=True)
-        difference = max(float((a.probabilities - b.probabilities).abs().max()) for a, b in answers)
+        residents = [row.resident for row in batch]
+        expected, actual = (
+            classify(forward(batch), residents) for forward in (TorchForward(backbone), OnnxForward(graph))
+        )
+        difference = max(
+            float((one.probabilities - other.probabilities).abs().max())
+            for one, other in zip(expected, actual, strict=True)
+        )
         if not difference <= TOLERANCE:
             raise ExportError(
                 f"the ONNX graph of {backbone.name} does not answer as torch does (probabilities differ by up to "
@@ -138,25 +146,45 @@ def _open(path: Path, backbone: Backbone) -> Graph:
 
 
 def _samples(backbone: Backbone) -> list[Row]:
-    """Noise for one random adapter of each kind: gated prompts, prompts in every block, none at all."""
+    """Noise for random adapters of either pooling: gated prompts, prompts without gates, none at all."""
     spec, generator = backbone.spec, torch.Generator().manual_seed(0)
     depth, width = spec.depth, spec.width
-    single = partial(AdapterBatch.single, depth=depth, width=width)
-    deep_pool: Pool = "cls" if backbone.model.has_class_token else "mean"
+    other: Pool = "cls" if backbone.model.has_class_token else "mean"
 
     def noise(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
 
-    kinds = {
-        "gated": single(pool="mean", prompt=noise(1, 3, width), gamma=noise(depth - 1), tau=noise(depth).exp()),
-        "deep": single(pool=deep_pool, prompt=noise(depth, 2, width)),
-        "linear": single(pool="mean"),
-    }
+    gated = {"prompt": noise(1, 3, width), "gamma": noise(depth - 1), "tau": noise(depth).exp()}
+    kinds: list[tuple[Pool, dict[str, torch.Tensor]]] = [
+        ("mean", gated),
+        (other, {"prompt": noise(1, 2, width)}),
+        ("mean", {}),
+    ]
+    slab = Slab(spec, SAMPLE_ROWS * 4 * width, "cpu")
     rows = []
-    for classes, (task, tensors) in enumerate(kinds.items(), start=3):
-        head = noise(classes, width) / width**0.5, noise(classes)
-        labels = tuple(str(number) for number in range(classes))
-        preprocess = replace(spec.preprocess, mean=(0.1 * classes,) * 3)
+    for classes, (pool, tensors) in enumerate(kinds, start=3):
+        adapter = Adapter(
+            task=f"sample-{classes}",
+            method="sample",
+            backbone=spec.name,
+            backbone_sha256=spec.fingerprint,
+            labels=tuple(str(number) for number in range(classes)),
+            pool=pool,
+            preprocess=replace(spec.preprocess, mean=(0.1 * classes,) * 3),
+            training={},
+            created="",
+            head_weight=noise(classes, width) / width**0.5,
+            head_bias=noise(classes),
+            **tensors,
+        )
         pixels = 256 * torch.rand(3, *spec.preprocess.input_size, generator=generator)
-        rows.append(Row(Resident(task, "", labels, preprocess, tensors, *head), pixels.to(torch.uint8)))
+        rows.append(Row(_resident(slab, adapter, spec), pixels.to(torch.uint8)))
     return rows
+
+
+def _resident(slab: Slab, adapter: Adapter, spec: BackboneSpec) -> Resident:
+    packed = Packed.of(adapter, spec)
+    place = slab.reserve(packed, remembered=0)
+    assert place is not None
+    slab.write(place, packed)
+    return Resident(adapter.task, "", adapter.labels, adapter.preprocess, Signature(0, 0, 0), place)

@@ -2,39 +2,57 @@
 
 from collections.abc import Sequence
 
-import onnxruntime as ort
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
-from gpt_serve.bank import Resident
-from gpt_serve.engine import Prediction, Row, normalized, slots_of
-from gpt_serve.export.session import Graph, bank_inputs
+from gpt_serve.engine import Row, TorchForward, normalized
+from gpt_serve.export.session import Graph
+from gpt_serve.passes import PassPlanner, opened, shared
+from gpt_serve.slab import gather
+
+TORCH_BELOW = 0.8
+"""Share of a pass's work that torch must be able to leave out for closed gates, or else onnxruntime is faster."""
 
 
 class OnnxForward:
-    """Computes mixed batches with a serving graph, see `gpt_serve.export.cache`; residents lie on the CPU."""
+    """Computes passes of prompts that enter the first block, with a serving graph, see `gpt_serve.export.cache`.
+
+    Args:
+        graph: open on the bank's device.
+    """
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self._last: tuple[list[Resident], dict[str, ort.OrtValue]] = [], {}
 
-    def __call__(self, rows: Sequence[Row]) -> list[Prediction]:
-        """The answers of one or more rows, in order."""
-        unique, slots = slots_of(rows)
-        slot = torch.tensor(slots)
-        images = normalized(rows, unique, slot)
-        inputs = {"images": images.numpy(), "index": slot.numpy(), **self._bank(unique)}
-        scores = torch.from_numpy(self.graph.probabilities(inputs))
-        # A task's own classes come first; the padding up to the largest task has probability 0.
-        return [
-            Prediction(resident.task, resident.revision, resident.labels, row[: len(resident.labels)])
-            for resident, row in zip((row.resident for row in rows), scores.unbind(), strict=True)
-        ]
+    @torch.inference_mode()
+    def __call__(self, rows: Sequence[Row]) -> Tensor:
+        """Features (B, D) of one or more rows, in order."""
+        adapter = gather([row.resident.place for row in rows])
+        count, depth = len(rows), adapter.gate.shape[1] + 1
+        inputs = {
+            "images": normalized(rows, torch.device("cpu")),
+            "prompt": F.pad(adapter.prompt, (0, 0, 0, max(0, 1 - adapter.prompts))).expand(count, -1, -1, -1),
+            "counts": torch.full((1,), adapter.prompts) if adapter.counts is None else adapter.counts,
+            "gate": adapter.gate,
+            "tau": torch.ones(1, depth) if adapter.tau is None else adapter.tau,
+            "mean_pool": adapter.mean_pool,
+        }
+        whole = {name: value.expand(count, *value.shape[1:]).cpu().numpy() for name, value in inputs.items()}
+        return torch.from_numpy(self.graph.run(whole)).to(adapter.gate.device)
 
-    def _bank(self, residents: list[Resident]) -> dict[str, ort.OrtValue]:
-        """The stacked adapters on the graph's device; kept for the next batch, which often has the same tasks."""
-        known, bank = self._last
-        if residents != known:  # by identity: a new revision is another resident
-            heads = [(resident.head_weight, resident.head_bias) for resident in residents]
-            bank = self.graph.place(bank_inputs([resident.tensors for resident in residents], heads, self.graph))
-            self._last = residents, bank
-        return bank
+
+class FasterForward:
+    """Chooses for each pass: torch leaves out rows behind closed gates, onnxruntime is faster at what is left.
+
+    The graph takes prompts for the first block only; with prompts for every block it is always torch.
+    """
+
+    def __init__(self, onnx: OnnxForward, torch: TorchForward, planner: PassPlanner) -> None:
+        self.onnx, self.torch, self.planner = onnx, torch, planner
+
+    def __call__(self, rows: Sequence[Row]) -> Tensor:
+        """Features (B, D) of one or more rows, in order."""
+        kind = shared([row.resident.place.kind for row in rows])
+        share = self.planner.image(kind) / self.planner.image(opened(kind))
+        return (self.torch if kind.layers > 1 or share < TORCH_BELOW else self.onnx)(rows)

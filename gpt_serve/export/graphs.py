@@ -160,6 +160,47 @@ class MultiTask(_Graph):
         return self.scores(logits)
 
 
+class Features(_Graph):
+    """``images`` and each one's prompts, gates and temperatures to features, for servers with a bank of their own."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__(fold_backbone(backbone.model), Form(input="float"))
+        self.plan = Plan((False,) * (backbone.spec.depth - 1), None)
+
+    def forward(
+        self, images: Tensor, prompt: Tensor, counts: Tensor, gate: Tensor, tau: Tensor, mean_pool: Tensor
+    ) -> Tensor:
+        """Features (B, D).
+
+        Args:
+            images: (B, 3, h, w) normalised.
+            prompt: (B, 1, P, D), zero-padded.
+            counts: (B,) int64, prompts of each row.
+            gate: (B, L-1).
+            tau: (B, L).
+            mean_pool: (B,) bool.
+        """
+        adapter = AdapterBatch(prompt, gate, tau, mean_pool, self.plan, counts=counts)
+        return prompted_features(self.model, self.embed(images), adapter)
+
+
+def features_graph(backbone: Backbone) -> ir.Model:
+    """The graph of a server, see `Features`."""
+    spec, prompts = backbone.spec, 4
+    example = {
+        "images": _example_images(backbone, Form(input="float")),
+        "prompt": torch.zeros(EXAMPLE_BATCH, 1, prompts, spec.width),
+        "counts": torch.full((EXAMPLE_BATCH,), prompts),
+        "gate": torch.zeros(EXAMPLE_BATCH, spec.depth - 1),
+        "tau": torch.ones(EXAMPLE_BATCH, spec.depth),
+        "mean_pool": torch.zeros(EXAMPLE_BATCH, dtype=torch.bool),
+    }
+    batch, longest = torch.export.Dim("batch"), torch.export.Dim("prompts")
+    dynamic: Dynamic = {name: {0: batch} for name in example}
+    dynamic["prompt"][2] = longest
+    return to_onnx(Features(backbone), example, "features", dynamic)
+
+
 def single_graph(backbone: Backbone, adapter: Adapter, form: Form) -> ir.Model:
     """The folded graph of one task: ``images`` to ``probabilities`` or ``logits``."""
     graph = SingleTask(backbone, adapter, form)

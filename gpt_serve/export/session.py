@@ -54,7 +54,14 @@ class Graph:
         }
 
     def probabilities(self, inputs: Mapping[str, Array | ort.OrtValue]) -> Array:
-        """One run; logits are turned into probabilities. Returns (B, C) float32.
+        """`run`, with logits turned into probabilities. Returns (B, C) float32."""
+        scores = self.run(inputs)
+        if self.metadata["output"] == "logits":
+            return torch.from_numpy(scores).softmax(dim=1).numpy()
+        return scores
+
+    def run(self, inputs: Mapping[str, Array | ort.OrtValue]) -> Array:
+        """The graph's output.
 
         Args:
             inputs: by name; arrays, or what `place` made of them.
@@ -71,10 +78,8 @@ class Graph:
             binding.bind_ortvalue_input(name, value)
         binding.bind_output(self._output, "cpu")
         self._session.run_with_iobinding(binding)
-        scores: Array = binding.copy_outputs_to_cpu()[0]
-        if self.metadata["output"] == "logits":
-            return torch.from_numpy(scores).softmax(dim=1).numpy()
-        return scores
+        output: Array = binding.copy_outputs_to_cpu()[0]
+        return output
 
     def json(self, key: str) -> Any:
         """A value of the metadata that holds JSON."""

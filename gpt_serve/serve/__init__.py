@@ -2,12 +2,11 @@
 
 One process answers HTTP and supervises one spawned worker that holds the backbone::
 
-    client -> app.py: admit, read, parse, check -> server.py: LitServe's queue
-                                                     -> worker.py: collect a batch, Engine.predict
-    client <- app.py: JSON or problem+json      <- server.py: LitServe's response buffer
+    client -> app.py: admit, read, parse, check -> server.py -> link.py -> worker.py: Scheduler.submit
+    client <- app.py: JSON or problem+json      <- server.py <- link.py <- worker.py: its future
 
 One API process is enough (it only moves bytes) and keeps everything that must be exact in one place: the count of
-admitted requests, the buffer of pending answers, the liveness of the worker and the metrics.
+admitted requests, the pending answers, the liveness of the worker and the metrics.
 """
 
 from gpt_serve.serve.config import ServeConfig

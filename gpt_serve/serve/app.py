@@ -109,15 +109,16 @@ class Call:
         state.admit()
         try:
             item = await self._read()
+            state.assign(self.task)
         except BaseException:
             state.release()
             raise
         # The job outlives this call when the deadline passes: its slot is free once the worker is done with it.
-        job = asyncio.create_task(self.server.ask(item))
+        job = self.server.ask(item)
         job.add_done_callback(self._finish)
         try:
             async with asyncio.timeout_at(self._loop_deadline()):
-                kind, value, _ = await asyncio.shield(job)
+                kind, value = await asyncio.shield(job)
         except TimeoutError:
             raise DeadlineExceeded(f"no answer within {self.server.config.deadline:g} s: try again later") from None
         if kind:
@@ -134,10 +135,9 @@ class Call:
         self.task = wanted.task
         return wanted.task, wanted.image, wanted.top_k, self.expires
 
-    def _finish(self, job: "asyncio.Task[Reply]") -> None:
-        self.server.state.release()
-        if not job.cancelled() and job.exception() is None:
-            self.server.metrics.batch(job.result()[2])
+    def _finish(self, job: "asyncio.Future[Reply]") -> None:
+        self.server.state.release(self.task)
+        job.exception()  # when nobody waits for the answer any more, nobody need hear of it
 
     def _loop_deadline(self) -> float:
         return asyncio.get_running_loop().time() + self.expires - time.monotonic()

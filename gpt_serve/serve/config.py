@@ -8,6 +8,7 @@ from typing import Literal
 from gpt_serve.errors import UsageError
 
 EngineName = Literal["torch", "onnx"]
+Precision = Literal["fp32", "bf16"]
 
 FASTEST: dict[str, EngineName] = {"cpu": "onnx", "cuda": "torch", "mps": "torch"}
 """What ``auto`` means on each kind of device: measured on the CPU by ``gpt-serve bench --only engines``."""
@@ -26,11 +27,16 @@ class ServeConfig:
         input_size: side of the backbone's input in pixels; None takes its own.
         device: ``cpu``, ``cuda``, ``cuda:<index>`` or ``mps``.
         engine: what runs the forward pass, ``torch``, ``onnx`` (onnxruntime) or ``auto``: the faster one.
+        precision: of weights and activations; bf16 is computed by torch.
+        compile: let ``torch.compile`` fuse the blocks; computed by torch.
+        bank_bytes: memory for adapters on the device.
+        host_bytes: memory for adapters that are ready to be copied there; 0 for none.
         max_batch_size: most images in one forward pass.
-        batch_timeout: seconds to wait for more requests once one is there.
+        batch_timeout: seconds that a decoded image waits for others that are on their way.
         max_body_bytes: largest request body; beyond it 413.
         max_pixels: largest image, width times height; beyond it 413.
         queue_limit: most requests admitted at once, which also bounds the memory for their bodies; beyond it 503.
+            From 8 on, a quarter of it is out of reach for any one task.
         deadline: seconds from the first header to the answer; beyond it 504.
         drain: seconds that admitted requests get to finish after SIGTERM or SIGINT.
         api_key: what ``X-API-Key`` must say for ``/predict`` and ``/tasks``; None asks for none.
@@ -44,6 +50,10 @@ class ServeConfig:
     input_size: int | None = None
     device: str = "cpu"
     engine: EngineName | Literal["auto"] = "auto"
+    precision: Precision = "fp32"
+    compile: bool = False
+    bank_bytes: int = 2**30
+    host_bytes: int = 2**30
     max_batch_size: int = 32
     batch_timeout: float = 0.002
     max_body_bytes: int = 10 * 2**20
@@ -56,20 +66,39 @@ class ServeConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise UsageError(f"port {self.port} does not exist: use 1 to 65535, or 0 for any free one")
-        for name in ("max_batch_size", "max_body_bytes", "max_pixels", "queue_limit", "deadline", "drain"):
+        for name in (
+            "bank_bytes",
+            "max_batch_size",
+            "max_body_bytes",
+            "max_pixels",
+            "queue_limit",
+            "deadline",
+            "drain",
+        ):
             if getattr(self, name) <= 0:
                 raise UsageError(f"{name} is {getattr(self, name)}: it must be more than 0")
-        if self.batch_timeout < 0:
-            raise UsageError(f"batch_timeout is {self.batch_timeout}: it must not be negative")
+        for name in ("host_bytes", "batch_timeout"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"{name} is {getattr(self, name)}: it must not be negative")
         kind, _, index = self.device.partition(":")
         if kind not in ("cpu", "cuda", "mps") or (index and not index.isdecimal()):
             raise UsageError(f"unknown device {self.device!r}: use cpu, cuda, cuda:<index> or mps")
         if self.engine not in ("torch", "onnx", "auto"):
             raise UsageError(f"unknown engine {self.engine!r}: use torch, onnx or auto")
+        if self.precision not in ("fp32", "bf16"):
+            raise UsageError(f"unknown precision {self.precision!r}: use fp32 or bf16")
+        if self.engine == "onnx" and self._needs_torch:
+            raise UsageError("--precision bf16 and --compile are torch's: use --engine torch or auto")
         if (kind, self.engine) == ("mps", "onnx"):
             raise UsageError("onnxruntime computes on cpu and cuda only: use --engine torch, or another --device")
 
     @property
     def chosen_engine(self) -> EngineName:
         """``engine`` with ``auto`` resolved."""
+        if self._needs_torch:
+            return "torch"
         return FASTEST[self.device.partition(":")[0]] if self.engine == "auto" else self.engine
+
+    @property
+    def _needs_torch(self) -> bool:
+        return self.compile or self.precision == "bf16"

@@ -1,15 +1,14 @@
 """The heavy half of the worker: torch, the backbone, the engine. Only the worker process imports it."""
 
-import ctypes
+import copy
 import io
 import logging
-from contextlib import suppress
 
 import torch
 from PIL import Image
 
 from gpt_serve.backbone import Backbone
-from gpt_serve.engine import Engine, Forward, TorchForward
+from gpt_serve.engine import Engine, Forward, TorchForward, planner_for
 from gpt_serve.images import ImageLimits
 from gpt_serve.serve.config import ServeConfig
 from gpt_serve.specs import BackboneSpec
@@ -24,45 +23,44 @@ def load_engine(config: ServeConfig, device: str) -> tuple[Engine, BackboneSpec]
     Raises:
         BackboneError: the backbone cannot be loaded.
         ExportError: it has no graph that answers as torch does, or the graph would not run on ``device``.
+        UsageError: the device has no room for the bank.
     """
+    backbone = Backbone.load(config.backbone, checkpoint=config.checkpoint, input_size=config.input_size, device=device)
+    if config.precision == "bf16":
+        backbone.cast(torch.bfloat16)
     onnx = config.chosen_engine == "onnx"
-    backbone = Backbone.load(
-        config.backbone,
-        checkpoint=config.checkpoint,
-        input_size=config.input_size,
-        device="cpu" if onnx else device,  # the graph, not the backbone, computes
-    )
     store = AdapterStore(config.adapters, backbone.spec)
-    limits = ImageLimits(max_bytes=config.max_body_bytes, max_pixels=config.max_pixels)
-    forward = _onnx_forward(backbone, device) if onnx else _torch_forward(backbone)
-    engine = Engine(backbone, store, limits=limits, forward=forward)
-    _warm_up(engine, store, backbone.spec)
-    logger.info("engine: %s on %s", "onnxruntime" if onnx else "torch", device)
+    engine = Engine(
+        backbone,
+        store,
+        bank_bytes=config.bank_bytes,
+        host_bytes=config.host_bytes,
+        limits=ImageLimits(max_bytes=config.max_body_bytes, max_pixels=config.max_pixels),
+        max_batch=config.max_batch_size,
+        forward=faster_forward(backbone) if onnx else TorchForward(backbone, compiled=config.compile),
+    )
+    _warm_up(engine, store, backbone)
+    logger.info("engine: %s on %s", "onnxruntime and torch" if onnx else "torch", device)
     return engine, backbone.spec
 
 
-def _torch_forward(backbone: Backbone) -> Forward:
-    height, width = backbone.spec.preprocess.input_size
-    with torch.inference_mode():  # the first pass compiles kernels and fills caches; there may be no task to do it with
-        backbone.model(torch.zeros(1, 3, height, width, device=backbone.device))
-    return TorchForward(backbone)
-
-
-def _onnx_forward(backbone: Backbone, device: str) -> Forward:
-    """The forward pass in onnxruntime; the backbone's own weights are freed."""
+def faster_forward(backbone: Backbone) -> Forward:
+    """For each pass the faster one of onnxruntime and torch."""
     from gpt_serve.export.cache import serving_graph
-    from gpt_serve.export.forward import OnnxForward
+    from gpt_serve.export.forward import FasterForward, OnnxForward
 
-    forward = OnnxForward(serving_graph(backbone, device))
-    backbone.model.to_empty(device="meta")
-    with suppress(OSError, AttributeError):  # not glibc
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what is freed in small pieces otherwise stays with the process
-    return forward
+    on_cpu = backbone.device.type == "cpu"
+    host = backbone if on_cpu else Backbone(copy.deepcopy(backbone.model), backbone.spec, "cpu")
+    graph = serving_graph(host, str(backbone.device))
+    return FasterForward(OnnxForward(graph), TorchForward(backbone), planner_for(backbone))
 
 
-def _warm_up(engine: Engine, store: AdapterStore, spec: BackboneSpec) -> None:
-    """Whatever the first request would have to wait for."""
-    height, width = spec.preprocess.input_size
+def _warm_up(engine: Engine, store: AdapterStore, backbone: Backbone) -> None:
+    """Whatever the first request would have to wait for: compiled kernels, filled caches, threads."""
+    height, width = backbone.spec.preprocess.input_size
+    with torch.inference_mode():  # there may be no task to do it with
+        backbone.model(torch.zeros(1, 3, height, width, device=backbone.device, dtype=backbone.dtype))
     image = io.BytesIO()
     Image.new("RGB", (width, height)).save(image, "JPEG")
-    engine.predict([(task, image.getvalue()) for task in store.tasks()[:1]])
+    for count in (1, 3):  # a compiled block takes a batch of one for a case of its own
+        engine.predict([(task, image.getvalue()) for task in store.tasks()[:1] * count])

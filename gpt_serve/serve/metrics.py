@@ -12,6 +12,21 @@ from gpt_serve.errors import NotReady
 from gpt_serve.serve.state import ServerState
 from gpt_serve.serve.worker import Stats
 
+# What the bank holds now, and what it has counted, by the names of `BankStats`.
+_HELD = {
+    "resident": ("gpt_serve_resident_adapters", "Adapters on the device"),
+    "host_resident": ("gpt_serve_host_adapters", "Adapters in host memory, ready to be copied to the device"),
+    "bytes_used": ("gpt_serve_bank_used_bytes", "Memory of the bank that adapters take"),
+    "bytes_total": ("gpt_serve_bank_bytes", "Memory of the bank"),
+}
+_COUNTED = {
+    "hits": ("gpt_serve_bank_hits", "Requests whose adapter was on the device"),
+    "loads": ("gpt_serve_bank_loads", "Adapters brought to the device"),
+    "disk_reads": ("gpt_serve_bank_disk_reads", "Adapters read from disk"),
+    "evictions": ("gpt_serve_bank_evictions", "Adapters that left the device to make room"),
+    "refused": ("gpt_serve_bank_refused", "Adapter files that could not be used"),
+    "load_seconds": ("gpt_serve_bank_load_seconds", "Seconds that loads took, from the file to the device"),
+}
 _BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 _SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 
@@ -36,13 +51,18 @@ class Metrics:
         self._batch = Histogram(
             "gpt_serve_batch_size", "Images per forward pass", buckets=_BATCHES, registry=self.registry
         )
-        self._engine = Histogram(
-            "gpt_serve_batch_seconds",
-            "Seconds per batch in the engine, decoding included",
+        self._pass = Histogram(
+            "gpt_serve_batch_seconds", "Seconds per batch in the engine", buckets=_SECONDS, registry=self.registry
+        )
+        self._wait = Histogram(
+            "gpt_serve_queue_seconds",
+            "Seconds from a request's arrival at the worker to its batch, loading and decoding included",
             buckets=_SECONDS,
             registry=self.registry,
         )
-        self._resident = Gauge("gpt_serve_resident_adapters", "Adapters on the device", registry=self.registry)
+        self._held = {key: Gauge(*texts, registry=self.registry) for key, texts in _HELD.items()}
+        self._counted = {key: Counter(*texts, registry=self.registry) for key, texts in _COUNTED.items()}
+        self._last: dict[str, float] = {}  # the current worker's numbers
         self._gauge("gpt_serve_in_flight", "Requests that hold an admission slot", lambda: state.admitted)
         self._gauge("gpt_serve_ready", "1 while requests are taken on", lambda: _is_ready(state))
         self._gauge("gpt_serve_worker_restarts", "Workers started after the first", lambda: state.restarts)
@@ -52,13 +72,20 @@ class Metrics:
         self._requests.labels(task, str(status)).inc()
         self._seconds.observe(seconds)
 
-    def batch(self, stats: Stats | None) -> None:
-        """Count a batch, if ``stats`` came with this reply."""
-        if stats is not None:
-            size, seconds, resident = stats
-            self._batch.observe(size)
-            self._engine.observe(seconds)
-            self._resident.set(resident)
+    def worker(self, stats: Stats, *, new: bool) -> None:
+        """Count what came with a message; ``new``: of a worker that has just started, and counts from 0."""
+        batches, bank = stats
+        for seconds, waits in batches:
+            self._batch.observe(len(waits))
+            self._pass.observe(seconds)
+            for wait in waits:
+                self._wait.observe(wait)
+        last = {} if new else self._last
+        for key, counter in self._counted.items():
+            counter.inc(bank[key] - last.get(key, 0))
+        for key, gauge in self._held.items():
+            gauge.set(bank[key])
+        self._last = bank
 
     def text(self) -> bytes:
         """The exposition format."""

@@ -29,6 +29,7 @@ STATUS: dict[type[errors.GPTServeError], tuple[int, str]] = {
     # The task exists, but not usably until its file is replaced; the others are served.
     errors.InvalidAdapter: (503, "Adapter refused"),
     errors.BackboneMismatch: (503, "Adapter refused"),
+    errors.BankFull: (503, "Adapter refused"),
     errors.ImageTooLarge: (413, "Content too large"),
     errors.UnsupportedImage: (415, "Unsupported image type"),
     errors.UndecodableImage: (422, "Image cannot be decoded"),
@@ -42,6 +43,7 @@ STATUS: dict[type[errors.GPTServeError], tuple[int, str]] = {
 RETRY_AFTER: dict[type[errors.GPTServeError], int] = {
     errors.InvalidAdapter: 60,
     errors.BackboneMismatch: 60,
+    errors.BankFull: 60,
     errors.Overloaded: 1,
     errors.NotReady: 5,
 }

@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 import threading
-from importlib import import_module
 from multiprocessing.connection import wait
 from typing import NoReturn
 
@@ -32,15 +31,6 @@ def guard_child() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_exit_after, args=(parent.sentinel,), name="parent-watch", daemon=True).start()
-
-
-def guard_manager() -> None:
-    """`guard_child` for the process that holds the queues.
-
-    It unpickles each answer, an enumeration of LitServe's included; imported only then, the first client would wait.
-    """
-    guard_child()
-    threading.Thread(target=import_module, args=("litserve.utils",), name="import", daemon=True).start()
 
 
 def end_child() -> NoReturn:

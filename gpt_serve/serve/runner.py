@@ -100,25 +100,19 @@ class DrainingServer(uvicorn.Server):
 
 def _lifespan(server: Server, supervisor: Supervisor) -> Lifespan:
     def ended(task: asyncio.Task[None]) -> None:
-        """Without either task the server would wait for ever, so the end of one is the end of all."""
+        """Without the supervisor the server could wait for ever, so its end is the end of all."""
         if not task.cancelled() and server.state.fatal is None:
-            logger.error("the server's %s task ended", task.get_name(), exc_info=task.exception())
+            logger.error("the server's supervisor ended", exc_info=task.exception())
             server.state.fatal = NotReady("an internal task ended: the server cannot go on")
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        tasks = [
-            asyncio.create_task(server.receive_answers(), name="answers"),
-            asyncio.create_task(supervisor.run(), name="supervisor"),
-        ]
-        for task in tasks:
-            task.add_done_callback(ended)
+        task = asyncio.create_task(supervisor.run())
+        task.add_done_callback(ended)
         yield
-        for task in tasks:
-            task.remove_done_callback(ended)
-            task.cancel()
-        server.stop_receiving()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        task.remove_done_callback(ended)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
     return lifespan
 

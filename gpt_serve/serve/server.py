@@ -1,40 +1,35 @@
 """LitServe's parts, put together so that a dead or hung process is always noticed.
 
 `LitServer.run` is not used: it answers nothing while the model loads, never looks at a killed API process, and on
-SIGTERM leaves its children alive. What is used: the worker process with its loop, the queues, the response buffer.
+SIGTERM leaves its children alive. What is used: the worker process with its verbs, loop and transport.
 """
 
 import asyncio
-import pickle
 import time
-import uuid
-from multiprocessing import get_context
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from itertools import count
 from multiprocessing.context import SpawnProcess
-from multiprocessing.managers import SyncManager
 from typing import TYPE_CHECKING, Any
 
 from litserve import LitServer
-from litserve.server import response_queue_to_buffer
-from litserve.transport.process_transport import MPQueueTransport
-from litserve.utils import LitAPIStatus, ResponseBufferItem, WorkerSetupStatus
 
 from gpt_serve.errors import GPTServeError, NotReady
 from gpt_serve.serve.config import ServeConfig
+from gpt_serve.serve.link import Link
 from gpt_serve.serve.metrics import Metrics
 from gpt_serve.serve.problems import by_name
-from gpt_serve.serve.process import guard_manager
 from gpt_serve.serve.state import ServerState
-from gpt_serve.serve.worker import Item, PredictAPI, Reply
+from gpt_serve.serve.worker import Item, Message, PredictAPI, Reply
 from gpt_serve.specs import BackboneSpec
 
 if TYPE_CHECKING:
     from gpt_serve.store import AdapterStore
 
-CONSUMER = 0  # LitServe numbers its API processes; here it is the only one
-
 
 class Server(LitServer):
-    """One worker and the pending answers.
+    """One worker and the pending answers. Only the event loop's thread touches it.
 
     Attributes:
         config: the options.
@@ -42,6 +37,8 @@ class Server(LitServer):
         metrics: what ``/metrics`` shows.
         store: the adapters, checked against the backbone; None until a worker has loaded it.
         spec: the backbone's, from the worker.
+        worker_ready: whether the current worker has loaded.
+        worker_error: why it could not, if it said so.
     """
 
     def __init__(self, config: ServeConfig, api: PredictAPI) -> None:
@@ -55,93 +52,80 @@ class Server(LitServer):
         self.metrics = Metrics(self.state)
         self.store: AdapterStore | None = None
         self.spec: BackboneSpec | None = None
-        self.pending: dict[str, float] = {}  # uid -> time.monotonic() of its submission
-        self.manager = self._init_manager(1)
-
-    def _init_manager(self, num_api_servers: int) -> SyncManager:
-        """LitServe's manager process, but spawned, so that it inherits no socket, and guarded."""
-        manager = SyncManager(ctx=get_context("spawn"))
-        manager.start(guard_manager)
-        self.workers_setup_status = manager.dict()
-        self.api.board = manager.dict()
-        self._transport = MPQueueTransport(manager, [manager.Queue() for _ in range(num_api_servers)])  # type: ignore[misc]
-        return manager
-
-    @property
-    def manager_sentinel(self) -> int:
-        """Becomes readable when the manager process ends."""
-        return int(self.manager._process.sentinel)  # type: ignore[attr-defined]
+        self.worker_ready = False
+        self.worker_error: GPTServeError | None = None
+        self.workers_setup_status: Any = {}  # the worker changes its own copy: messages say how it is
+        self._pending: dict[int, tuple[asyncio.Future[Reply], float]] = {}  # with the time of submission
+        self._numbers = count()
+        self._link: Link
+        self._drained: asyncio.Event
 
     def start_worker(self) -> SpawnProcess:
-        """Spawn a worker with a queue of its own: what a dead one left behind has already been answered."""
-        self.litapi_request_queues[self.api.api_path] = self.manager.Queue()
-        self.api.board.clear()
+        """Spawn a worker with a link of its own."""
+        self._link = link = Link()
+        self.worker_ready, self.worker_error = False, None
+        self._drained = asyncio.Event()
+        self.litapi_request_queues[self.api.api_path] = link.requests
+        self.api.transport = self._transport = link.transport
         worker: SpawnProcess = self.launch_single_inference_worker(self.api, 0)
+        loop = asyncio.get_running_loop()
+        link.start(partial(_call, loop, self._receive), partial(_call, loop, self._drained.set))
         return worker
 
-    def worker_is_ready(self) -> bool:
-        """Whether LitServe saw the worker's ``setup`` return; takes over the backbone's spec."""
-        if WorkerSetupStatus.READY not in self.workers_setup_status.values():
-            return False
-        if self.spec is None:
-            from gpt_serve.store import AdapterStore  # loaded by now, see Supervisor.run
+    async def drained(self) -> None:
+        """Wait until all that a dead worker sent was received."""
+        with suppress(TimeoutError):  # a child of its own may keep the pipe open
+            await asyncio.wait_for(self._drained.wait(), 5)
+        self._link.close()
 
-            self.spec = pickle.loads(self.api.board["spec"])
-            self.store = AdapterStore(self.config.adapters, self.spec)
-        return True
-
-    def worker_error(self) -> GPTServeError | None:
-        """Why the worker could not load, if it said so."""
-        error = self.api.board.get("error")
-        return by_name(*error) if error else None
-
-    async def ask(self, item: Item) -> Reply:
-        """Have the worker answer ``item``. Returns late rather than never: see `fail_pending`.
-
-        Raises:
-            NotReady: the worker died first.
-            GPTServeError: the worker's loop failed.
-        """
-        uid = uuid.uuid4().hex
-        answer = ResponseBufferItem(asyncio.Event())
-        self.response_buffer[uid] = answer
-        self.pending[uid] = time.monotonic()
-        try:
-            queue = self._get_request_queue(self.api.api_path)
-            # In a thread: the manager takes megabytes through a socket.
-            await asyncio.to_thread(queue.put, (CONSUMER, uid, self.pending[uid], item))
-            await answer.event.wait()
-        finally:
-            del self.response_buffer[uid], self.pending[uid]
-        value, status = answer.response  # type: ignore[misc]
-        if isinstance(value, GPTServeError):
-            raise value
-        if status != LitAPIStatus.OK:
-            raise GPTServeError("the worker's loop failed")
-        reply: Reply = value
-        return reply
+    def ask(self, item: Item) -> "asyncio.Future[Reply]":
+        """Have the worker answer ``item``. Its future raises `NotReady` when the worker dies, see `fail_pending`."""
+        number = next(self._numbers)
+        future: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+        self._pending[number] = future, time.monotonic()
+        self._link.send((number, item))
+        return future
 
     def fail_pending(self, reason: str) -> None:
         """Answer every pending request with `NotReady`."""
-        for answer in self.response_buffer.values():
-            answer.response = (NotReady(reason), LitAPIStatus.ERROR)
-            answer.event.set()
+        for future, _ in self._pending.values():
+            future.set_exception(NotReady(reason))
+        self._pending.clear()
 
     def oldest_pending(self) -> float:
         """Seconds that the longest pending request has been with the worker; 0 when there is none."""
-        return time.monotonic() - min(self.pending.values()) if self.pending else 0.0
-
-    async def receive_answers(self) -> None:
-        """Move answers from the worker's queue to the response buffer, for ever."""
-        await response_queue_to_buffer(self._transport, self.response_buffer, CONSUMER, self.litapi_connector)
-
-    def stop_receiving(self) -> None:
-        """Wake the thread that waits for answers."""
-        self._transport.close(send_sentinel=True)
+        return time.monotonic() - min(began for _, began in self._pending.values()) if self._pending else 0.0
 
     def close(self, worker: Any) -> None:
-        """End the children. Nothing of theirs needs saving, so the worker is killed rather than asked."""
+        """End the worker. Nothing of its needs saving, so it is killed rather than asked."""
         if worker is not None:
+            self._link.close()
             worker.kill()
             worker.join()
-        self.manager.shutdown()
+
+    def _receive(self, message: Message) -> None:
+        kind, content, stats = message
+        if stats is not None:
+            self.metrics.worker(stats, new=kind == "ready")
+        if kind == "ready":
+            self._take_over(content)
+        elif kind == "failed":
+            self.worker_error = by_name(*content)
+        else:
+            for number, reply in content:
+                future, _ = self._pending.pop(number, (None, 0.0))
+                if future is not None:
+                    future.set_result(reply)
+
+    def _take_over(self, spec: BackboneSpec) -> None:
+        from gpt_serve.store import AdapterStore  # loaded by now, see Supervisor.run
+
+        self.spec = spec
+        self.store = AdapterStore(self.config.adapters, spec)
+        self.worker_ready = True
+
+
+def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *arguments: Any) -> None:
+    """Have the event loop's thread call ``function``, if there still is a loop."""
+    with suppress(RuntimeError):  # it is closed
+        loop.call_soon_threadsafe(function, *arguments)

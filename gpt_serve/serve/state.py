@@ -1,6 +1,7 @@
 """What the API process knows of the server's life. Only its event loop touches it, so it needs no lock."""
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Literal
 
 from gpt_serve.errors import GPTServeError, NotReady, Overloaded
@@ -22,6 +23,7 @@ class ServerState:
         phase: what the worker is doing.
         admitted: requests that hold a slot: from the first header until the worker is done with them, so that a
             client that left or gave up cannot make the queue grow.
+        by_task: how many of them each task has; at most three quarters of the slots, unless these are few.
         restarts: how many workers were started after the first.
         draining: a signal came; nothing new is admitted.
         fatal: why the server must end, if it must.
@@ -30,6 +32,7 @@ class ServerState:
     limit: int
     phase: Phase = "loading"
     admitted: int = 0
+    by_task: Counter[str] = field(default_factory=Counter)
     restarts: int = 0
     draining: bool = False
     fatal: GPTServeError | None = None
@@ -48,5 +51,17 @@ class ServerState:
             raise Overloaded(f"{self.limit} requests are already waiting: try again in a second")
         self.admitted += 1
 
-    def release(self) -> None:
+    def assign(self, task: str) -> None:
+        """Say whose the slot is. Raises `Overloaded` when the task has its share, so that others find some free."""
+        share = self.limit - (self.limit // 4 if self.limit >= 8 else 0)
+        if self.by_task[task] >= share:
+            raise Overloaded(f"{share} requests for this task are already waiting: try again in a second")
+        self.by_task[task] += 1
+
+    def release(self, task: str = "") -> None:
+        """Give a slot back, assigned to ``task`` if to any."""
         self.admitted -= 1
+        if task:
+            self.by_task[task] -= 1
+            if not self.by_task[task]:
+                del self.by_task[task]

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import import_module
 from multiprocessing.context import SpawnProcess
 
@@ -15,6 +16,7 @@ logger = logging.getLogger("gpt_serve.serve")
 POLL = 0.05  # seconds between looks at a loading worker
 MAX_DEATHS = 5  # this many deaths ...
 DEATH_WINDOW = 60.0  # ... within this many seconds are a crash loop
+NOT_LOADED = "the worker died while loading the backbone: see the log above"
 
 
 class Supervisor:
@@ -33,57 +35,50 @@ class Supervisor:
     async def run(self) -> None:
         """Returns only with ``state.fatal`` set."""
         state = self.server.state
-        manager_died = _readable(self.server.manager_sentinel)
         deaths: list[float] = []
         while state.fatal is None:
             self.worker = self.server.start_worker()
             # The worker needs seconds to load; meanwhile this process imports what it needs of torch.
             await asyncio.to_thread(import_module, "gpt_serve.store")
             died = _readable(self.worker.sentinel)
-            if await self._until_ready(died, manager_died):
+            loaded = await self._until_ready(died)
+            if loaded:
                 state.phase = "ready"
                 self.announce()
-                await self._until_dead(died, manager_died)
-                deaths = [at for at in deaths if at > time.monotonic() - DEATH_WINDOW] + [time.monotonic()]
-            else:
-                state.fatal = self._load_failure(manager_died)
+                await self._until_dead(died)
             asyncio.get_running_loop().remove_reader(self.worker.sentinel)
             state.phase = "restarting"
-            state.fatal = state.fatal or self._verdict(len(deaths), manager_died)
+            await self.server.drained()
+            if loaded:
+                deaths = [at for at in deaths if at > time.monotonic() - DEATH_WINDOW] + [time.monotonic()]
+                state.fatal = self._verdict(len(deaths))
+            else:
+                state.fatal = self.server.worker_error or NotReady(NOT_LOADED)
             self.server.fail_pending("the worker died while the request was with it: try again in a few seconds")
             state.restarts += 1
 
-    async def _until_ready(self, died: asyncio.Event, manager_died: asyncio.Event) -> bool:
+    async def _until_ready(self, died: asyncio.Event) -> bool:
         """Whether the worker loaded its backbone before it died."""
-        while not died.is_set() and not manager_died.is_set():
-            if self.server.worker_is_ready():
+        while not died.is_set():
+            if self.server.worker_ready:
                 return True
             await asyncio.sleep(POLL)
         return False
 
-    async def _until_dead(self, died: asyncio.Event, manager_died: asyncio.Event) -> None:
+    async def _until_dead(self, died: asyncio.Event) -> None:
         """Wait for the end of the worker, and bring it about when it hangs."""
         assert self.worker is not None
         patience = 2 * self.server.config.deadline
-        while not died.is_set() and not manager_died.is_set():
+        while not died.is_set():
             if self.server.oldest_pending() > patience:
                 logger.error("the worker has not answered for %.0f s: killing it", patience)
                 self.worker.kill()
-            waits = {asyncio.ensure_future(event.wait()) for event in (died, manager_died)}
-            _, rest = await asyncio.wait(waits, timeout=min(1.0, patience / 4), return_when=asyncio.FIRST_COMPLETED)
-            for task in rest:
-                task.cancel()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(died.wait(), min(1.0, patience / 4))
 
-    def _load_failure(self, manager_died: asyncio.Event) -> GPTServeError:
-        if manager_died.is_set():
-            return NotReady("the queue process died: the server cannot go on")
-        return self.server.worker_error() or NotReady("the worker died while loading the backbone: see the log above")
-
-    def _verdict(self, deaths: int, manager_died: asyncio.Event) -> GPTServeError | None:
+    def _verdict(self, deaths: int) -> GPTServeError | None:
         """What ends the server after a worker's death, if anything does."""
         assert self.worker is not None
-        if manager_died.is_set():
-            return NotReady("the queue process died: the server cannot go on")
         self.worker.join()
         logger.error("the worker died (exit code %s)", self.worker.exitcode)
         if deaths >= MAX_DEATHS:

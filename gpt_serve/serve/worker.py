@@ -1,116 +1,156 @@
-"""The worker process: LitServe's verbs around one `Engine`.
+"""The worker process: LitServe's verbs around one `Scheduler`.
 
-Everything on the queues is built of plain Python values, because LitServe's manager process unpickles it on the way.
-This module stays free of torch, so that the parent can spawn the worker at once.
+Everything on the pipes is built of plain Python values. This module stays free of torch, so that the parent can spawn
+the worker at once.
 """
 
 import logging
-import pickle
-import queue
 import re
-import time
-from collections.abc import MutableMapping
+from concurrent.futures import Future
+from dataclasses import asdict
+from functools import partial
+from queue import SimpleQueue
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from litserve import LitAPI
-from litserve.loops.simple_loops import BatchedLoop
+from litserve.loops.base import LitLoop
 from litserve.transport.base import MessageTransport
 
 from gpt_serve.errors import GPTServeError
+from gpt_serve.memory import reuse_freed_memory
 from gpt_serve.serve.config import ServeConfig
+from gpt_serve.serve.link import take_all
 from gpt_serve.serve.process import configure_logging, end_child, guard_child
 
 if TYPE_CHECKING:
-    from gpt_serve.engine import Engine, Prediction
+    from gpt_serve.engine import Prediction
+    from gpt_serve.scheduler import Batch, Scheduler
 
 logger = logging.getLogger("gpt_serve.serve")
 
+CONSUMER = 0  # LitServe numbers its API processes; here it is the only one
+
 # task, image file, top_k, time.monotonic() when nobody waits any more
 Item = tuple[str, bytes, int, float]
-# batch size, seconds in the engine, adapters on the device; only with the first reply of a batch
-Stats = tuple[int, float, int]
-# name of an error class or "", the error's message or the answer, stats
-Reply = tuple[str, Any, Stats | None]
+# name of an error class or "", the error's message or the answer
+Reply = tuple[str, Any]
+# passes since the last message: seconds and each row's wait before it; what the bank's numbers are now
+Stats = tuple[list[tuple[float, tuple[float, ...]]], dict[str, float]]
+# "ready" with a BackboneSpec, "failed" with a Reply, or "answers" with a list of (number of the request, Reply)
+Message = tuple[str, Any, Stats | None]
 
 
-class WaitingLoop(BatchedLoop):
-    """LitServe's batched loop, except that it sleeps while there is nothing to do.
+class StreamLoop(LitLoop):
+    """Takes requests as they come, and sends each answer as soon as it is there; sleeps while there is nothing to do.
 
-    The stock loop polls the queue every millisecond, and its window opens before the first request arrives. Here the
-    window opens with the first request, and whatever has queued up meanwhile is taken without waiting.
+    LitServe's batched loop polls, and takes the next requests only when the last batch is answered.
     """
 
-    def get_batch_requests(
-        self, lit_api: LitAPI, request_queue: Any, transport: MessageTransport
-    ) -> tuple[list[tuple[int, str, Any]], list[tuple[int, str]]]:
-        """Up to ``max_batch_size`` requests as (consumer, uid, payload); timed-out ones are left to `predict`."""
-        taken: list[tuple[int, str, Any]] = []
-        wait, closes = 1.0, 0.0
-        try:
-            while len(taken) < lit_api.max_batch_size:
-                consumer, uid, _, payload = request_queue.get(timeout=wait)
-                closes = closes or time.monotonic() + lit_api.batch_timeout
-                taken.append((consumer, uid, payload))
-                wait = max(0.0, closes - time.monotonic())
-        except queue.Empty:
-            pass
-        except (EOFError, OSError):
-            end_child()  # the queues are gone
-        return taken, []
+    def __call__(
+        self,
+        lit_api: Any,
+        device: str,
+        worker_id: int,
+        request_queue: Any,
+        transport: MessageTransport,
+        workers_setup_status: Any,
+        callback_runner: Any,
+    ) -> None:
+        """Runs for ever; ``request_queue`` and ``transport`` are the link's."""
+        answered: SimpleQueue[tuple[int, int, Future[Prediction]]] = SimpleQueue()
+        Thread(target=self.answer, args=(lit_api, transport, answered), name="answers", daemon=True).start()
+        while True:
+            try:
+                items = request_queue.recv()
+            except (EOFError, OSError):
+                end_child()  # the server is gone
+            for uid, item in items:
+                lit_api.predict(item).add_done_callback(partial(_put, answered, uid, item[2]))
+
+    def answer(self, lit_api: "PredictAPI", transport: MessageTransport, answered: "SimpleQueue[Any]") -> None:
+        """Send what is answered, all that is there in one message."""
+        while True:
+            futures = take_all(answered)
+            answers = [(uid, lit_api.encode_response(future, top_k=top_k)) for uid, top_k, future in futures]
+            try:
+                transport.send(("answers", answers, lit_api.stats()), CONSUMER)
+            except OSError:
+                end_child()  # the server is gone
 
 
 class PredictAPI(LitAPI):
-    """Answers lists of `Item` with lists of `Reply`; errors travel as values, so no item disturbs another.
+    """Answers `Item`s with `Reply`s; errors travel as values.
 
-    ``board`` is a dictionary shared with the parent: the worker writes ``spec`` (a pickled `BackboneSpec`) when the
-    backbone is loaded, or ``error`` (class name, message) when it cannot be.
+    Attributes:
+        transport: to the server, which waits for a message "ready" or "failed".
+        scheduler: what does the work, from `setup` on.
     """
 
-    board: MutableMapping[str, Any]
-    engine: "Engine"
+    transport: MessageTransport
+    scheduler: "Scheduler"
 
     def __init__(self, config: ServeConfig) -> None:
-        loop = WaitingLoop()  # type: ignore[no-untyped-call]
+        loop = StreamLoop()  # type: ignore[no-untyped-call]
         super().__init__(max_batch_size=config.max_batch_size, batch_timeout=config.batch_timeout, loop=loop)
         self.config = config
+        self.batches: SimpleQueue[Batch] | None = None
 
     def setup(self, device: str) -> None:
         """Load the backbone and run it once; a deliberate error ends the process without a traceback."""
         guard_child()
+        reuse_freed_memory()
         configure_logging()
-        from gpt_serve.serve.loading import load_engine  # after the guard: it takes seconds
+        from gpt_serve.scheduler import Scheduler  # after the guard: it takes seconds
+        from gpt_serve.serve.loading import load_engine
 
         try:
-            self.engine, spec = load_engine(self.config, device)
+            engine, spec = load_engine(self.config, device)
         except GPTServeError as error:
-            self.board["error"] = (type(error).__name__, str(error))
+            self.transport.send(("failed", _error(error), None), CONSUMER)
             end_child()
-        self.board["spec"] = pickle.dumps(spec)
+        self.batches = SimpleQueue()
+        self.scheduler = Scheduler(
+            engine,
+            max_batch=self.config.max_batch_size,
+            batch_timeout=self.config.batch_timeout,
+            overlap=device != "cpu",
+            on_batch=self.batches.put,
+            on_error=report,
+        )
+        self.transport.send(("ready", spec, self.stats()), CONSUMER)
 
-    def predict(self, x: list[Item], **_: Any) -> list[Reply]:
-        """One reply per item, in order."""
-        started, now = time.perf_counter(), time.monotonic()
-        live = [i for i, item in enumerate(x) if item[3] > now]
-        replies: list[Reply] = [("DeadlineExceeded", "the deadline passed while the request was queued", None)] * len(x)
-        for i, result in zip(live, self._predict([(x[i][0], x[i][1]) for i in live]), strict=True):
-            replies[i] = _reply(result, x[i][2])
-        kind, value, _stats = replies[0]
-        replies[0] = (kind, value, (len(live), time.perf_counter() - started, len(self.engine.bank)))
-        return replies
+    def predict(self, x: Item, **_: Any) -> "Future[Prediction]":
+        """What will hold the answer."""
+        task, image, _top_k, expires = x
+        return self.scheduler.submit(task, image, expires)
 
-    def _predict(self, requests: list[tuple[str, bytes]]) -> "list[Prediction | GPTServeError]":
-        """The engine's results; should a batch break it, each request alone, so that only the culprit fails."""
-        if not requests:
-            return []
-        try:
-            return self.engine.predict(requests)
-        except Exception as error:
-            logger.exception("a batch of %d failed", len(requests))
-            if _device_is_lost(error):
-                end_child()  # only a new process gets a working device again
-            if len(requests) == 1:
-                return [GPTServeError(f"{type(error).__name__} in the engine")]
-            return [self._predict([request])[0] for request in requests]
+    def encode_response(self, output: "Future[Prediction]", *, top_k: int = 1, **_: Any) -> Reply:
+        """The answer, or the error, of a future that is done."""
+        error = output.exception()
+        if error is not None:
+            return _error(error)
+        result = output.result()
+        best = [{"label": label, "probability": probability} for label, probability in result.top(top_k)]
+        return "", {"task": result.task, "revision": result.revision, "predictions": best}
+
+    def stats(self) -> Stats:
+        """For one message, so that every pass is counted once."""
+        assert self.batches is not None
+        batches = [self.batches.get_nowait() for _ in range(self.batches.qsize())]
+        bank = self.scheduler.engine.bank.stats()
+        return [(batch.seconds, batch.waits) for batch in batches], asdict(bank)
+
+
+def report(error: Exception) -> None:
+    """Log what should not happen; end the process when only another one gets a working device again."""
+    logger.error("a request failed: %s", error, exc_info=error)
+    if _device_is_lost(error):
+        end_child()
+
+
+def _put(answered: "SimpleQueue[Any]", uid: int, top_k: int, future: "Future[Prediction]") -> None:
+    answered.put((uid, top_k, future))
 
 
 def _device_is_lost(error: Exception) -> bool:
@@ -120,8 +160,5 @@ def _device_is_lost(error: Exception) -> bool:
     return isinstance(error, torch.AcceleratorError) or bool(re.search(r"CUDA failure (?!2:)", str(error)))
 
 
-def _reply(result: "Prediction | GPTServeError", top_k: int) -> Reply:
-    if isinstance(result, GPTServeError):
-        return type(result).__name__, str(result), None
-    best = [{"label": label, "probability": probability} for label, probability in result.top(top_k)]
-    return "", {"task": result.task, "revision": result.revision, "predictions": best}, None
+def _error(error: BaseException) -> Reply:
+    return type(error).__name__, str(error)

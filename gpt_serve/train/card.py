@@ -21,7 +21,7 @@ def write_card(folder: Path, adapter: Adapter, revision: str, confusion: Tensor,
     inspection = inspect_adapter(adapter)
     plot_inspection(inspection, f"{adapter.task} ({adapter.method})", folder / "gates.png")
     plot_confusion(confusion, adapter.labels, f"{adapter.task}: {split} images", folder / "confusion.png")
-    (folder / "README.md").write_text(_text(adapter, revision, inspection, split), encoding="utf-8")
+    (folder / "README.md").write_text(card_text(adapter, revision, inspection, split), encoding="utf-8")
 
 
 def plot_confusion(confusion: Tensor, labels: Sequence[str], title: str, path: Path) -> None:
@@ -48,7 +48,12 @@ def _plain(label: str) -> str:
     return label.replace("$", r"\$")
 
 
-def _text(adapter: Adapter, revision: str, inspection: Inspection, split: str) -> str:
+def card_text(adapter: Adapter, revision: str, inspection: Inspection, split: str) -> str:
+    """The model card in Markdown.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: ``adapter.training`` is not what `train_adapter` records.
+    """
     training = adapter.training
     lines = [
         f"# {adapter.task}",
@@ -71,6 +76,7 @@ def _text(adapter: Adapter, revision: str, inspection: Inspection, split: str) -
         "",
         *block_table(inspection),
         "",
+        *[line for step in training.get("closing", []) for line in _closing(step)],
         "## Training",
         "",
         "| | |",
@@ -82,12 +88,40 @@ def _text(adapter: Adapter, revision: str, inspection: Inspection, split: str) -
     return "\n".join(lines)
 
 
+def _closing(step: dict[str, Any]) -> list[str]:
+    """What `close_gates` did, and what it cost on the images that it was decided on and on those that it was not."""
+    tuned = "without fine-tuning"
+    if step["best_epoch"]:
+        tuned = f"after fine-tuning with them fixed at 0 (epoch {step['best_epoch']} of {step['epochs']}, "
+        tuned += f"learning rate {step['lr']:g})"
+    rows = [(_name(key), *step[key]) for key in ("val_accuracy", "val_loss", "test_accuracy") if key in step]
+    tries = [
+        f"{len(tried['closed'])} after {tried['epochs']} epochs, {100 * tried['val_accuracy']:.2f} %"
+        for tried in step["tried"]
+    ]
+    return [
+        "## Closed gates",
+        "",
+        f"{len(step['closed'])} of {step['open_before']} open gates were closed (blocks "
+        f"{', '.join(map(str, step['closed']))}) {tuned}. Validation images decided: at most {step['tolerance']:g} "
+        "points of their accuracy could be lost.",
+        "",
+        "| | before | after |",
+        "|---|---|---|",
+        *[f"| {name} | {_number(name, before)} | {_number(name, after)} |" for name, before, after in rows],
+        "",
+        f"Closed gates that were tried, and validation accuracy with them: {'; '.join(tries)}.",
+        "",
+    ]
+
+
 def _metrics(metrics: dict[str, Any]) -> list[tuple[str, str]]:
     """Metrics as text; accuracies in per cent."""
-    return [
-        (_name(key), f"{100 * value:.2f} %" if key.endswith("accuracy") else f"{value:.5g}")
-        for key, value in metrics.items()
-    ]
+    return [(_name(key), _number(key, value)) for key, value in metrics.items()]
+
+
+def _number(key: str, value: float) -> str:
+    return f"{100 * value:.2f} %" if key.endswith("accuracy") else f"{value:.5g}"
 
 
 def _name(key: str) -> str:
@@ -103,5 +137,7 @@ def block_table(inspection: Inspection) -> list[str]:
     rows = ["| block | gate | temperature | selection ratio |", "|---|---|---|---|"]
     for index in range(depth):
         values = ["-" if column is None or index >= len(column) else f"{column[index]:.4f}" for column in columns]
+        if inspection.gates is not None and inspection.gates[index : index + 1] == [0]:
+            values[0] = "closed"
         rows.append(f"| {index + 1} | {' | '.join(values)} |")
     return rows

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from gpt_serve.adapter import Adapter
 from gpt_serve.backbone import Backbone
@@ -28,8 +29,8 @@ from gpt_serve.train.views import Unreadable, View, scan
 class Reporter(Protocol):
     """Where progress goes."""
 
-    def scanning(self, total: int) -> Callable[[], object]:
-        """The images are about to be checked; call the result after each."""
+    def scanning(self, total: int, what: str = "checking images") -> Callable[[], object]:
+        """So many images are about to be read; call the result after each."""
 
     def unreadable(self, images: list[Unreadable]) -> None:
         """These images cannot be read."""
@@ -93,10 +94,7 @@ def train_adapter(backbone: Backbone, job: Job, reporter: Reporter, world: World
     """
     check_task_name(job.task)
     started = time.perf_counter()
-    if backbone.device.type == "cuda":
-        # The same seed gives the same adapter; kernels without a deterministic form warn.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
+    make_deterministic(backbone)
     checkpoint = RunCheckpoint(job.adapters, job.task)
     if job.resume:
         checkpoint.require()
@@ -128,9 +126,16 @@ def train_adapter(backbone: Backbone, job: Job, reporter: Reporter, world: World
     return summary
 
 
+def make_deterministic(backbone: Backbone) -> None:
+    """The same seed gives the same adapter; CUDA kernels without a deterministic form warn."""
+    if backbone.device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
 def build_module(backbone: Backbone, recipe: Recipe, classes: int) -> AdapterModule:
     """An untrained adapter for ``classes`` classes."""
-    return AdapterModule(
+    return AdapterModule.initial(
         backbone,
         recipe.method,
         classes,
@@ -201,13 +206,28 @@ def _publish(
     if views.test is not None:
         training["metrics"]["test_accuracy"] = (predictions == targets).double().mean().item()
     adapter = to_adapter(backbone, job, views.labels, module, training)
-    revision = AdapterStore(job.adapters).publish(adapter)
-    confusion = confusion_matrix(predictions, targets, len(views.labels))
+    revision = publish(job.adapters, adapter, confusion_matrix(predictions, targets, len(views.labels)), split)
+    return {"task": job.task, "revision": revision, "method": job.recipe.method, "backbone": backbone.name, **training}
+
+
+def publish(adapters: Path, adapter: Adapter, confusion: Tensor, split: str) -> str:
+    """Put the adapter into the store and write its card.
+
+    Args:
+        confusion: (C, C) on the images of ``split``.
+
+    Returns:
+        The new revision.
+
+    Raises:
+        UsageError: the disk refuses; the message says which of the two.
+    """
+    revision = AdapterStore(adapters).publish(adapter)
     try:
-        write_card(job.adapters / job.task, adapter, revision, confusion, split)
+        write_card(adapters / adapter.task, adapter, revision, confusion, split)
     except OSError as error:
         raise UsageError(f"the adapter is published, but its card cannot be written: {error.strerror}") from error
-    return {"task": job.task, "revision": revision, "method": job.recipe.method, "backbone": backbone.name, **training}
+    return revision
 
 
 def _record(job: Job, views: Views, module: AdapterModule, best: EpochRecord, seconds: float) -> dict[str, Any]:
@@ -236,7 +256,6 @@ def to_adapter(
     backbone: Backbone, job: Job, labels: tuple[str, ...], module: AdapterModule, training: dict[str, Any]
 ) -> Adapter:
     """The module's tensors as a storable adapter."""
-    learned = {name: value.detach().float().cpu() for name, value in module.learned().items()}
     return Adapter(
         task=job.task,
         method=job.recipe.method,
@@ -246,8 +265,11 @@ def to_adapter(
         pool=backbone.spec.pool,
         preprocess=backbone.spec.preprocess,
         training=training,
-        created=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
-        head_weight=module.head.weight.detach().float().cpu(),
-        head_bias=module.head.bias.detach().float().cpu(),
-        **learned,
+        created=utc_now(),
+        **module.stored(),
     )
+
+
+def utc_now() -> str:
+    """As adapters store it."""
+    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")

@@ -19,6 +19,19 @@ from gpt_serve.train.recipe import Recipe, learning_rate
 from gpt_serve.train.views import View, ordered_batches, shuffled_batches
 
 EVAL_BATCH = 128
+ALONE = World()
+
+
+@dataclass(frozen=True)
+class Score:
+    """Accuracy, a share in [0, 1], and mean loss on a split."""
+
+    accuracy: float
+    loss: float
+
+    def better_than(self, other: "Score") -> bool:
+        """By accuracy, then by loss."""
+        return (self.accuracy, -self.loss) > (other.accuracy, -other.loss)
 
 
 @dataclass(frozen=True)
@@ -32,6 +45,11 @@ class EpochRecord:
     val_loss: float
     val_accuracy: float
     images_per_second: float
+
+    @property
+    def val(self) -> Score:
+        """On the validation images."""
+        return Score(self.val_accuracy, self.val_loss)
 
 
 @dataclass
@@ -86,7 +104,7 @@ class Trainer:
             record = self._epoch(epoch, on_batch)
             history = self.progress.history
             history.append(record)
-            if self.progress.best_epoch < 0 or _better(record, self.progress.best_record):
+            if self.progress.best_epoch < 0 or record.val.better_than(self.progress.best_record.val):
                 self.progress.best_epoch = epoch
                 self.progress.best = {
                     key: value.detach().cpu().clone() for key, value in self.module.state_dict().items()
@@ -118,39 +136,22 @@ class Trainer:
             on_batch(epoch, float(totals[0]) / seen, float(totals[1]) / seen, len(batch))
         loss, correct, count = self.world.sum(totals.to(self.backbone.device)).tolist()
         seconds = time.perf_counter() - started
-        val_loss, val_accuracy = self._validate()
-        return EpochRecord(epoch, rate, loss / count, correct / count, val_loss, val_accuracy, count / seconds)
+        val = evaluate(self.backbone, self.module, self.val_view, self.workers, self.world)
+        return EpochRecord(epoch, rate, loss / count, correct / count, val.loss, val.accuracy, count / seconds)
 
     def _step(self, data: tuple[Tensor, Tensor] | None, batch_size: int) -> Tensor:
         """One optimizer step; returns (sum of losses, correct, images) of this process's share."""
         self.optimizer.zero_grad(set_to_none=True)
         totals = torch.zeros(3, dtype=torch.float64)
         if data is not None:
-            logits, targets = self._logits(data)
-            loss = F.cross_entropy(logits, targets, reduction="sum")
+            loss, correct = _loss(self.backbone, self.module, data)
             # Divided by the whole batch: the sum over processes is the gradient of the batch's mean loss.
             (loss / batch_size).backward()  # type: ignore[no-untyped-call]
-            totals = torch.tensor([loss.item(), (logits.argmax(1) == targets).sum().item(), len(targets)]).double()
+            totals = torch.tensor([loss.item(), correct.item(), len(data[1])]).double()
         self.world.sum_gradients(self.module.parameters())
         self.optimizer.step()
         self.module.clamp()
         return totals
-
-    def _logits(self, data: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        images, targets = (item.to(self.backbone.device, non_blocking=True) for item in data)
-        return forward_logits(self.backbone, self.module, images), targets
-
-    def _validate(self) -> tuple[float, float]:
-        batches = [self.world.share(batch) for batch in ordered_batches(len(self.val_view), EVAL_BATCH)]
-        totals = torch.zeros(3, dtype=torch.float64)
-        for data in self.val_view.batches([batch for batch in batches if batch], self.workers):
-            with torch.no_grad():
-                self.module.eval()
-                logits, targets = self._logits(data)
-                loss = F.cross_entropy(logits, targets, reduction="sum")
-            totals += torch.tensor([loss.item(), (logits.argmax(1) == targets).sum().item(), len(targets)]).double()
-        loss_sum, correct, count = self.world.sum(totals.to(self.backbone.device)).tolist()
-        return loss_sum / count, correct / count
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain data from which `restore` continues."""
@@ -174,15 +175,11 @@ class Trainer:
 def _optimizer(module: AdapterModule, recipe: Recipe) -> torch.optim.Optimizer:
     """Two groups: the head, and everything that steers the backbone; ``scale`` multiplies the epoch's rate."""
     groups = [{"params": list(module.head.parameters()), "scale": recipe.head_lr_scale}]
-    if steering := list(module.learned().values()):
+    if steering := module.steering():
         groups.append({"params": steering, "scale": 1.0})
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=recipe.lr, weight_decay=recipe.weight_decay)
     return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
-
-
-def _better(record: EpochRecord, best: EpochRecord) -> bool:
-    return (record.val_accuracy, -record.val_loss) > (best.val_accuracy, -best.val_loss)
 
 
 def forward_logits(backbone: Backbone, module: AdapterModule, images: Tensor) -> Tensor:
@@ -194,6 +191,26 @@ def forward_logits(backbone: Backbone, module: AdapterModule, images: Tensor) ->
             tokens = embed(backbone.model, normalize(images, mean, std))
         logits: Tensor = module(backbone.model, tokens)
     return logits.float()
+
+
+def _loss(backbone: Backbone, module: AdapterModule, data: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy of a batch, and how many of its images are classified right."""
+    images, targets = (item.to(backbone.device, non_blocking=True) for item in data)
+    logits = forward_logits(backbone, module, images)
+    return F.cross_entropy(logits, targets, reduction="sum"), (logits.argmax(1) == targets).sum()
+
+
+@torch.no_grad()
+def evaluate(backbone: Backbone, module: AdapterModule, view: View, workers: int, world: World = ALONE) -> Score:
+    """Accuracy and mean loss of a whole split, over all processes."""
+    module.eval()
+    batches = [world.share(batch) for batch in ordered_batches(len(view), EVAL_BATCH)]
+    totals = torch.zeros(3, dtype=torch.float64)
+    for data in view.batches([batch for batch in batches if batch], workers):
+        loss, correct = _loss(backbone, module, data)
+        totals += torch.tensor([loss.item(), correct.item(), len(data[1])]).double()
+    loss_sum, correct_sum, count = world.sum(totals.to(backbone.device)).tolist()
+    return Score(correct_sum / count, loss_sum / count)
 
 
 @torch.no_grad()

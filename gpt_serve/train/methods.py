@@ -3,16 +3,18 @@
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gpt_serve.adapter import Adapter
 from gpt_serve.adapter_batch import AdapterBatch
 from gpt_serve.backbone import Backbone
 from gpt_serve.errors import UsageError
 from gpt_serve.prompted import TAU_MAX, TAU_MIN, prompted_features
+from gpt_serve.specs import BackboneSpec
 
 HEAD_BIAS = -math.log(99.0)
 SMALL_HEAD_STD = 0.02
@@ -53,18 +55,55 @@ def find_method(name: str) -> Method:
 
 
 class AdapterModule(nn.Module):
-    """The trainable tensors of one adapter, initialised as in the authors' code (METHODS in the docs).
+    """The trainable tensors of one adapter.
+
+    Gates that are exactly 0 are no parameters: no optimizer moves them, and their blocks compute no prompt rows.
+
+    Args:
+        spec: the backbone's.
+        head: (C, D) and (C,).
+        prompt: (1 or L, P, D); None without prompts.
+        gamma: (L-1,) gate priors; None when gates are not learned. Infinite ones stay as they are.
+        tau: (L,); None when temperatures are not learned.
+        prompt_dropout: share of the prompts' values that is dropped in training mode.
 
     Attributes:
-        prompt: (1 or L, P, D), uniform in +-sqrt(6 / (3 * patch^2 + D)); None without prompts.
-        gamma: (L-1,), starts at ``-gate_init``; None when gates are not learned.
-        tau: (L,), starts at 1; None when temperatures are not learned.
-        head: (C, D) and (C,). ``kaiming``: Kaiming-normal (fan-out) and -ln 99 as in the authors' code;
-            ``small``: truncated normal of std 0.02 and 0, as Self-Prompt Tuning does for MAE.
+        gamma: the gate priors that are learned, (L-1,) or fewer; `priors` has all of them.
+        closed: (L-1,), which gates are exactly 0 and stay so; None when gates are not learned.
     """
+
+    _fixed: Tensor
+    _learned: Tensor
 
     def __init__(
         self,
+        spec: BackboneSpec,
+        head: nn.Linear,
+        *,
+        prompt: Tensor | None = None,
+        gamma: Tensor | None = None,
+        tau: Tensor | None = None,
+        prompt_dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.prompt_dropout = prompt_dropout
+        self.head = head
+        self.prompt = None if prompt is None else nn.Parameter(prompt)
+        self.tau = None if tau is None else nn.Parameter(tau)
+        self.gamma: nn.Parameter | None = None
+        self.closed: tuple[bool, ...] | None = None
+        if gamma is not None:
+            closed = torch.sigmoid(gamma) == 0
+            learned = gamma.isfinite() & ~closed
+            self.closed = tuple(closed.tolist())
+            self.gamma = nn.Parameter(gamma[learned])
+            self.register_buffer("_fixed", gamma.masked_fill(closed, -torch.inf), persistent=False)
+            self.register_buffer("_learned", learned.nonzero()[:, 0], persistent=False)
+
+    @classmethod
+    def initial(
+        cls,
         backbone: Backbone,
         method: str,
         classes: int,
@@ -73,26 +112,47 @@ class AdapterModule(nn.Module):
         gate_init: float,
         prompt_dropout: float,
         head_init: HeadInit,
-    ) -> None:
-        super().__init__()
+    ) -> "AdapterModule":
+        """Untrained tensors, as in the authors' code.
+
+        Prompts are uniform in +-sqrt(6 / (3 * patch^2 + D)), gamma is ``-gate_init``, tau is 1. The head's weight is
+        Kaiming-normal (fan-out) with biases of -ln 99 as in the authors' code (``kaiming``), or truncated normal of
+        std 0.02 with biases of 0, as Self-Prompt Tuning does for MAE (``small``).
+        """
         kind = find_method(method)
         spec = backbone.spec
-        self.spec = spec
-        self.prompt_dropout = prompt_dropout
-        self.prompt: nn.Parameter | None = None
-        self.gamma: nn.Parameter | None = None
-        self.tau: nn.Parameter | None = None
+        prompt = None
         if kind.prompts:
             height, width = backbone.model.patch_embed.patch_size
             bound = math.sqrt(6.0 / (3 * height * width + spec.width))
-            shape = (spec.depth if kind.deep else 1, prompts, spec.width)
-            self.prompt = nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
-        if kind.gated:
-            self.gamma = nn.Parameter(torch.full((spec.depth - 1,), -float(gate_init)))
-        if kind.tempered:
-            self.tau = nn.Parameter(torch.ones(spec.depth))
-        self.head = nn.Linear(spec.width, classes)
-        _init_head(self.head, head_init)
+            prompt = torch.empty(spec.depth if kind.deep else 1, prompts, spec.width).uniform_(-bound, bound)
+        head = nn.Linear(spec.width, classes)
+        _init_head(head, head_init)
+        return cls(
+            spec,
+            head,
+            prompt=prompt,
+            gamma=torch.full((spec.depth - 1,), -float(gate_init)) if kind.gated else None,
+            tau=torch.ones(spec.depth) if kind.tempered else None,
+            prompt_dropout=prompt_dropout,
+        )
+
+    @classmethod
+    def of(cls, adapter: Adapter, spec: BackboneSpec, prompt_dropout: float) -> "AdapterModule":
+        """A copy of a stored adapter's tensors; it must agree with ``spec``."""
+        head = nn.Linear(spec.width, len(adapter.labels))
+        with torch.no_grad():
+            head.weight.copy_(adapter.head_weight)
+            head.bias.copy_(adapter.head_bias)
+        tensors = {"prompt": adapter.prompt, "gamma": adapter.gamma, "tau": adapter.tau}
+        copies = {name: None if tensor is None else tensor.clone() for name, tensor in tensors.items()}
+        return cls(spec, head, **copies, prompt_dropout=prompt_dropout)
+
+    def priors(self) -> Tensor | None:
+        """(L-1,) gamma of every gate, -inf where it is closed; None when gates are not learned."""
+        if self.gamma is None or len(self.gamma) == len(self._fixed):
+            return self.gamma
+        return self._fixed.index_put((self._learned,), self.gamma)
 
     def batch(self, rows: int) -> AdapterBatch:
         """The tensors for the forward pass; in training mode with dropout drawn for each of ``rows`` images."""
@@ -101,8 +161,9 @@ class AdapterModule(nn.Module):
             width=self.spec.width,
             pool=self.spec.pool,
             prompt=self.prompt,
-            gamma=self.gamma,
+            gamma=self.priors(),
             tau=self.tau,
+            closed=self.closed,
             device=self.head.weight.device,
         )
         if self.training and self.prompt is not None and self.prompt_dropout > 0:
@@ -115,10 +176,15 @@ class AdapterModule(nn.Module):
         logits: Tensor = self.head(prompted_features(model, tokens, self.batch(len(tokens))))
         return logits
 
-    def learned(self) -> dict[str, Tensor]:
-        """Those of ``prompt``, ``gamma`` and ``tau`` that the method learns."""
-        tensors = {"prompt": self.prompt, "gamma": self.gamma, "tau": self.tau}
-        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    def steering(self) -> list[nn.Parameter]:
+        """What is learned besides the head."""
+        return [tensor for tensor in (self.prompt, self.gamma, self.tau) if tensor is not None]
+
+    def stored(self) -> dict[str, Any]:
+        """The tensors as fields of an `Adapter`: float32 copies on the CPU."""
+        tensors = {"prompt": self.prompt, "gamma": self.priors(), "tau": self.tau}
+        tensors |= {"head_weight": self.head.weight, "head_bias": self.head.bias}
+        return {name: tensor.detach().float().cpu().clone() for name, tensor in tensors.items() if tensor is not None}
 
     @torch.no_grad()
     def clamp(self) -> None:

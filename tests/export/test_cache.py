@@ -38,7 +38,7 @@ def built(original: Path, monkeypatch: pytest.MonkeyPatch) -> Built:
         names.append(backbone.name)
         return ir.load(original)
 
-    monkeypatch.setattr(graphs, "multi_graph", build)
+    monkeypatch.setattr(graphs, "features_graph", build)
     return names
 
 

@@ -24,23 +24,23 @@ class Troubled:
     """An engine that does to a batch what the task names in it ask for."""
 
     def __init__(self, engine: Any) -> None:
-        self.engine, self.bank = engine, engine.bank
+        self.engine, self.bank, self.prepare = engine, engine.bank, engine.prepare
 
-    def predict(self, requests: Sequence[tuple[str, bytes]]) -> list[Any]:
-        kinds = {task.partition("-")[0] for task, _ in requests}
+    def compute(self, rows: Sequence[Any]) -> list[Any]:
+        kinds = {row.resident.task.partition("-")[0] for row in rows}
         if "sleepy" in kinds:
             time.sleep(0.4)
         if "hang" in kinds:
             time.sleep(3600)
         if "bug" in kinds:
             raise RuntimeError("a bug in the engine")
-        return list(self.engine.predict(requests))
+        return list(self.engine.compute(rows))
 
 
 class TroubledAPI(PredictAPI):
     def setup(self, device: str) -> None:
         super().setup(device)
-        self.engine = Troubled(self.engine)
+        self.scheduler.engine = Troubled(self.scheduler.engine)  # type: ignore[assignment]
 
 
 def main() -> int:

@@ -71,7 +71,7 @@ def test_no_request_is_lost_or_answered_by_a_wrong_revision(
         sender.stopped.set()
         sender.join()
 
-    assert [line for line in server.log if line.endswith("engine: onnxruntime on cpu")]
+    assert [line for line in server.log if "engine: onnxruntime" in line]
     assert {status for *_, status, _ in sending["c"].results} == {200}
     seen: set[str | None] = set()
     for start, end, status, body in sending["a"].results + sending["b"].results:

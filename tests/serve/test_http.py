@@ -276,9 +276,12 @@ def test_probes_and_docs(server: ServerProcess) -> None:
 def test_metrics(server: ServerProcess, image: bytes) -> None:
     name = 'gpt_serve_requests_total{status="200",task="birds"}'
     before, batches = server.metric(name), server.metric("gpt_serve_batch_size_count")
+    taken = server.metric("gpt_serve_bank_hits_total") + server.metric("gpt_serve_bank_loads_total")
     server.predict("birds", image)
     server.predict("made-up", image)
     assert server.metric(name) == before + 1
     assert server.metric("gpt_serve_batch_size_count") == batches + 1
+    assert server.metric("gpt_serve_bank_hits_total") + server.metric("gpt_serve_bank_loads_total") == taken + 1
+    assert 0 < server.metric("gpt_serve_bank_used_bytes") < server.metric("gpt_serve_bank_bytes") <= 2**30
     assert "made-up" not in server.get("/metrics").text
     assert server.metric("gpt_serve_ready") == 1 and server.in_flight() == 0

@@ -98,7 +98,7 @@ def test_a_backbone_that_cannot_be_loaded_ends_the_server(tmp_path: Path) -> Non
 def test_onnxruntime_without_cuda_is_refused_in_one_line(tmp_path: Path) -> None:
     with ServerProcess(tmp_path, engine="onnx", device="cuda") as server:
         assert server.wait(60) == 2
-        assert "use --device cpu" in server.log[-1] and server.log[-1].startswith("Error: ")
+        assert "use cpu" in server.log[-1] and server.log[-1].startswith("Error: ")
         assert not [line for line in server.log[:-1] if "building the ONNX graph" not in line]
 
 

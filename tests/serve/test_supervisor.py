@@ -21,23 +21,21 @@ class FakeServer:
     def __init__(self, *, loads: bool, mortal: bool) -> None:
         self.config = ServeConfig(adapters=Path("none"), deadline=0.2)
         self.state = ServerState(limit=1)
-        self.loads, self.mortal = loads, mortal
+        self.mortal = mortal
         self.failed: list[str] = []
         self.started = 0
         self.pending_age = 0.0
-        self.manager_sentinel, self.manager_end = os.pipe()
+        self.worker_ready = loads
+        self.worker_error = CheckpointError("the file is damaged")
 
     def start_worker(self) -> Any:
         self.started += 1
-        process = get_context("fork").Process(target=_worker, args=(self.mortal, self.manager_end), daemon=True)
+        process = get_context("fork").Process(target=_worker, args=(self.mortal,), daemon=True)
         process.start()
         return process
 
-    def worker_is_ready(self) -> bool:
-        return self.loads
-
-    def worker_error(self) -> CheckpointError:
-        return CheckpointError("the file is damaged")
+    async def drained(self) -> None:
+        assert not self.failed or len(self.failed) < self.started, "answers that came count before the rest fails"
 
     def oldest_pending(self) -> float:
         return self.pending_age
@@ -46,23 +44,19 @@ class FakeServer:
         self.failed.append(reason)
 
 
-def _worker(mortal: bool, inherited: int) -> None:
-    os.close(inherited)
+def _worker(mortal: bool) -> None:
     if mortal:
         os._exit(3)
     signal.pause()
 
 
-def supervise(server: FakeServer, *, kill_manager: bool = False) -> Supervisor:
+def supervise(server: FakeServer) -> None:
     supervisor = Supervisor(server, announce=lambda: None)  # type: ignore[arg-type]
 
     async def main() -> None:
-        if kill_manager:
-            asyncio.get_running_loop().call_later(0.3, os.close, server.manager_end)
         await asyncio.wait_for(supervisor.run(), 30)
 
     asyncio.run(main())
-    return supervisor
 
 
 def test_a_crash_loop_ends_the_server() -> None:
@@ -79,15 +73,6 @@ def test_a_worker_that_cannot_load_is_not_tried_again() -> None:
     supervise(server)
     assert server.started == 1
     assert isinstance(server.state.fatal, CheckpointError)
-
-
-def test_without_its_queues_the_server_ends() -> None:
-    server = FakeServer(loads=True, mortal=False)
-    supervisor = supervise(server, kill_manager=True)
-    assert "queue process" in str(server.state.fatal) and server.started == 1
-    assert supervisor.worker is not None
-    supervisor.worker.kill()
-    supervisor.worker.join()
 
 
 def test_a_worker_that_hangs_is_killed() -> None:

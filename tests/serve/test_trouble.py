@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -53,15 +54,43 @@ def test_a_bug_in_the_engine_hits_only_its_own_request(troubled: ServerProcess, 
 
 
 def test_503_at_the_limit(troubled: ServerProcess, image: bytes) -> None:
-    """Sixteen slots, and batches of eight that take 0.4 s each."""
+    """Sixteen slots, of which one task gets twelve, and batches of eight that take 0.4 s each."""
     answers = troubled.predict_all([("sleepy-a", image)] * 28)
     turned_away = [answer for answer in answers if answer.status_code != 200]
-    assert 1 <= len(turned_away) <= 28 - 16
+    assert 1 <= len(turned_away) <= 28 - 12
     for answer in turned_away:
         assert check_problem(answer, 503)["type"] == "urn:gpt-serve:problem:overloaded"
         assert answer.headers["retry-after"] == "1"
     until(lambda: troubled.in_flight() == 0)
     assert troubled.predict("good", image).status_code == 200
+
+
+def test_a_flood_for_one_task_leaves_others_their_slots(troubled: ServerProcess, image: bytes) -> None:
+    """Twenty clients keep sending for a task that gets twelve of the sixteen slots."""
+    stopped = threading.Event()
+
+    def flood() -> list[httpx.Response]:
+        answers = []
+        while not stopped.is_set():
+            answers.append(troubled.predict("sleepy-a", image))
+            if answers[-1].status_code != 200:
+                time.sleep(0.2)
+        return answers
+
+    with ThreadPoolExecutor(20) as pool:
+        clients = [pool.submit(flood) for _ in range(20)]
+        until(lambda: troubled.in_flight() >= 12)
+        others = []
+        for _ in range(4):
+            time.sleep(0.1)
+            others.append(troubled.predict("good", image))
+        stopped.set()
+        floods = [answer for client in clients for answer in client.result()]
+    refused = [answer for answer in floods if answer.status_code != 200]
+    assert any("12 requests for this task" in check_problem(answer, 503)["detail"] for answer in refused)
+    statuses = [answer.status_code for answer in others]
+    assert statuses.count(200) >= 3, f"{statuses}: a refusal takes a slot for a moment, but only that"
+    until(lambda: troubled.in_flight() == 0)
 
 
 def test_the_body_is_not_read_before_admission(troubled: ServerProcess, image: bytes) -> None:

@@ -1,80 +1,74 @@
-"""The worker's verbs, in process."""
+"""The worker's verbs and its loop, in process."""
 
+import os
 import time
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any
 
 import pytest
 import torch
+from litserve.callbacks import CallbackRunner
+from litserve.loops.loops import inference_worker
+from litserve.utils import WorkerSetupStatus
 
-from gpt_serve.engine import Prediction
-from gpt_serve.errors import UndecodableImage, UnknownTask
-from gpt_serve.serve import ServeConfig
-from gpt_serve.serve.worker import Item, PredictAPI, WaitingLoop
+from gpt_serve.bank import BankStats
+from gpt_serve.engine import Prediction, Row
+from gpt_serve.errors import CheckpointError, GPTServeError, UndecodableImage, UnknownTask
+from gpt_serve.scheduler import Scheduler
+from gpt_serve.serve import ServeConfig, loading
+from gpt_serve.serve.link import Link, PipeTransport, take_all
+from gpt_serve.serve.worker import CONSUMER, Item, PredictAPI, report
+
+
+@dataclass(frozen=True, eq=False)
+class Resident:
+    task: str
+
+
+class Bank:
+    def __init__(self) -> None:
+        self.taken = 0
+
+    def try_take(self, task: str) -> Resident:
+        if task == "unknown":
+            raise UnknownTask("no such task")
+        self.taken += 1
+        return Resident(task)
+
+    def release(self, resident: Resident) -> None: ...
+
+    def stats(self) -> BankStats:
+        return BankStats(resident=1, hits=self.taken)
 
 
 class Engine:
-    """Answers by the task's name and records its batches."""
+    """Answers everything alike, unless the image is ``bad`` or the task ``broken``."""
 
-    bank = ("one resident",)
+    def __init__(self) -> None:
+        self.bank = Bank()
 
-    def __init__(self, broken: Exception | None = None) -> None:
-        self.broken = broken
-        self.batches: list[list[str]] = []
+    def prepare(self, resident: Any, image: bytes) -> Row | GPTServeError:
+        return UndecodableImage("damaged") if image == b"bad" else Row(resident, torch.zeros(1))
 
-    def predict(self, requests: Sequence[tuple[str, bytes]]) -> list[Any]:
-        self.batches.append([task for task, _ in requests])
-        if self.broken and "broken" in self.batches[-1]:
-            raise self.broken
-        errors = {"unknown": UnknownTask("no such task"), "bad": UndecodableImage("damaged")}
-        good = Prediction("good", "0123456789ab", ("a", "b"), torch.tensor([0.25, 0.75]))
-        return [errors.get(task, good) for task, _ in requests]
+    def compute(self, rows: Sequence[Row]) -> list[Prediction]:
+        if any(row.resident.task == "broken" for row in rows):
+            raise RuntimeError("a bug")
+        return [Prediction(row.resident.task, "0123456789ab", ("a", "b"), torch.tensor([0.25, 0.75])) for row in rows]
 
 
-def api(engine: Engine) -> PredictAPI:
-    made = PredictAPI(ServeConfig())
-    made.engine = engine  # type: ignore[assignment]
-    return made
+class Recorder:
+    """A transport that keeps what is sent."""
 
+    def __init__(self) -> None:
+        self.sent: deque[Any] = deque()
 
-def item(task: str, top_k: int = 5, *, seconds: float = 10) -> Item:
-    return (task, b"image", top_k, time.monotonic() + seconds)
-
-
-def test_errors_are_values_and_only_the_first_reply_carries_numbers() -> None:
-    replies = api(Engine()).predict([item("unknown"), item("good", 1), item("bad"), item("good")])
-    assert [(kind, value) for kind, value, _ in replies] == [
-        ("UnknownTask", "no such task"),
-        ("", {"task": "good", "revision": "0123456789ab", "predictions": [{"label": "b", "probability": 0.75}]}),
-        ("UndecodableImage", "damaged"),
-        (
-            "",
-            {
-                "task": "good",
-                "revision": "0123456789ab",
-                "predictions": [{"label": "b", "probability": 0.75}, {"label": "a", "probability": 0.25}],
-            },
-        ),
-    ]
-    numbers = replies[0][2]
-    assert numbers is not None and numbers[0] == 4 and numbers[1] >= 0 and numbers[2] == 1
-    assert [numbers for *_, numbers in replies[1:]] == [None] * 3
-
-
-def test_expired_requests_are_not_computed() -> None:
-    engine = Engine()
-    replies = api(engine).predict([item("good", seconds=-1), item("good"), item("good", seconds=-1)])
-    assert [kind for kind, *_ in replies] == ["DeadlineExceeded", "", "DeadlineExceeded"]
-    assert engine.batches == [["good"]]
-    assert [kind for kind, *_ in api(engine).predict([item("good", seconds=-1)])] == ["DeadlineExceeded"]
-    assert engine.batches == [["good"]]
-
-
-def test_a_batch_that_breaks_the_engine_is_taken_apart(caplog: pytest.LogCaptureFixture) -> None:
-    engine = Engine(RuntimeError("a bug"))
-    replies = api(engine).predict([item("good"), item("broken"), item("good")])
-    assert [kind for kind, *_ in replies] == ["", "GPTServeError", ""]
-    assert engine.batches == [["good", "broken", "good"], ["good"], ["broken"], ["good"]]
+    def send(self, item: Any, consumer_id: int) -> None:
+        assert consumer_id == CONSUMER
+        self.sent.append(item)
 
 
 class Ended(BaseException):
@@ -90,26 +84,149 @@ def ending(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os._exit", end)
 
 
-def test_a_lost_device_ends_the_worker(ending: None) -> None:
+@pytest.fixture
+def api(monkeypatch: pytest.MonkeyPatch, ending: None) -> PredictAPI:
+    """As the worker has it before ``setup``, with an engine that loads at once."""
+    monkeypatch.setattr("gpt_serve.serve.worker.guard_child", lambda: None)
+    monkeypatch.setattr("gpt_serve.serve.worker.configure_logging", lambda: None)
+    monkeypatch.setattr(loading, "load_engine", lambda config, device: (Engine(), "the spec"))
+    made = PredictAPI(ServeConfig())
+    made.transport = Recorder()  # type: ignore[assignment]
+    return made
+
+
+def item(task: str, top_k: int = 5, *, image: bytes = b"image", seconds: float = 10) -> Item:
+    return (task, image, top_k, time.monotonic() + seconds)
+
+
+def work(api: PredictAPI, *messages: list[tuple[int, Item]]) -> dict[int, Any]:
+    """Put messages through LitServe's worker function; the replies by number."""
+    wanted = sum(len(message) for message in messages)
+    sent: deque[Any] = api.transport.sent  # type: ignore[attr-defined]
+
+    class Requests:
+        left = list(messages)
+
+        def recv(self) -> Any:
+            if self.left:
+                return self.left.pop(0)
+            end = time.monotonic() + 10
+            while sum(len(content) for kind, content, _ in sent if kind == "answers") < wanted:
+                assert time.monotonic() < end
+                time.sleep(0.001)
+            raise EOFError
+
+    status = {"predict_0": WorkerSetupStatus.STARTING}
     with pytest.raises(Ended):
-        api(Engine(torch.AcceleratorError("illegal memory access"))).predict([item("broken"), item("good")])
+        inference_worker(api, "cpu", 0, Requests(), api.transport, status, CallbackRunner(), False)  # type: ignore[arg-type]
+    api.scheduler.close()
+    answers = [answer for kind, content, _ in sent if kind == "answers" for answer in content]
+    assert len({number for number, _ in answers}) == wanted == len(answers)
+    return dict(answers)
+
+
+def test_errors_are_values(api: PredictAPI) -> None:
+    replies = work(
+        api,
+        [(0, item("unknown")), (1, item("good", 1))],
+        [(2, item("good", image=b"bad")), (3, item("good", seconds=-1)), (4, item("broken"))],
+        [(5, item("other"))],
+    )
+    assert replies[0] == ("UnknownTask", "no such task")
+    best = {"label": "b", "probability": 0.75}
+    assert replies[1] == ("", {"task": "good", "revision": "0123456789ab", "predictions": [best]})
+    assert replies[2] == ("UndecodableImage", "damaged")
+    assert replies[3] == ("DeadlineExceeded", "the deadline passed while the request was queued")
+    assert replies[4] == ("GPTServeError", "RuntimeError in the engine")
+    predictions = [best, {"label": "a", "probability": 0.25}]
+    assert replies[5] == ("", {"task": "other", "revision": "0123456789ab", "predictions": predictions})
+
+
+def test_numbers_come_along_once(api: PredictAPI) -> None:
+    work(api, [(number, item("good")) for number in range(20)], [(20, item("good", image=b"bad"))])
+    messages = api.transport.sent  # type: ignore[attr-defined]
+    kind, content, (passes, bank) = messages[0]
+    assert (kind, content, passes, bank["hits"]) == ("ready", "the spec", [], 0)
+    waits = [wait for *_, (passes, _) in messages for _seconds, waits in passes for wait in waits]
+    assert len(waits) == 20 and all(0 <= wait < 10 for wait in waits)
+    *_, (_, bank) = messages[-1]
+    assert bank["hits"] == 21 and bank["resident"] == 1
+
+
+def test_a_backbone_that_cannot_be_loaded_is_reported(api: PredictAPI, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(config: ServeConfig, device: str) -> None:
+        raise CheckpointError("the file is damaged")
+
+    monkeypatch.setattr(loading, "load_engine", refuse)
+    with pytest.raises(Ended):
+        api.setup("cpu")
+    assert list(api.transport.sent) == [("failed", ("CheckpointError", "the file is damaged"), None)]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_decoding_runs_beside_passes_on_a_gpu_only(api: PredictAPI, device: str) -> None:
+    api.setup(device)
+    assert isinstance(api.scheduler, Scheduler) and api.scheduler.overlap is (device != "cpu")
+    api.scheduler.close()
 
 
 CUDA_FAILURE = "[ONNXRuntimeError] : 1 : FAIL : CUDA failure {}: what happened ; GPU=0 ; hostname=here"
 
 
-def test_onnxruntime_loses_a_device_too_but_not_by_running_out_of_memory(ending: None) -> None:
-    with pytest.raises(Ended):
-        api(Engine(RuntimeError(CUDA_FAILURE.format(700)))).predict([item("broken"), item("good")])
-    replies = api(Engine(RuntimeError(CUDA_FAILURE.format(2)))).predict([item("broken"), item("good")])
-    assert [kind for kind, *_ in replies] == ["GPTServeError", ""]
+def test_a_lost_device_ends_the_worker_and_nothing_else_does(ending: None, caplog: pytest.LogCaptureFixture) -> None:
+    for error in (torch.AcceleratorError("illegal memory access"), RuntimeError(CUDA_FAILURE.format(700))):
+        with pytest.raises(Ended):
+            report(error)
+    report(RuntimeError(CUDA_FAILURE.format(2)))  # out of memory
+    report(ValueError("a bug"))
 
 
-@pytest.mark.parametrize("error", [EOFError(), ConnectionResetError(), BrokenPipeError()])
-def test_a_worker_without_its_queue_ends(ending: None, error: Exception) -> None:
-    class Gone:
-        def get(self, timeout: float) -> None:
-            raise error
+# The link
 
-    with pytest.raises(Ended):
-        WaitingLoop().get_batch_requests(api(Engine()), Gone(), None)
+
+def test_a_link_carries_requests_and_messages_in_order() -> None:
+    link = Link()
+    requests, replies = link.requests, link.transport.connection
+    worker = [type(end)(os.dup(end.fileno())) for end in (requests, replies)]  # as a spawned one has them
+    received: SimpleQueue[Any] = SimpleQueue()
+    link.start(received.put, lambda: received.put("ended"))
+    for number in range(100):
+        link.send((number, b"x" * 50_000))
+    got: list[Any] = []
+    while len(got) < 100:
+        got += worker[0].recv()
+    assert [number for number, _ in got] == list(range(100))
+    transport = PipeTransport(worker[1])
+    for number in range(3):
+        transport.send(number, CONSUMER)
+    for end in worker:  # the worker dies
+        end.close()
+    assert [received.get(timeout=5) for _ in range(4)] == [0, 1, 2, "ended"]
+    link.send((100, b"nobody reads it"))
+    link.close()
+
+
+def test_a_link_whose_worker_does_not_read_holds_nobody_up() -> None:
+    link = Link()
+    worker = type(link.requests)(os.dup(link.requests.fileno()))
+    link.start(lambda message: None, lambda: None)
+    began = time.monotonic()
+    for _ in range(50):
+        link.send(b"x" * 1_000_000)
+    assert time.monotonic() - began < 1
+    worker.close()
+    link.close()
+
+
+def test_take_all_waits_for_the_first_only() -> None:
+    queue: SimpleQueue[int] = SimpleQueue()
+    taken: list[list[int]] = []
+    thread = Thread(target=lambda: taken.append(take_all(queue)))
+    thread.start()
+    time.sleep(0.02)
+    assert not taken
+    queue.put(1)
+    thread.join()
+    for number in (2, 3, 4):
+        queue.put(number)
+    assert taken == [[1]] and take_all(queue) == [2, 3, 4]

@@ -20,7 +20,7 @@ class Recorder:
         self.bad: list[Unreadable] = []
         self.notices: list[str] = []
 
-    def scanning(self, total: int) -> Callable[[], object]:
+    def scanning(self, total: int, what: str = "checking images") -> Callable[[], object]:
         return lambda: None
 
     def unreadable(self, images: list[Unreadable]) -> None:

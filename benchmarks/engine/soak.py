@@ -1,0 +1,104 @@
+"""100,000 requests over 1,000 adapters, a tenth of them resident: the process must not grow."""
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+
+import torch
+from churn import tasks_at_random
+from setting import Setting, engine_holding, gated, temporary_store, write
+from timm.models.vision_transformer import VisionTransformer
+
+from gpt_serve.backbone import Backbone
+from gpt_serve.bench.inputs import photo
+from gpt_serve.bench.timing import Ratio, Row
+from gpt_serve.engine import Engine, Prediction
+from gpt_serve.scheduler import Scheduler
+from gpt_serve.specs import Preprocess
+
+REQUESTS, WARM_UP, SAMPLES = 100_000, 10_000, 20
+ADAPTERS, HELD, PROMPTS, SIDE = 1000, 100, 10, 32
+WAITING = 256  # requests on their way at any time
+PATIENCE = 600.0  # seconds for an answer
+MOST_GROWTH_MB = 30.0  # of resident memory after the warm-up
+
+
+def bench_soak(setting: Setting, requests: int = REQUESTS, warm_up: int = WARM_UP) -> list[Row]:
+    """JPEG files through the scheduler, on a tiny ViT of random weights whatever backbone the run has.
+
+    Each tier holds less than the one below: 1,000 files, 200 adapters in host memory, 100 in the bank. Most requests
+    load an adapter and evict another.
+
+    Raises:
+        AssertionError: the process grew by more than `MOST_GROWTH_MB` after the warm-up.
+    """
+    backbone = tiny_backbone(str(setting.backbone.device))
+    with temporary_store(backbone) as store:
+        tasks = [f"task-{index:04}" for index in range(ADAPTERS)]
+        for task in tasks:
+            write(store, gated(backbone, task, PROMPTS))
+        engine = engine_holding(store, backbone, HELD, gated(backbone, "like", PROMPTS), host=2 * HELD)
+        scheduler = Scheduler(engine, max_batch=64, batch_timeout=0.005, overlap=backbone.device.type == "cuda")
+        images = itertools.cycle([photo(seed, (SIDE, SIDE)) for seed in range(16)])
+        stream = zip(tasks_at_random(tasks, 0.0), images, strict=False)
+        try:
+            answer_all(scheduler, stream, warm_up)
+            rows = _sampled(engine, scheduler, stream, requests)
+        finally:
+            scheduler.close()
+    growth = rows[-1].extra["MB grown"]
+    assert growth <= MOST_GROWTH_MB, f"{requests} requests left the process {growth:.1f} MB larger"
+    return rows
+
+
+def _sampled(engine: Engine, scheduler: Scheduler, stream: Iterator[tuple[str, bytes]], requests: int) -> list[Row]:
+    """Memory and speed after each part of the requests; ratios are to the first part."""
+    part, rows = requests // SAMPLES, []
+    memory, first = resident_megabytes(), 0.0
+    for number in range(1, SAMPLES + 1):
+        began = time.perf_counter()
+        answer_all(scheduler, stream, part)
+        seconds = (time.perf_counter() - began) / part
+        first = first or seconds
+        if number == 1:
+            rows.append(_row(0, seconds, 1.0, memory, 0.0, engine))
+        now = resident_megabytes()
+        rows.append(_row(number * part, seconds, seconds / first, now, now - memory, engine))
+    return rows
+
+
+def _row(done: int, seconds: float, ratio: float, megabytes: float, grown: float, engine: Engine) -> Row:
+    stats = engine.bank.stats()
+    counts = {"MB": megabytes, "MB grown": grown, "loads": float(stats.loads), "disk reads": float(stats.disk_reads)}
+    return Row(
+        "soak", "tiny ViT", f"after {done:,} requests", "scheduler", seconds, 1, Ratio(ratio, ratio, ratio), counts
+    )
+
+
+def answer_all(scheduler: Scheduler, stream: Iterator[tuple[str, bytes]], requests: int) -> None:
+    """Send so many requests, `WAITING` of them at a time; one that fails ends the benchmark."""
+    waiting: deque[Future[Prediction]] = deque()
+    for task, image in itertools.islice(stream, requests):
+        if len(waiting) >= WAITING:
+            waiting.popleft().result()
+        waiting.append(scheduler.submit(task, image, time.monotonic() + PATIENCE))
+    for future in waiting:
+        future.result()
+
+
+def tiny_backbone(device: str) -> Backbone:
+    """3 blocks, width 32, 17 tokens, random weights: a pass takes less than the work around it."""
+    torch.manual_seed(0)
+    model = VisionTransformer(img_size=SIDE, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=0)
+    half = (0.5, 0.5, 0.5)
+    preprocess = Preprocess((SIDE, SIDE), 1.0, "center", "bicubic", half, half)
+    return Backbone.from_model(model, "tiny ViT", preprocess, "cls", device=device)
+
+
+def resident_megabytes() -> float:
+    """Of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:")) * 1024 / 1e6
