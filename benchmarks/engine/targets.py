@@ -115,6 +115,15 @@ TARGETS = (
         True,
     ),
     Target(
+        "4. the same, as `gpt-serve serve` computes on a CPU (onnxruntime)",
+        "peers",
+        lambda row: row.variant == "engine, onnxruntime",
+        lambda row: Ratio(*3 * (row.extra["speed by authors"],)),
+        1.3,
+        1.5,
+        True,
+    ),
+    Target(
         "4. throughput of bf16, compiled, by the authors-style loop's in fp32",
         "peers",
         lambda row: row.variant == "engine, bf16, compiled",
