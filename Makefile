@@ -11,7 +11,7 @@ serve: $(STAMP)
 	exec $(BIN)/gpt-serve serve --port $(PORT) --adapters adapters
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -53,7 +53,7 @@ def troubled_server(tmp_path_factory: pytest.TempPathFactory, spec: BackboneSpec
     root = tmp_path_factory.mktemp("troubled")
     for task in ("good", *TROUBLES):
         AdapterStore(root).publish(make_adapter(spec, task, seed=0))
-    yield from serving(root, trouble=True, deadline=2, queue_limit=16, max_batch_size=8)
+    yield from serving(root, trouble=True, engine="torch", deadline=2, queue_limit=16, max_batch_size=8)
 
 
 @pytest.fixture

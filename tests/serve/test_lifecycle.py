@@ -61,7 +61,7 @@ def test_keys_then_sigterm_drains_and_frees_the_port(store: Path, image: bytes) 
 
 def test_a_killed_parent_leaves_nothing_behind(store: Path) -> None:
     """And before that: the port answers while the backbone loads, and a second server on it gives up at once."""
-    with ServerProcess(store, trouble=True) as server:
+    with ServerProcess(store, trouble=True, engine="torch") as server:
         server.wait_ready()
         processes = children(server.pid)
         assert len(processes) >= 2
@@ -79,7 +79,7 @@ def test_a_killed_parent_leaves_nothing_behind(store: Path) -> None:
 
 def test_ctrl_c_while_loading(tmp_path: Path) -> None:
     port = free_port()
-    with ServerProcess(tmp_path, port=port) as server:
+    with ServerProcess(tmp_path, port=port, engine="torch") as server:
         until(lambda: server.client.get(f"http://127.0.0.1:{port}/health").status_code == 200, 60)
         check_problem(server.client.get(f"http://127.0.0.1:{port}/ready"), 503)
         check_problem(server.client.get(f"http://127.0.0.1:{port}/tasks"), 503)
