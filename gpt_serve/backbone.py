@@ -17,9 +17,10 @@ from torch import nn
 
 from gpt_serve.checkpoints import load_checkpoint
 from gpt_serve.errors import BackboneError, UnsupportedBackbone
-from gpt_serve.specs import BackboneSpec, Pool, Preprocess
+from gpt_serve.specs import BackboneSpec, Family, Pool, Preprocess
 
 BUNDLED = "mae-vit-tiny-32"
+POOL_OF: dict[Family, Pool] = {"mae": "mean", "mocov3": "cls"}
 
 
 class Backbone:
@@ -30,14 +31,16 @@ class Backbone:
         model: the timm ``VisionTransformer``, without a classifier.
         spec: what adapters must agree with (fingerprint, depth, width, pooling, preprocessing).
         device: where the weights live.
+        family: the pretraining, where published recipes know it; None for others.
     """
 
-    def __init__(self, model: VisionTransformer, spec: BackboneSpec, device: str) -> None:
+    def __init__(self, model: VisionTransformer, spec: BackboneSpec, device: str, family: Family | None = None) -> None:
         self.name = spec.name
         self.fingerprint = spec.fingerprint
         self.spec = spec
         self.model = _move(model, device)
         self.device = torch.device(device)
+        self.family = family
 
     def cast(self, dtype: torch.dtype) -> None:
         """Keep weights and compute activations in ``dtype``; the fingerprint stays that of the float32 weights."""
@@ -81,10 +84,11 @@ class Backbone:
         model = _create(name, pretrained=from_hub, input_size=input_size)
         config = resolve_data_config({}, pretrained_cfg=model.pretrained_cfg)
         preprocess = _preprocess(config, model)
-        family: Pool | None = "mean" if "mae" in name.rpartition(".")[2].split("_") else None
+        family: Family | None = "mae" if "mae" in name.rpartition(".")[2].split("_") else None
         if checkpoint is not None:
             family = load_checkpoint(model, checkpoint) or family
-        return cls.from_model(model, name, preprocess, pool or family or _default_pool(model), device=device)
+        pool = pool or (_default_pool(model) if family is None else POOL_OF[family])
+        return cls.from_model(model, name, preprocess, pool, device=device, family=family)
 
     @classmethod
     def _load_bundled(
@@ -93,7 +97,7 @@ class Backbone:
         _check_input_size(BUNDLED, input_size, 4)
         model = timm.create_model("vit_tiny_patch16_224", img_size=input_size or 32, patch_size=4, num_classes=0)
         path = checkpoint or Path(str(files("gpt_serve"))) / "backbones" / f"{BUNDLED}.safetensors"
-        family = load_checkpoint(model, path)
+        family = load_checkpoint(model, path) or "mae"
         preprocess = Preprocess(
             input_size=model.patch_embed.img_size,
             crop_pct=0.875,
@@ -102,11 +106,18 @@ class Backbone:
             mean=(0.485, 0.456, 0.406),
             std=(0.229, 0.224, 0.225),
         )
-        return cls.from_model(model, BUNDLED, preprocess, pool or family or "mean", device=device)
+        return cls.from_model(model, BUNDLED, preprocess, pool or POOL_OF[family], device=device, family=family)
 
     @classmethod
     def from_model(
-        cls, model: nn.Module, name: str, preprocess: Preprocess, pool: Pool, *, device: str = "cpu"
+        cls,
+        model: nn.Module,
+        name: str,
+        preprocess: Preprocess,
+        pool: Pool,
+        *,
+        device: str = "cpu",
+        family: Family | None = None,
     ) -> "Backbone":
         """Freeze ``model`` and take it as a backbone.
 
@@ -127,7 +138,7 @@ class Backbone:
             pool=pool,
             preprocess=replace(preprocess, input_size=tuple(model.patch_embed.img_size)),
         )
-        return cls(model, spec, device)
+        return cls(model, spec, device, family)
 
 
 def check_plain(model: nn.Module, name: str) -> None:

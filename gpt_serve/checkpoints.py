@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 from torch import Tensor, nn
 
 from gpt_serve.errors import CheckpointError
-from gpt_serve.specs import Pool
+from gpt_serve.specs import Family
 
 # The encoder that is published for transfer comes first.
 _MOCO_PREFIXES = ("module.base_encoder.", "module.momentum_encoder.")
@@ -24,28 +24,28 @@ _DROPPED = ("head.", "head_drop.", "decoder", "mask_token", "fc.", "projector.",
 _NO_WEIGHTS = "holds no weights: expected a timm, MAE or MoCo v3 state dict"
 
 
-def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], Pool | None]:
+def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], Family | None]:
     """Read the encoder's state dict.
 
     Returns:
-        The tensors by timm's names, and the pooling that the family calls for (None when unknown): an MAE
-        checkpoint (under ``model``, no classifier) means ``mean``, MoCo v3 means ``cls``.
+        The tensors by timm's names, and the family (None when unknown): MAE checkpoints have weights under
+        ``model`` and no classifier, MoCo v3 ones an encoder of its own under ``state_dict``.
 
     Raises:
         CheckpointError: the file is missing, unreadable, or holds no tensors.
     """
     content = _by_name(_read(Path(path)))
-    pool: Pool | None = None
+    family: Family | None = None
     if isinstance(content.get("state_dict"), Mapping):
         content = _by_name(content["state_dict"])
         for prefix in _MOCO_PREFIXES:
             if any(key.startswith(prefix) for key in content):
                 content = {key[len(prefix) :]: value for key, value in content.items() if key.startswith(prefix)}
-                pool = "cls"
+                family = "mocov3"
                 break
     elif isinstance(content.get("model"), Mapping):
         content = _by_name(content["model"])
-        pool = None if any(key.startswith("head.") for key in content) else "mean"
+        family = None if any(key.startswith("head.") for key in content) else "mae"
     weights = {
         key: value
         for key, value in content.items()
@@ -53,19 +53,19 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], Pool | None]:
     }
     if not weights:
         raise CheckpointError(f"checkpoint {path} {_NO_WEIGHTS}")
-    return weights, pool
+    return weights, family
 
 
-def load_checkpoint(model: VisionTransformer, path: str | Path) -> Pool | None:
+def load_checkpoint(model: VisionTransformer, path: str | Path) -> Family | None:
     """Load the file's weights into ``model``, interpolating position embeddings to its input size.
 
     Returns:
-        The pooling of the checkpoint's family, None when unknown.
+        The family of the checkpoint, None when unknown.
 
     Raises:
         CheckpointError: the file cannot be read, or keys or shapes do not fit.
     """
-    weights, pool = read_checkpoint(path)
+    weights, family = read_checkpoint(path)
     weights = {key: value.float() for key, value in weights.items()}
     if isinstance(model.norm, nn.Identity):
         weights = {_to_fc_norm(key): value for key, value in weights.items()}
@@ -79,7 +79,7 @@ def load_checkpoint(model: VisionTransformer, path: str | Path) -> Pool | None:
         raise CheckpointError(
             f"checkpoint {path} does not fit the backbone: {', '.join(wrong[:4])} ({len(wrong)} keys)"
         )
-    return pool
+    return family
 
 
 def _read(path: Path) -> Mapping[str, Any]:

@@ -57,30 +57,61 @@ training_options = _option_group(
     click.option("--pool", type=click.Choice(["cls", "mean"]), help="Pooling; the pretraining's own by default."),
     click.option(
         "--method",
-        type=click.Choice(["gated", "vpt-shallow", "vpt-deep", "linear"]),
-        default="gated",
-        show_default=True,
-        help="What is learned besides the head.",
+        type=click.Choice(
+            ["gated", "gated-deep", "vpt-shallow", "vpt-deep", "spt-shallow", "spt-deep", "linear"],
+        ),
+        help="What is learned besides the head.  [gated; spt: spt-deep]",
     ),
     click.option(
         "--recipe",
-        type=click.Choice(["adamw", "paper"]),
-        default="adamw",
+        type=click.Choice(["auto", "adamw", "paper", "spt"]),
+        default="auto",
         show_default=True,
-        help="Where the values of the options below come from unless they are given.",
+        help="Where the options below come from unless they are given. paper: SGD, with the row of the paper's Table 5 "
+        "for task and backbone; auto: that row for gated prompts, but adamw for others and the bundled backbone.",
     ),
-    click.option("--prompts", type=int, help="Prompt tokens (per block for vpt-deep).  [adamw: 10; paper: 100]"),
-    click.option("--gate-init", type=float, help="Gate priors start at minus this.  [adamw: 1; paper: 5]"),
-    click.option("--prompt-dropout", type=float, help="Dropout on the prompts.  [0.1]"),
-    click.option("--epochs", type=int, help="Passes over the training images.  [adamw: 20; paper: 100]"),
+    click.option(
+        "--prompts",
+        type=int,
+        help="Prompt tokens (per block for deep ones).  [adamw: 10; paper: 100; spt: 20, shallow 100]",
+    ),
+    click.option(
+        "--prompt-init",
+        type=click.Choice(["random", "tokens", "kmeans", "mean", "max"]),
+        help="Random prompts, or tokens of training images: drawn, k-means centres, pooled.  [spt-*: tokens; random]",
+    ),
+    click.option("--prompt-dropout", type=float, help="Dropout on the prompts.  [0.1; spt: 0]"),
+    click.option(
+        "--gate",
+        type=click.Choice(["soft", "hard"]),
+        help="Gates between 0 and 1, or of 0 or 1 (Gumbel-sigmoid, straight-through).  [soft]",
+    ),
+    click.option("--gate-init", type=float, help="Gate priors start at minus this.  [adamw, spt: 1; paper: 5]"),
+    click.option(
+        "--temperature/--no-temperature",
+        default=None,
+        help="Learn attention temperatures or leave them at 1.  [gated, gated-deep: learn]",
+    ),
+    click.option("--epochs", type=int, help="Passes over the training images.  [adamw: 20; paper, spt: 100]"),
     click.option("--warmup", type=int, help="Epochs of warm-up.  [a tenth of --epochs]"),
-    click.option("--lr", type=float, help="Peak learning rate.  [adamw: 0.01; paper: 0.25]"),
-    click.option("--head-lr-scale", type=float, help="The head's rate as a multiple of --lr.  [adamw: 2; paper: 1]"),
-    click.option("--batch-size", type=int, help="Images per step, over all processes.  [adamw: 16; paper: 64]"),
-    click.option("--optimizer", type=click.Choice(["sgd", "adamw"]), help="[adamw: adamw; paper: sgd]"),
+    click.option("--schedule", type=click.Choice(["epoch", "step"]), help="When the rate changes.  [epoch; spt: step]"),
+    click.option("--lr", type=float, help="Peak learning rate.  [adamw: 0.01; paper: 0.25; spt: 0.05]"),
+    click.option("--min-lr", type=float, help="Final learning rate.  [0; spt: 1e-8]"),
+    click.option(
+        "--head-lr-scale", type=float, help="The head's rate as a multiple of --lr.  [adamw: 2; paper, spt: 1]"
+    ),
+    click.option(
+        "--batch-size", type=int, help="Images per step, over all processes.  [adamw: 16; paper: 64; spt: 32]"
+    ),
+    click.option("--optimizer", type=click.Choice(["sgd", "adamw"]), help="[adamw, spt: adamw; paper: sgd]"),
     click.option("--momentum", type=float, help="Momentum of SGD.  [0.9]"),
-    click.option("--weight-decay", type=float, help="Weight decay.  [adamw: 0.01; paper: 0]"),
-    click.option("--head-init", type=click.Choice(["kaiming", "small"]), help="[adamw: small; paper: kaiming]"),
+    click.option("--weight-decay", type=float, help="Weight decay.  [adamw, spt: 0.01; paper: 0]"),
+    click.option("--head-weight-decay", type=float, help="Weight decay of the head.  [--weight-decay; spt: 0.5]"),
+    click.option(
+        "--head-init",
+        type=click.Choice(["kaiming", "small", "tiny"]),
+        help="[adamw: small; paper: kaiming; spt: small, tiny with MoCo v3]",
+    ),
     click.option(
         "--augment",
         type=click.Choice(["crop-flip", "crop", "none"]),

@@ -10,6 +10,7 @@ from gpt_serve.errors import InvalidTaskName
 TASK_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 Pool = Literal["cls", "mean"]
+Family = Literal["mae", "mocov3"]
 CropMode = Literal["center", "squash"]
 Interpolation = Literal["bilinear", "bicubic"]
 

@@ -58,21 +58,23 @@ def train(
     check_task_name(task)
     from gpt_serve.backbone import Backbone
     from gpt_serve.terminal import Terminal, echo_closing, echo_trained
+    from gpt_serve.train.choice import choose_recipe
     from gpt_serve.train.closing import ClosingJob
     from gpt_serve.train.distributed import join_world
     from gpt_serve.train.fit import Job, train_adapter
     from gpt_serve.train.methods import find_method
-    from gpt_serve.train.recipe import make_recipe
 
-    job = Job(task, data or task, adapters, make_recipe(recipe, **hyperparameters), resume, skip_unreadable, workers)
-    if closing and not find_method(job.recipe.method).gated:
-        raise UsageError(f"--close-gates: the method {job.recipe.method} learns no gates: leave it out")
     with ExitStack() as stack:
         world, device = stack.enter_context(join_world(resolve_device(device)))
         if closing and world.size > 1:
             raise UsageError("--close-gates takes one process: leave it out, and run gpt-serve close-gates afterwards")
         model = Backbone.load(backbone, checkpoint=checkpoint, input_size=input_size, pool=pool, device=device)
+        settings, taken = choose_recipe(recipe, task, model, **hyperparameters)
+        if closing and not find_method(settings.method).gated:
+            raise UsageError(f"--close-gates: the method {settings.method} learns no gates: leave it out")
+        job = Job(task, data or task, adapters, settings, resume, skip_unreadable, workers)
         terminal = Terminal(quiet=not world.leader)
+        terminal.notice(taken)
         stack.callback(terminal.close)
         try:
             summary = train_adapter(model, job, terminal, world)

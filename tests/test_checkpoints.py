@@ -43,13 +43,13 @@ def saved(tmp_path: Path, content: Any, name: str = "weights.pth", **options: An
     return tmp_path / name
 
 
-def check_loads(path: Path, expected: Weights, pool: str | None) -> None:
+def check_loads(path: Path, expected: Weights, family: str | None) -> None:
     """Exactly the encoder's keys are read, and the model ends up with exactly these values."""
-    read, family = read_checkpoint(path)
+    read, found = read_checkpoint(path)
     assert set(read) == set(expected)
-    assert family == pool
+    assert found == family
     model = blank()
-    assert load_checkpoint(model, path) == pool
+    assert load_checkpoint(model, path) == family
     for key, value in model.state_dict().items():
         assert torch.equal(value, expected[key]), key
 
@@ -83,12 +83,12 @@ def moco(base: Weights, momentum: Weights) -> Weights:
 
 
 def test_mae_release(tmp_path: Path, weights: Weights) -> None:
-    check_loads(saved(tmp_path, {"model": weights}), weights, "mean")
+    check_loads(saved(tmp_path, {"model": weights}), weights, "mae")
 
 
 def test_mae_training_run_with_decoder_and_arguments(tmp_path: Path, weights: Weights) -> None:
     run = {"model": mae(weights), "optimizer": {"state": {}}, "epoch": 3, "args": Namespace(mask_ratio=0.75)}
-    check_loads(saved(tmp_path, run), weights, "mean")
+    check_loads(saved(tmp_path, run), weights, "mae")
 
 
 def test_finetuned_model_is_not_taken_for_mae(tmp_path: Path, weights: Weights) -> None:
@@ -99,12 +99,12 @@ def test_finetuned_model_is_not_taken_for_mae(tmp_path: Path, weights: Weights) 
 def test_moco_v3_takes_the_base_encoder(tmp_path: Path, weights: Weights) -> None:
     other = {key: value + 1 for key, value in weights.items()}
     run = {"epoch": 300, "arch": "vit_base", "state_dict": moco(weights, other), "optimizer": {}, "scaler": {}}
-    check_loads(saved(tmp_path, run, "vit-b-300ep.pth.tar"), weights, "cls")
+    check_loads(saved(tmp_path, run, "vit-b-300ep.pth.tar"), weights, "mocov3")
 
 
 def test_moco_v3_with_the_momentum_encoder_alone(tmp_path: Path, weights: Weights) -> None:
     alone = {f"module.momentum_encoder.{key}": value for key, value in weights.items()}
-    check_loads(saved(tmp_path, {"state_dict": alone}), weights, "cls")
+    check_loads(saved(tmp_path, {"state_dict": alone}), weights, "mocov3")
 
 
 @pytest.mark.parametrize("head", [False, True])
@@ -160,11 +160,12 @@ def test_position_embeddings_are_interpolated_in_float32(tmp_path: Path, weights
 
 
 @pytest.mark.parametrize(("family", "pool"), [("mae", "mean"), ("moco", "cls"), ("timm", "cls")])
-def test_the_checkpoint_decides_the_pooling_of_a_timm_backbone(tmp_path: Path, family: str, pool: str) -> None:
+def test_the_checkpoint_decides_family_and_pooling_of_a_timm_backbone(tmp_path: Path, family: str, pool: str) -> None:
     donor = Backbone.load("vit_tiny_patch16_224", input_size=32, pretrained=False).model.state_dict()
     content = {"mae": {"model": donor}, "moco": {"state_dict": moco(donor, donor)}, "timm": donor}[family]
     path = saved(tmp_path, content)
-    assert Backbone.load("vit_tiny_patch16_224", input_size=32, checkpoint=path).spec.pool == pool
+    loaded = Backbone.load("vit_tiny_patch16_224", input_size=32, checkpoint=path)
+    assert (loaded.spec.pool, loaded.family) == (pool, {"mae": "mae", "moco": "mocov3", "timm": None}[family])
     assert Backbone.load("vit_tiny_patch16_224", input_size=32, checkpoint=path, pool="mean").spec.pool == "mean"
 
 

@@ -22,6 +22,7 @@ from gpt_serve.train.data import Dataset, Split, digest, open_dataset
 from gpt_serve.train.distributed import World
 from gpt_serve.train.loop import EpochRecord, Progress, Trainer, predict_all
 from gpt_serve.train.methods import AdapterModule
+from gpt_serve.train.prompt_init import images_to_read, prompts_from_tokens
 from gpt_serve.train.recipe import Recipe
 from gpt_serve.train.views import Unreadable, View, scan
 
@@ -101,6 +102,8 @@ def train_adapter(backbone: Backbone, job: Job, reporter: Reporter, world: World
     views = load_views(open_dataset(job.data, job.recipe.seed), backbone, job, reporter)
     torch.manual_seed(job.recipe.seed)
     module = build_module(backbone, job.recipe, len(views.labels))
+    if not job.resume:
+        start_prompts(backbone, module, job, views.train, reporter)
     trainer = Trainer(backbone, module, job.recipe, train=views.train, val=views.val, world=world, workers=job.workers)
     identity = _identity(backbone, job, views)
     if job.resume:
@@ -143,7 +146,33 @@ def build_module(backbone: Backbone, recipe: Recipe, classes: int) -> AdapterMod
         gate_init=recipe.gate_init,
         prompt_dropout=recipe.prompt_dropout,
         head_init=recipe.head_init,
+        hard=recipe.gate == "hard",
+        tempered=recipe.tempered,
     )
+
+
+def start_prompts(backbone: Backbone, module: AdapterModule, job: Job, view: View, reporter: Reporter) -> None:
+    """Replace random prompts by those that the recipe takes from tokens of the training images.
+
+    Raises:
+        UsageError: there are fewer tokens than prompts.
+    """
+    recipe = job.recipe
+    if module.prompt is None or recipe.initialisation == "random":
+        return
+    plain = View(view.samples, view.preprocess, view.scaled, "none", recipe.seed)
+    total = images_to_read(len(plain), backbone.model.patch_embed.num_patches, recipe.initialisation, recipe.prompts)
+    prompt = prompts_from_tokens(
+        backbone,
+        plain,
+        recipe.initialisation,
+        (module.prompt.shape[0], module.prompt.shape[1]),
+        seed=recipe.seed,
+        workers=job.workers,
+        on_image=reporter.scanning(total, "drawing prompts"),
+    )
+    with torch.no_grad():
+        module.prompt.copy_(prompt)
 
 
 def load_views(dataset: Dataset, backbone: Backbone, job: Job, reporter: Reporter) -> Views:

@@ -39,7 +39,7 @@ class EpochRecord:
     """What one epoch showed. Accuracies are shares in [0, 1]."""
 
     epoch: int
-    lr: float
+    lr: float  # at the epoch's start
     train_loss: float
     train_accuracy: float
     val_loss: float
@@ -116,19 +116,20 @@ class Trainer:
     def _epoch(self, epoch: int, on_batch: OnBatch) -> EpochRecord:
         # Dropout is drawn anew from (seed, epoch, rank), so that a resumed run draws the same.
         torch.manual_seed((self.recipe.seed * 100_003 + epoch) * 1_009 + self.world.rank)
-        rate = learning_rate(self.recipe, epoch)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate * group["scale"]
+        self._set_rate(epoch)
         self.train_view.epoch = epoch
         self.module.train()
+        self.module.anneal(epoch / max(1, self.recipe.epochs - 1))
         batches = shuffled_batches(len(self.train_view), self.recipe.batch_size, self.recipe.seed, epoch)
         shares = [self.world.share(batch) for batch in batches]
         started = time.perf_counter()
         totals = torch.zeros(3, dtype=torch.float64)
         # A process whose share of the last batch is empty still takes part in the sum of gradients.
         loader = self.train_view.batches([share for share in shares if share], self.workers)
-        for batch, share in zip(batches, shares, strict=True):
+        for step, (batch, share) in enumerate(zip(batches, shares, strict=True)):
             data = next(loader) if share else None
+            if self.recipe.schedule == "step":
+                self._set_rate(epoch + step / len(batches))
             totals += self._step(data, len(batch))
             if not torch.isfinite(totals[0]):
                 raise DataError(f"the loss is not finite in epoch {epoch}: lower --lr (now {self.recipe.lr:g})")
@@ -137,7 +138,13 @@ class Trainer:
         loss, correct, count = self.world.sum(totals.to(self.backbone.device)).tolist()
         seconds = time.perf_counter() - started
         val = evaluate(self.backbone, self.module, self.val_view, self.workers, self.world)
+        rate = learning_rate(self.recipe, epoch)
         return EpochRecord(epoch, rate, loss / count, correct / count, val.loss, val.accuracy, count / seconds)
+
+    def _set_rate(self, epoch: float) -> None:
+        rate = learning_rate(self.recipe, epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["scale"]
 
     def _step(self, data: tuple[Tensor, Tensor] | None, batch_size: int) -> Tensor:
         """One optimizer step; returns (sum of losses, correct, images) of this process's share."""
@@ -174,7 +181,8 @@ class Trainer:
 
 def _optimizer(module: AdapterModule, recipe: Recipe) -> torch.optim.Optimizer:
     """Two groups: the head, and everything that steers the backbone; ``scale`` multiplies the epoch's rate."""
-    groups = [{"params": list(module.head.parameters()), "scale": recipe.head_lr_scale}]
+    decay = recipe.weight_decay if recipe.head_weight_decay is None else recipe.head_weight_decay
+    groups = [{"params": list(module.head.parameters()), "scale": recipe.head_lr_scale, "weight_decay": decay}]
     if steering := module.steering():
         groups.append({"params": steering, "scale": 1.0})
     if recipe.optimizer == "adamw":

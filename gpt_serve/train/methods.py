@@ -15,11 +15,14 @@ from gpt_serve.backbone import Backbone
 from gpt_serve.errors import UsageError
 from gpt_serve.prompted import TAU_MAX, TAU_MIN, prompted_features
 from gpt_serve.specs import BackboneSpec
+from gpt_serve.train.gates import gumbel_temperature, harden, sample_gates
 
 HEAD_BIAS = -math.log(99.0)
-SMALL_HEAD_STD = 0.02
+HEAD_STD = {"small": 0.02, "tiny": 0.01}
 
-HeadInit = Literal["kaiming", "small"]
+HeadInit = Literal["kaiming", "small", "tiny"]
+GateKind = Literal["soft", "hard"]
+PromptInit = Literal["random", "tokens", "kmeans", "mean", "max"]
 
 
 @dataclass(frozen=True)
@@ -30,19 +33,24 @@ class Method:
         prompts: learns prompt tokens.
         deep: fresh tokens for every block instead of one set that is carried on.
         gated: learns gate priors.
-        tempered: learns attention temperatures.
+        tempered: learns attention temperatures, unless a recipe says otherwise.
+        prompt_init: how its prompts start, unless a recipe says otherwise.
     """
 
     prompts: bool = True
     deep: bool = False
     gated: bool = False
     tempered: bool = False
+    prompt_init: PromptInit = "random"
 
 
 METHODS = {
     "gated": Method(gated=True, tempered=True),
+    "gated-deep": Method(deep=True, gated=True, tempered=True),
     "vpt-shallow": Method(),
     "vpt-deep": Method(deep=True),
+    "spt-shallow": Method(prompt_init="tokens"),
+    "spt-deep": Method(deep=True, prompt_init="tokens"),
     "linear": Method(prompts=False),
 }
 
@@ -66,6 +74,7 @@ class AdapterModule(nn.Module):
         gamma: (L-1,) gate priors; None when gates are not learned. Infinite ones stay as they are.
         tau: (L,); None when temperatures are not learned.
         prompt_dropout: share of the prompts' values that is dropped in training mode.
+        hard: gates are sampled, 0 or 1 for each image, in training mode, and 0 or 1 by their prior otherwise.
 
     Attributes:
         gamma: the gate priors that are learned, (L-1,) or fewer; `priors` has all of them.
@@ -84,10 +93,13 @@ class AdapterModule(nn.Module):
         gamma: Tensor | None = None,
         tau: Tensor | None = None,
         prompt_dropout: float = 0.0,
+        hard: bool = False,
     ) -> None:
         super().__init__()
         self.spec = spec
         self.prompt_dropout = prompt_dropout
+        self.hard = hard
+        self.gumbel_temperature = gumbel_temperature(0.0)
         self.head = head
         self.prompt = None if prompt is None else nn.Parameter(prompt)
         self.tau = None if tau is None else nn.Parameter(tau)
@@ -112,12 +124,17 @@ class AdapterModule(nn.Module):
         gate_init: float,
         prompt_dropout: float,
         head_init: HeadInit,
+        hard: bool = False,
+        tempered: bool | None = None,
     ) -> "AdapterModule":
         """Untrained tensors, as in the authors' code.
 
         Prompts are uniform in +-sqrt(6 / (3 * patch^2 + D)), gamma is ``-gate_init``, tau is 1. The head's weight is
-        Kaiming-normal (fan-out) with biases of -ln 99 as in the authors' code (``kaiming``), or truncated normal of
-        std 0.02 with biases of 0, as Self-Prompt Tuning does for MAE (``small``).
+        Kaiming-normal (fan-out) with biases of -ln 99 as in the authors' code (``kaiming``), or truncated normal with
+        biases of 0 and std 0.02 (``small``) or 0.01 (``tiny``), as Self-Prompt Tuning has it for MAE and MoCo v3.
+
+        Args:
+            tempered: whether temperatures are learned; None for the method's own choice.
         """
         kind = find_method(method)
         spec = backbone.spec
@@ -133,8 +150,9 @@ class AdapterModule(nn.Module):
             head,
             prompt=prompt,
             gamma=torch.full((spec.depth - 1,), -float(gate_init)) if kind.gated else None,
-            tau=torch.ones(spec.depth) if kind.tempered else None,
+            tau=torch.ones(spec.depth) if (kind.tempered if tempered is None else tempered) else None,
             prompt_dropout=prompt_dropout,
+            hard=hard,
         )
 
     @classmethod
@@ -144,9 +162,13 @@ class AdapterModule(nn.Module):
         with torch.no_grad():
             head.weight.copy_(adapter.head_weight)
             head.bias.copy_(adapter.head_bias)
-        tensors = {"prompt": adapter.prompt, "gamma": adapter.gamma, "tau": adapter.tau}
-        copies = {name: None if tensor is None else tensor.clone() for name, tensor in tensors.items()}
-        return cls(spec, head, **copies, prompt_dropout=prompt_dropout)
+        tensors = (adapter.prompt, adapter.gamma, adapter.tau)
+        prompt, gamma, tau = (None if tensor is None else tensor.clone() for tensor in tensors)
+        return cls(spec, head, prompt=prompt, gamma=gamma, tau=tau, prompt_dropout=prompt_dropout)
+
+    def anneal(self, progress: float) -> None:
+        """Set the temperature of sampled gates; ``progress`` is the share of the epochs that are done, in [0, 1]."""
+        self.gumbel_temperature = gumbel_temperature(progress)
 
     def priors(self) -> Tensor | None:
         """(L-1,) gamma of every gate, -inf where it is closed; None when gates are not learned."""
@@ -154,18 +176,29 @@ class AdapterModule(nn.Module):
             return self.gamma
         return self._fixed.index_put((self._learned,), self.gamma)
 
+    def final_priors(self) -> Tensor | None:
+        """`priors` as they are stored and served: +-inf for hard gates."""
+        gamma = self.priors()
+        return harden(gamma) if self.hard and gamma is not None else gamma
+
     def batch(self, rows: int) -> AdapterBatch:
-        """The tensors for the forward pass; in training mode with dropout drawn for each of ``rows`` images."""
+        """The tensors for the forward pass; in training mode dropout and hard gates are drawn for each of ``rows``."""
+        sampled = self.hard and self.training
+        gamma, closed = self.priors() if sampled else self.final_priors(), self.closed
+        if self.hard and not sampled and gamma is not None:
+            closed = tuple(gamma.isneginf().tolist())
         adapter = AdapterBatch.single(
             depth=self.spec.depth,
             width=self.spec.width,
             pool=self.spec.pool,
             prompt=self.prompt,
-            gamma=self.priors(),
+            gamma=gamma,
             tau=self.tau,
-            closed=self.closed,
+            closed=closed,
             device=self.head.weight.device,
         )
+        if sampled and gamma is not None:
+            adapter = dataclasses.replace(adapter, gate=sample_gates(gamma, rows, self.gumbel_temperature))
         if self.training and self.prompt is not None and self.prompt_dropout > 0:
             prompt = adapter.prompt.expand(rows, -1, -1, -1)
             adapter = dataclasses.replace(adapter, prompt=F.dropout(prompt, self.prompt_dropout))
@@ -182,7 +215,7 @@ class AdapterModule(nn.Module):
 
     def stored(self) -> dict[str, Any]:
         """The tensors as fields of an `Adapter`: float32 copies on the CPU."""
-        tensors = {"prompt": self.prompt, "gamma": self.priors(), "tau": self.tau}
+        tensors = {"prompt": self.prompt, "gamma": self.final_priors(), "tau": self.tau}
         tensors |= {"head_weight": self.head.weight, "head_bias": self.head.bias}
         return {name: tensor.detach().float().cpu().clone() for name, tensor in tensors.items() if tensor is not None}
 
@@ -198,5 +231,5 @@ def _init_head(head: nn.Linear, kind: HeadInit) -> None:
         nn.init.kaiming_normal_(head.weight, a=0, mode="fan_out")
         nn.init.constant_(head.bias, HEAD_BIAS)
     else:
-        nn.init.trunc_normal_(head.weight, std=SMALL_HEAD_STD)
+        nn.init.trunc_normal_(head.weight, std=HEAD_STD[kind])
         nn.init.zeros_(head.bias)

@@ -5,10 +5,11 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from gpt_serve.errors import UsageError
-from gpt_serve.train.methods import HeadInit, find_method
+from gpt_serve.train.methods import GateKind, HeadInit, PromptInit, find_method
 
 Augment = Literal["crop-flip", "crop", "none"]
 Optimizer = Literal["sgd", "adamw"]
+Schedule = Literal["epoch", "step"]
 
 
 @dataclass(frozen=True)
@@ -18,16 +19,22 @@ class Recipe:
     Attributes:
         method: a name of `METHODS`.
         prompts: prompt tokens ``P`` (per block for deep prompts).
+        prompt_init: how they start, see `AdapterModule` and `prompt_init`; None for the method's own choice.
+        gate: soft gates, or hard ones of 0 or 1.
         gate_init: gamma starts at ``-gate_init``.
+        temperature: whether attention temperatures are learned; None for the method's own choice.
         prompt_dropout: dropout on the prompt tokens at the input.
         epochs: passes over the training images.
         warmup: epochs of linear warm-up; with any, epoch 0 runs at learning rate 0, as the authors' does.
+        schedule: whether the learning rate is set before each epoch or before each step.
         lr: peak learning rate of prompts, gates and temperatures; not scaled with the batch.
+        min_lr: what the learning rate falls to.
         head_lr_scale: the head's learning rate as a multiple of ``lr``.
         batch_size: images per step, over all processes.
         optimizer: SGD with momentum, or AdamW.
         momentum: of SGD.
         weight_decay: on everything that is trained.
+        head_weight_decay: on the head instead; None for the same.
         head_init: of the head's weight, see `AdapterModule`.
         augment: random crop and horizontal flip, crop only, or the evaluation transform.
         seed: of initialisation, order, augmentation, dropout and the validation split.
@@ -35,22 +42,32 @@ class Recipe:
 
     method: str = "gated"
     prompts: int = 10
+    prompt_init: PromptInit | None = None
+    gate: GateKind = "soft"
     gate_init: float = 1.0
+    temperature: bool | None = None
     prompt_dropout: float = 0.1
     epochs: int = 20
     warmup: int = 2
+    schedule: Schedule = "epoch"
     lr: float = 0.01
+    min_lr: float = 0.0
     head_lr_scale: float = 2.0
     batch_size: int = 16
     optimizer: Optimizer = "adamw"
     momentum: float = 0.9
     weight_decay: float = 0.01
+    head_weight_decay: float | None = None
     head_init: HeadInit = "small"
     augment: Augment = "crop-flip"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        find_method(self.method)
+        method = find_method(self.method)
+        if self.gate == "hard" and not method.gated:
+            raise UsageError(f"--gate hard: the method {self.method} learns no gates: leave it out")
+        if self.prompt_init not in (None, "random") and not method.prompts:
+            raise UsageError(f"--prompt-init {self.prompt_init}: the method {self.method} has no prompts: leave it out")
         limits: list[tuple[str, float, float]] = [
             ("prompts", 1, 4096),
             ("epochs", 1, 100_000),
@@ -63,18 +80,32 @@ class Recipe:
             ("head_lr_scale", 0.001, 1000.0),
             ("seed", 0, 2**31 - 1),
         ]
+        if self.head_weight_decay is not None:
+            limits.append(("head_weight_decay", 0.0, 10.0))
         for name, low, high in limits:
             if not low <= getattr(self, name) <= high:
                 flag = name.replace("_", "-")
                 raise UsageError(f"--{flag} must lie between {low} and {high}, not {getattr(self, name)}")
         if not 0 < self.lr <= 1e4:
             raise UsageError(f"--lr must be above 0, not {self.lr}")
+        if not 0 <= self.min_lr <= self.lr:
+            raise UsageError(f"--min-lr must lie between 0 and --lr {self.lr}, not {self.min_lr}")
         if self.warmup >= self.epochs and self.epochs > 1:
             raise UsageError(f"--warmup {self.warmup} leaves nothing of --epochs {self.epochs}: choose fewer")
 
+    @property
+    def tempered(self) -> bool:
+        """Whether attention temperatures are learned."""
+        return find_method(self.method).tempered if self.temperature is None else self.temperature
+
+    @property
+    def initialisation(self) -> PromptInit:
+        """How prompts start."""
+        return find_method(self.method).prompt_init if self.prompt_init is None else self.prompt_init
+
     def to_dict(self) -> dict[str, Any]:
-        """The hyperparameters as stored in the adapter's metadata."""
-        return asdict(self)
+        """The hyperparameters as stored in the adapter's metadata; the method's own choices by their values."""
+        return asdict(self) | {"temperature": self.tempered, "prompt_init": self.initialisation}
 
 
 RECIPES = {
@@ -92,7 +123,23 @@ RECIPES = {
         weight_decay=0.0,
         head_init="kaiming",
     ),
+    # Wang et al., MAE on CUB, by their code at ce0754f; shallow prompts take SPT_SHALLOW_PROMPTS.
+    "spt": Recipe(
+        method="spt-deep",
+        prompts=20,
+        prompt_dropout=0.0,
+        epochs=100,
+        warmup=10,
+        schedule="step",
+        lr=0.05,
+        min_lr=1e-8,
+        batch_size=32,
+        head_lr_scale=1.0,
+        weight_decay=0.01,
+        head_weight_decay=0.5,
+    ),
 }
+SPT_SHALLOW_PROMPTS = 100
 
 
 def make_recipe(name: str, **overrides: Any) -> Recipe:
@@ -102,14 +149,16 @@ def make_recipe(name: str, **overrides: Any) -> Recipe:
         UsageError: a setting that cannot work.
     """
     given = {key: value for key, value in overrides.items() if value is not None}
+    if name == "spt" and "method" in given and not find_method(given["method"]).deep:
+        given.setdefault("prompts", SPT_SHALLOW_PROMPTS)
     if "epochs" in given:
         given.setdefault("warmup", given["epochs"] // 10)
     return replace(RECIPES[name], **given)
 
 
-def learning_rate(recipe: Recipe, epoch: int) -> float:
-    """Learning rate of ``epoch`` (from 0): linear warm-up from 0, then half a cosine to 0, stepped per epoch."""
+def learning_rate(recipe: Recipe, epoch: float) -> float:
+    """Learning rate at ``epoch`` (from 0; with a fraction within one): linear warm-up from 0, then half a cosine."""
     if epoch < recipe.warmup:
         return recipe.lr * epoch / recipe.warmup
     progress = (epoch - recipe.warmup) / max(1, recipe.epochs - recipe.warmup)
-    return recipe.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
+    return recipe.min_lr + (recipe.lr - recipe.min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))

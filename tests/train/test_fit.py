@@ -1,20 +1,24 @@
 import dataclasses
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch.nn import functional as F
 
 from gpt_serve.backbone import Backbone
 from gpt_serve.engine import Engine, Prediction
 from gpt_serve.errors import DataError, InvalidTaskName, UsageError
+from gpt_serve.specs import BackboneSpec
 from gpt_serve.store import AdapterStore
 from gpt_serve.train.data import open_dataset
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import Job, build_module, train_adapter
 from gpt_serve.train.loop import Trainer, forward_logits
+from gpt_serve.train.methods import METHODS, AdapterModule
 from gpt_serve.train.recipe import learning_rate, make_recipe
 from gpt_serve.train.views import View, shuffled_batches
 from tests.tiny_vit import PREPROCESS
@@ -50,20 +54,47 @@ def test_every_method_learns_publishes_and_predicts(tiny: Backbone, colours: Pat
     assert right / len(samples) == summary["metrics"]["test_accuracy"]  # type: ignore[index]
 
 
-@pytest.mark.parametrize(
-    ("method", "expected"),
-    [
-        ("gated", 3 * 24 + 2 + 3 + 25 * 3),
-        ("vpt-shallow", 3 * 24 + 25 * 3),
-        ("vpt-deep", 3 * 3 * 24 + 25 * 3),
-        ("linear", 25 * 3),
-    ],
-)
-def test_trainable_parameters_follow_the_formula(
-    tiny: Backbone, colours: Path, tmp_path: Path, method: str, expected: int
-) -> None:
-    recipe = dataclasses.replace(RECIPE, method=method, epochs=1, warmup=0)
-    assert train(tiny, job(colours, tmp_path, recipe=recipe))["trainable_parameters"] == expected
+PARAMETERS: dict[str, tuple[dict[str, Any], int]] = {
+    "gated": ({"method": "gated"}, 3 * 24 + 2 + 3 + 25 * 3),
+    "gated, hard": ({"method": "gated", "gate": "hard"}, 3 * 24 + 2 + 3 + 25 * 3),
+    "gated without temperatures": ({"method": "gated", "temperature": False}, 3 * 24 + 2 + 25 * 3),
+    "gated-deep": ({"method": "gated-deep"}, 3 * 3 * 24 + 2 + 3 + 25 * 3),
+    "vpt-shallow": ({"method": "vpt-shallow"}, 3 * 24 + 25 * 3),
+    "vpt-deep": ({"method": "vpt-deep"}, 3 * 3 * 24 + 25 * 3),
+    "spt-shallow": ({"method": "spt-shallow"}, 3 * 24 + 25 * 3),
+    "spt-deep": ({"method": "spt-deep"}, 3 * 3 * 24 + 25 * 3),
+    "linear": ({"method": "linear"}, 25 * 3),
+}
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_trainable_parameters_follow_the_formula(tiny: Backbone, name: str) -> None:
+    settings, expected = PARAMETERS[name]
+    module = build_module(tiny, dataclasses.replace(RECIPE, **settings), 3)
+    assert sum(parameter.numel() for parameter in module.parameters()) == expected
+    assert {settings["method"] for settings, _ in PARAMETERS.values()} == set(METHODS)
+
+
+def test_vit_b_has_the_parameters_of_the_published_formula() -> None:
+    """768 P + 11 + 12 + 769 C, without weights: only the shapes count."""
+    with torch.device("meta"):
+        model = timm.create_model("vit_base_patch16_224", num_classes=0)
+    spec = BackboneSpec(name="b", fingerprint="", depth=12, width=768, pool="cls", preprocess=PREPROCESS)
+    module = AdapterModule.initial(
+        SimpleNamespace(spec=spec, model=model),  # type: ignore[arg-type]
+        "gated",
+        200,
+        prompts=100,
+        gate_init=5.0,
+        prompt_dropout=0.1,
+        head_init="kaiming",
+    )
+    assert sum(parameter.numel() for parameter in module.parameters()) == 768 * 100 + 11 + 12 + 769 * 200
+
+
+def test_the_recorded_number_of_parameters_is_the_modules(tiny: Backbone, colours: Path, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(RECIPE, epochs=1, warmup=0)
+    assert train(tiny, job(colours, tmp_path, recipe=recipe))["trainable_parameters"] == PARAMETERS["gated"][1]
 
 
 def test_the_same_seed_gives_the_same_adapter_and_another_seed_does_not(

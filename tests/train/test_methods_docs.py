@@ -1,0 +1,38 @@
+"""docs/methods.md: its example works, and its table names every method."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from gpt_serve.backbone import Backbone
+from gpt_serve.engine import Engine, Prediction
+from gpt_serve.store import AdapterStore
+from gpt_serve.train import methods
+from gpt_serve.train.data import open_dataset
+from gpt_serve.train.distributed import World
+from gpt_serve.train.fit import Job, train_adapter
+from gpt_serve.train.methods import METHODS
+from gpt_serve.train.recipe import make_recipe
+from tests.train.conftest import Recorder
+
+DOCS = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
+
+
+def test_the_table_names_every_method() -> None:
+    assert re.findall(r"^\| `([a-z-]+)`", DOCS, re.MULTILINE) == list(METHODS)
+
+
+def test_the_example_adds_a_method_that_is_trained_and_served(
+    tiny: Backbone, colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(methods, "METHODS", dict(METHODS))
+    (example,) = re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)
+    exec(example, {})
+    recipe = make_recipe("adamw", method="gated-prototypes", prompts=3, epochs=1, batch_size=8)
+    assert train_adapter(tiny, Job("colours", str(colours), tmp_path, recipe), Recorder(), World()) is not None
+    adapter = AdapterStore(tmp_path).load("colours").adapter
+    assert adapter.method == "gated-prototypes" and adapter.gamma is not None and adapter.tau is None
+    engine = Engine(tiny, AdapterStore(tmp_path))
+    (result,) = engine.predict([("colours", open_dataset(str(colours), 0).test[0].read())])
+    assert isinstance(result, Prediction)
