@@ -263,3 +263,14 @@ def test_a_folder_that_cannot_be_written_is_known_before_training(
     with pytest.raises(UsageError, match=r"cannot be made: (Not a directory|File exists)"):
         train(tiny, job(colours, tmp_path / "adapters"), recorder)
     assert recorder.epochs == []
+
+
+def test_temperatures_stay_within_their_range(tiny: Backbone, colours: Path) -> None:
+    recipe = make_recipe("adamw", prompts=2, epochs=2, warmup=0, batch_size=8, lr=15.0)
+    view = View(open_dataset(str(colours), 0).train[::3], PREPROCESS, None, "none", 0)
+    module = build_module(tiny, recipe, 3)
+    taus: list[float] = []
+    trainer = Trainer(tiny, module, recipe, train=view, val=view, world=World(), workers=0)
+    trainer.fit(lambda *_: taus.extend(module.tau.tolist()), lambda _: None)  # type: ignore[union-attr]
+    assert min(taus) > 0.0099 and max(taus) <= 10
+    assert {round(tau, 4) for tau in taus} & {0.01, 10.0}

@@ -20,10 +20,12 @@ from gpt_serve.train.data import open_dataset
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import Job, build_module, train_adapter
 from gpt_serve.train.gates import gumbel_temperature, harden, sample_gates
+from gpt_serve.train.loop import Trainer
 from gpt_serve.train.methods import AdapterModule
 from gpt_serve.train.recipe import Recipe, make_recipe
+from gpt_serve.train.views import View
 from tests import reference
-from tests.tiny_vit import random_images, random_tensors
+from tests.tiny_vit import PREPROCESS, random_images, random_tensors
 from tests.train.conftest import Recorder
 
 
@@ -172,3 +174,13 @@ def test_temperatures_are_one_flag_apart(tiny: Backbone, method: str, temperatur
     recipe = Recipe(method=method, temperature=temperature)
     assert (build_module(tiny, recipe, 3).tau is not None) is learned
     assert recipe.to_dict()["temperature"] is learned
+
+
+def test_the_temperature_falls_over_the_epochs_of_training(tiny: Backbone, colours: Path) -> None:
+    recipe = make_recipe("adamw", prompts=2, epochs=3, warmup=1, batch_size=8, gate="hard")
+    view = View(open_dataset(str(colours), 0).train[::3], PREPROCESS, None, "none", 0)
+    module = build_module(tiny, recipe, 3)
+    trainer = Trainer(tiny, module, recipe, train=view, val=view, world=World(), workers=0)
+    seen: list[float] = []
+    trainer.fit(lambda *_: seen.append(module.gumbel_temperature), lambda _: None)
+    assert list(dict.fromkeys(seen)) == pytest.approx([1.0, math.sqrt(0.5), 0.5])
