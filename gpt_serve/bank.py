@@ -42,11 +42,6 @@ class Resident:
     place: Place
 
     @property
-    def slot(self) -> int:
-        """Where on the device."""
-        return self.place.slot
-
-    @property
     def head(self) -> tuple[Tensor, Tensor]:
         """Weight (C, D) and bias (C,)."""
         return self.place.head
@@ -261,7 +256,7 @@ class AdapterBank:
         """Room in the slab; the least recently used adapters that nobody holds leave for it."""
         packed = staged.packed
         remembered = self._remembered(packed)
-        if packed.extent(remembered) > self._slab.capacity:
+        if packed.extent() > self._slab.capacity:
             needed, there = packed.extent() * self._slab.row_bytes, self._slab.capacity * self._slab.row_bytes
             raise BankFull(
                 f"adapter {staged.task!r} takes {needed} bytes, and the bank has {there}: use more --bank-bytes"
@@ -277,9 +272,10 @@ class AdapterBank:
     def _remembered(self, packed: Packed) -> int:
         """Of how many blocks the adapter's keys and values are kept."""
         constant = packed.kind.plan.constant if packed.kind.prompts else 0
-        rows = packed.extent(constant) - packed.extent()
+        whole, capacity = packed.extent(constant), self._slab.capacity
+        too_large = whole > capacity or whole - packed.extent() > MEMORY_SHARE * capacity
         attention = self.backbone.model.blocks[0].attn
-        if rows > MEMORY_SHARE * self._slab.capacity or attention.attn_dim != self.backbone.spec.width:
+        if too_large or attention.attn_dim != self.backbone.spec.width:
             return 0
         return constant
 

@@ -19,11 +19,6 @@ class Extents:
         """Units that are free, in however many pieces."""
         return sum(length for _, length in self._by_start)
 
-    @property
-    def largest(self) -> int:
-        """Length of the largest free extent."""
-        return self._by_length[-1][0] if self._by_length else 0
-
     def take(self, length: int) -> int | None:
         """The start of ``length`` units in the smallest free extent that holds them; None when there is none."""
         place = bisect_left(self._by_length, (length, 0))

@@ -467,3 +467,11 @@ def test_keys_and_values_of_closed_adapters_are_remembered_when_there_is_room(ti
     assert get(generous, "deep").place.kind.remembered == tiny.spec.depth
     assert get(generous, "open").place.kind.remembered == 0
     assert get(tight, "deep").place.kind.remembered == 0
+
+
+def test_an_adapter_that_only_fits_without_what_is_remembered(tiny, store):
+    deep = make_adapter(tiny.spec, "deep", method="vpt-deep", prompts=1, classes=60)
+    store.publish(deep)
+    rows = Packed.of(deep, tiny.spec).extent()
+    bank = bank_of(tiny, store, bank_bytes=(rows + 1) * 4 * tiny.spec.width)
+    assert get(bank, "deep").place.kind.remembered == 0

@@ -11,12 +11,12 @@ def test_best_fit() -> None:
     extents = Extents(20)
     starts = [extents.take(length) for length in (4, 1, 2, 1, 12)]
     assert starts == [0, 4, 5, 7, 8]
-    assert extents.take(1) is None and extents.free == extents.largest == 0
+    assert extents.take(1) is None and extents.free == 0
     extents.give_back(0, 4)
     extents.give_back(5, 2)
     assert extents.take(2) == 5, "the smaller hole fits"
     assert extents.take(3) == 0
-    assert (extents.free, extents.largest) == (1, 1)
+    assert extents.free == 1
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)])
@@ -26,7 +26,7 @@ def test_neighbours_join_whatever_the_order(order: tuple[int, ...]) -> None:
         extents.take(3)
     for index in order:
         extents.give_back(3 * index, 3)
-    assert extents.largest == 9
+    assert extents.take(9) == 0
 
 
 def test_an_empty_one() -> None:
@@ -52,5 +52,4 @@ def test_against_a_list_of_units(seed: int) -> None:
                 assert all(unit is None for unit in owner[found : found + length]), "taken twice"
                 owner[found : found + length] = [step] * length
                 taken[found] = length
-        runs = "".join("." if unit is None else "x" for unit in owner).split("x")
-        assert (extents.free, extents.largest) == (owner.count(None), max(map(len, runs)))
+        assert extents.free == owner.count(None)

@@ -1,6 +1,5 @@
 """What runs the forward pass faster: torch against onnxruntime, through the engine, on the same adapters and images."""
 
-import copy
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -10,10 +9,9 @@ from gpt_serve.backbone import BUNDLED, Backbone
 from gpt_serve.bench.inputs import photo
 from gpt_serve.bench.mixed import UNLIKE, answer, publish
 from gpt_serve.bench.timing import Plan, Row, interleave, to_rows
-from gpt_serve.engine import Engine, TorchForward, planner_for
-from gpt_serve.export.cache import serving_graph
-from gpt_serve.export.forward import FasterForward, OnnxForward
+from gpt_serve.engine import Engine
 from gpt_serve.images import decode, preprocess_image
+from gpt_serve.serve.loading import faster_forward
 from gpt_serve.store import AdapterStore
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -57,8 +55,5 @@ def onnx_engine(backbone: Backbone, store: AdapterStore, folder: Path, max_batch
     Graphs of random weights are kept in ``folder``, as a server would with it for ``XDG_CACHE_HOME``: nobody needs them
     again.
     """
-    host = Backbone(copy.deepcopy(backbone.model), backbone.spec, "cpu")
     kept = None if backbone.name == BUNDLED else folder / "gpt-serve"
-    graph = serving_graph(host, str(backbone.device), kept)
-    forward = FasterForward(OnnxForward(graph), TorchForward(backbone), planner_for(backbone))
-    return Engine(backbone, store, max_batch=max_batch, forward=forward)
+    return Engine(backbone, store, max_batch=max_batch, forward=faster_forward(backbone, kept))

@@ -3,6 +3,7 @@
 import copy
 import io
 import logging
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -44,14 +45,14 @@ def load_engine(config: ServeConfig, device: str) -> tuple[Engine, BackboneSpec]
     return engine, backbone.spec
 
 
-def faster_forward(backbone: Backbone) -> Forward:
-    """For each pass the faster one of onnxruntime and torch."""
+def faster_forward(backbone: Backbone, folder: Path | None = None) -> Forward:
+    """For each pass the faster one of onnxruntime and torch; the graph is kept in ``folder``, None for the cache."""
     from gpt_serve.export.cache import serving_graph
     from gpt_serve.export.forward import FasterForward, OnnxForward
 
     on_cpu = backbone.device.type == "cpu"
     host = backbone if on_cpu else Backbone(copy.deepcopy(backbone.model), backbone.spec, "cpu")
-    graph = serving_graph(host, str(backbone.device))
+    graph = serving_graph(host, str(backbone.device), folder)
     return FasterForward(OnnxForward(graph), TorchForward(backbone), planner_for(backbone))
 
 
