@@ -22,7 +22,8 @@ class Plan:
     """What holds for every row and is known on the host, so that rows which nobody reads are not computed.
 
     Attributes:
-        closed: (L-1,) whether the gate of blocks 0..L-2 is exactly 0 for all: prompts are read, never written.
+        closed: (L-1,) whether the gate of blocks 0..L-2 is exactly 0 for all: prompts are read, never written. True
+            before the block that they enter.
         pool: the pooling of all rows; None when they differ or are known only on the device.
     """
 
@@ -48,16 +49,17 @@ class AdapterBatch:
     """The tensors of one adapter for every row (``A = 1``) or of one adapter per row (``A = B``).
 
     Attributes:
-        prompt: (A, 1 or L, P, D). One layer: the tokens enter block 0 and are carried on. ``L`` layers: each
-            block has tokens of its own.
-        gate: (A, L-1) in [0, 1], the gate of blocks 0..L-2; the last block has none.
+        prompt: (A, 1 or L - first_block, P, D). One layer: the tokens enter block ``first_block`` and are carried on.
+            More: each block from there has tokens of its own.
+        gate: (A, L-1) in [0, 1], the gate of blocks 0..L-2; the last block has none; 0 before ``first_block``.
         tau: (A, L) attention temperatures, clamped to [0.01, 10] on use; None when all are 1.
         mean_pool: (A,) bool; mean over patches and prompts where true, the CLS row where false.
         plan: what the host knows of all rows; it must agree with ``gate`` and ``mean_pool``.
         deep: (A,) bool, which rows take fresh tokens in each block; None when ``prompt``'s layers say so for all.
         counts: (A,) int, prompts of each row when rows are padded to ``P``; None when every row has ``P``.
-        memory: keys and values (A, P, H*d) of the prompts in the first blocks, see `prompted.remember`.
+        memory: keys and values (A, P, H*d) of the prompts in the blocks from ``first_block``, see `prompted.remember`.
         skipped: layers that ``prompt`` leaves out because ``memory`` stands for them; 0 when it has one layer for all.
+        first_block: the block that the prompts enter, the same for all rows; those before compute images alone.
     """
 
     prompt: Tensor
@@ -69,6 +71,7 @@ class AdapterBatch:
     counts: Tensor | None = None
     memory: Memory = ()
     skipped: int = 0
+    first_block: int = 0
 
     @classmethod
     def single(
@@ -81,28 +84,31 @@ class AdapterBatch:
         gamma: Tensor | None = None,
         tau: Tensor | None = None,
         closed: Sequence[bool] | None = None,
+        first_block: int = 0,
         device: torch.device | str | None = None,
     ) -> "AdapterBatch":
         """One adapter as a batch of ``A = 1``; ``gate = sigmoid(gamma)`` (Eq. 6).
 
         Args:
-            prompt: (1 or L, P, D), None for no prompts.
-            gamma: (L-1,), None for gates that are 1 (shallow prompts) or 0 (deep prompts).
+            prompt: (1 or L - first_block, P, D), None for no prompts.
+            gamma: (L - 1 - first_block,), None for gates that are 1 (shallow prompts) or 0 (deep prompts).
             tau: (L,), None for temperatures that are 1.
-            closed: (L-1,), which gates are known to be exactly 0; None for those that are 0 without ``gamma``.
+            closed: like ``gamma``, which gates are known to be exactly 0; None for those that are 0 without ``gamma``.
         """
         if prompt is None:
             prompt = torch.zeros(1, 0, width, device=device)
         deep = prompt.shape[0] > 1
-        gate = torch.full((depth - 1,), 0.0 if deep else 1.0, device=device) if gamma is None else torch.sigmoid(gamma)
+        gates = depth - 1 - first_block
+        gate = torch.full((gates,), 0.0 if deep else 1.0, device=device) if gamma is None else torch.sigmoid(gamma)
         if closed is None:
-            closed = [deep and gamma is None] * (depth - 1)
+            closed = [deep and gamma is None] * gates
         return cls(
             prompt=prompt[None],
-            gate=gate[None],
+            gate=F.pad(gate, (first_block, 0))[None],
             tau=None if tau is None else tau[None],
             mean_pool=torch.tensor([pool == "mean"], device=device),
-            plan=Plan(tuple(closed), pool),
+            plan=Plan((*[True] * first_block, *closed), pool),
+            first_block=first_block,
         )
 
     @classmethod
@@ -118,6 +124,7 @@ class AdapterBatch:
             gamma=gamma,
             tau=tau,
             closed=None if adapter.gamma is None else (torch.sigmoid(adapter.gamma) == 0).tolist(),
+            first_block=adapter.first_block,
             device=device,
         )
 
@@ -125,8 +132,9 @@ class AdapterBatch:
     def stack(cls, rows: Sequence["AdapterBatch"]) -> "AdapterBatch":
         """Join single-adapter batches along ``A``, padding prompts to the longest and layers to the deepest.
 
-        Their memories are not kept.
+        Prompts must enter the same block. Their memories are not kept.
         """
+        assert len({row.first_block for row in rows}) == 1
         layers = max(row.prompt.shape[1] for row in rows)
         length = max(row.prompt.shape[2] for row in rows)
         device = rows[0].prompt.device
@@ -143,6 +151,7 @@ class AdapterBatch:
             plan=Plan.shared([row.plan for row in rows]),
             deep=torch.tensor(is_deep, device=device) if len(set(is_deep)) > 1 else None,
             counts=torch.tensor(counts, device=device) if len(set(counts)) > 1 else None,
+            first_block=rows[0].first_block,
         )
 
     def gather(self, index: Tensor) -> "AdapterBatch":
@@ -157,6 +166,7 @@ class AdapterBatch:
             counts=None if self.counts is None else self.counts[index],
             memory=tuple((keys[index], values[index]) for keys, values in self.memory),
             skipped=self.skipped,
+            first_block=self.first_block,
         )
 
     @property
@@ -166,7 +176,7 @@ class AdapterBatch:
 
     def entering(self, index: int) -> Tensor:
         """(A, P, D): the tokens with which the prompts start, should block ``index`` be the first to carry them."""
-        return self.prompt[:, index - self.skipped if self.prompt.shape[1] > 1 else 0]
+        return self.prompt[:, index - self.first_block - self.skipped if self.prompt.shape[1] > 1 else 0]
 
     def valid(self, body: int) -> Tensor | None:
         """(A, S) bool: which of ``body`` prefix and patch rows plus ``P`` prompt rows are real; None when all are."""

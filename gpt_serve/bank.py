@@ -271,7 +271,7 @@ class AdapterBank:
 
     def _remembered(self, packed: Packed) -> int:
         """Of how many blocks the adapter's keys and values are kept."""
-        constant = packed.kind.plan.constant if packed.kind.prompts else 0
+        constant = packed.kind.constant
         whole, capacity = packed.extent(constant), self._slab.capacity
         too_large = whole > capacity or whole - packed.extent() > MEMORY_SHARE * capacity
         attention = self.backbone.model.blocks[0].attn

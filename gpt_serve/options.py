@@ -58,17 +58,18 @@ training_options = _option_group(
     click.option(
         "--method",
         type=click.Choice(
-            ["gated", "gated-deep", "vpt-shallow", "vpt-deep", "spt-shallow", "spt-deep", "linear"],
+            ["gated", "gated-deep", "vpt-shallow", "vpt-deep", "spt-shallow", "spt-deep", "linear", "full"],
         ),
-        help="What is learned besides the head.  [gated; spt: spt-deep]",
+        help="What is learned besides the head; full: the whole backbone, which is not served.  [gated; spt: spt-deep]",
     ),
     click.option(
         "--recipe",
-        type=click.Choice(["auto", "adamw", "paper", "spt"]),
+        type=click.Choice(["auto", "adamw", "full", "paper", "spt"]),
         default="auto",
         show_default=True,
         help="Where the options below come from unless they are given. paper: SGD, with the row of the paper's Table 5 "
-        "for task and backbone; auto: that row for gated prompts, but adamw for others and the bundled backbone.",
+        "for task and backbone; auto: that row for gated prompts, full for --method full, but adamw for others and the "
+        "bundled backbone.",
     ),
     click.option(
         "--prompts",
@@ -81,6 +82,12 @@ training_options = _option_group(
         help="Random prompts, or tokens of training images: drawn, k-means centres, pooled.  [spt-*: tokens; random]",
     ),
     click.option("--prompt-dropout", type=float, help="Dropout on the prompts.  [0.1; spt: 0]"),
+    click.option("--first-block", type=int, help="Block that prompts enter, counted from 0.  [0]"),
+    click.option(
+        "--norm",
+        type=click.Choice(["pretrained", "fresh"]),
+        help="Before the head: the backbone's own, or a fresh, frozen one.  [pretrained]",
+    ),
     click.option(
         "--gate",
         type=click.Choice(["soft", "hard"]),

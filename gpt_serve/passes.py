@@ -1,12 +1,14 @@
 """Which rows of a batch share a forward pass.
 
-Rows of any mix may share one, but then none gets more left out than all allow: prompts are padded to the longest, and
-a gate counts as closed only where it is closed for all. Sharing saves what each pass costs beside its rows. Passes are
-chosen by an estimate of both; on a CPU they are also kept so small that memory is reused and caches help.
+Rows of any mix whose prompts enter the same block may share one, but then none gets more left out than all allow:
+prompts are padded to the longest, and a gate counts as closed only where it is closed for all. Sharing saves what each
+pass costs beside its rows. Passes are chosen by an estimate of both; on a CPU they are also kept so small that memory
+is reused and caches help.
 
 Costs are in row-blocks: what one row costs in one block, about ``24 D^2`` operations.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -62,12 +64,12 @@ class PassPlanner:
         prompts, last = kind.prompts, len(kind.plan.closed)
         attending = prompts * self.body / (6 * self.width)  # scores and weighted values: 4 * body * P * D operations
         cost = float(self.body * last)
-        for block, closed in enumerate(kind.plan.closed):
-            if block >= kind.remembered:
+        for block, closed in list(enumerate(kind.plan.closed))[kind.first_block :]:
+            if block >= kind.first_block + kind.remembered:
                 cost += prompts * (READING if closed else 1)
             cost += attending
         if kind.plan.pool == "cls":
-            keys = 0 if kind.remembered > last else prompts
+            keys = 0 if kind.first_block + kind.remembered > last else prompts
             return cost + READING * (self.body + keys)
         return cost + self.body + prompts + attending
 
@@ -84,6 +86,8 @@ class PassPlanner:
         return groups
 
     def _waste(self, one: tuple[Kind, list[int]], other: tuple[Kind, list[int]]) -> float:
+        if one[0].first_block != other[0].first_block:
+            return math.inf
         together = self.image(shared([one[0], other[0]]))
         return sum(len(rows) * (together - self.image(kind)) for kind, rows in (one, other))
 
@@ -98,16 +102,19 @@ class PassPlanner:
 
 
 def shared(kinds: Sequence[Kind]) -> Kind:
-    """What a pass of all ``kinds`` is."""
+    """What a pass of all ``kinds`` is; their prompts enter the same block."""
     return Kind(
         plan=Plan.shared([kind.plan for kind in kinds]),
         layers=max(kind.layers for kind in kinds),
         prompts=max(kind.prompts for kind in kinds),
         tempered=any(kind.tempered for kind in kinds),
         remembered=min(kind.remembered for kind in kinds),
+        first_block=kinds[0].first_block,
     )
 
 
 def opened(kind: Kind) -> Kind:
     """``kind`` with nothing left out for closed gates."""
-    return replace(kind, plan=Plan((False,) * len(kind.plan.closed), kind.plan.pool), remembered=0)
+    gates = len(kind.plan.closed)
+    plan = Plan(tuple(block < kind.first_block for block in range(gates)), kind.plan.pool)
+    return replace(kind, plan=plan, remembered=0)

@@ -137,7 +137,8 @@ def remember(model: Any, adapter: AdapterBatch) -> AdapterBatch:
         adapter: one adapter, ``A = 1``.
     """
     memory = []
-    for index, blk in enumerate(model.blocks[: adapter.plan.constant if adapter.prompts else 0]):
+    constant = adapter.plan.constant if adapter.prompts else 0
+    for index, blk in list(enumerate(model.blocks))[adapter.first_block : constant]:
         keys, values = _keys_and_values(blk.attn, blk.norm1(adapter.entering(index)))
         memory.append((_norm_heads(blk.attn, blk.attn.k_norm, keys), values))
     return replace(adapter, memory=tuple(memory))
@@ -151,7 +152,7 @@ def _gated_prompts(adapter: AdapterBatch, index: int, before: Tensor, after: Ten
     """
     keep = before
     if adapter.prompt.shape[1] > 1:
-        fresh = adapter.prompt[:, index + 1 - adapter.skipped].to(before.dtype).expand_as(before)
+        fresh = adapter.entering(index + 1).to(before.dtype).expand_as(before)
         keep = fresh if adapter.deep is None else torch.where(adapter.deep[:, None, None], fresh, before)
     if adapter.plan.closed[index]:
         return keep
@@ -195,7 +196,8 @@ def prompted_features(
         tokens: (B, prefix + N, D) from `embed`.
         adapter: ``A`` is 1 or ``B``.
         on_block: called as ``on_block(l, x)`` with the tokens that block ``l`` hands on: (B, S, D), without the
-            prompt rows while they are remembered, and the CLS row alone after the last block under CLS pooling.
+            prompt rows before they enter and while they are remembered, and the CLS row alone after the last block
+            under CLS pooling.
         run_block: `block`, or what ``torch.compile`` made of it.
 
     Returns:
@@ -206,16 +208,18 @@ def prompted_features(
     mask = None if valid is None else valid[:, None, None]
     tau = None if adapter.tau is None else adapter.tau.clamp(TAU_MIN, TAU_MAX)
     last = len(model.blocks) - 1
+    entry = adapter.first_block + len(adapter.memory)
     x = tokens
     for index, blk in enumerate(model.blocks):
-        memory = adapter.memory[index] if index < len(adapter.memory) else None
-        if adapter.prompts and index == len(adapter.memory):
+        inside = index >= adapter.first_block
+        memory = adapter.memory[index - adapter.first_block] if inside and index < entry else None
+        if adapter.prompts and index == entry:
             x = torch.cat([x, adapter.entering(index).to(x.dtype).expand(batch, -1, -1)], dim=1)
         rows = 1 if index == last and adapter.plan.pool == "cls" else None
-        carried = adapter.prompts > 0 and memory is None and index < last
+        carried = adapter.prompts > 0 and entry <= index < last
         if carried and adapter.plan.closed[index]:
             rows = body
-        y = run_block(blk, x, None if tau is None else tau[:, index], mask, rows, memory)
+        y = run_block(blk, x, None if tau is None else tau[:, index], mask if inside else None, rows, memory)
         if carried:
             prompts = _gated_prompts(adapter, index, x[:, body:], y[:, body:])
             y = torch.cat([y[:, :body], prompts.to(y.dtype)], dim=1)

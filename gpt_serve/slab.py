@@ -29,10 +29,11 @@ class Kind:
 
     Attributes:
         plan: which gates are exactly 0, and the pooling.
-        layers: 1, or ``L`` for prompts of each block.
+        layers: 1, or ``L - first_block`` for prompts of each block.
         prompts: ``P``.
         tempered: has temperatures of its own.
-        remembered: of how many first blocks the keys and values of the prompts are kept.
+        remembered: of how many blocks, from ``first_block``, the keys and values of the prompts are kept.
+        first_block: the block that the prompts enter.
     """
 
     plan: Plan
@@ -40,14 +41,21 @@ class Kind:
     prompts: int
     tempered: bool
     remembered: int = 0
+    first_block: int = 0
 
     @classmethod
     def of(cls, adapter: Adapter, depth: int) -> "Kind":
         """Of a stored adapter, nothing remembered yet."""
-        prompt, gamma = adapter.prompt, adapter.gamma
+        prompt, gamma, first = adapter.prompt, adapter.gamma, adapter.first_block
         layers, prompts = (1, 0) if prompt is None else prompt.shape[:2]
-        closed = [layers > 1] * (depth - 1) if gamma is None else (torch.sigmoid(gamma) == 0).tolist()
-        return cls(Plan(tuple(closed), adapter.pool), layers, prompts, adapter.tau is not None)
+        closed = [layers > 1] * (depth - 1 - first) if gamma is None else (torch.sigmoid(gamma) == 0).tolist()
+        plan = Plan((*[True] * first, *closed), adapter.pool)
+        return cls(plan, layers, prompts, adapter.tau is not None, first_block=first)
+
+    @property
+    def constant(self) -> int:
+        """In how many blocks, from ``first_block``, keys and values of the prompts are the adapter's own constants."""
+        return self.plan.constant - self.first_block if self.prompts else 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,8 +81,9 @@ class Packed:
         parts = [adapter.head_weight, bias]
         if adapter.prompt is not None:
             parts.insert(0, adapter.prompt.flatten(0, 1))
-        open_gate = 0.0 if kind.layers > 1 else 1.0
-        gate = torch.full((spec.depth - 1,), open_gate) if adapter.gamma is None else torch.sigmoid(adapter.gamma)
+        gates, open_gate = spec.depth - 1 - kind.first_block, 0.0 if kind.layers > 1 else 1.0
+        gate = torch.full((gates,), open_gate) if adapter.gamma is None else torch.sigmoid(adapter.gamma)
+        gate = F.pad(gate, (kind.first_block, 0))
         tau = torch.ones(spec.depth) if adapter.tau is None else adapter.tau
         rows, scalars = torch.cat(parts), torch.cat([gate, tau])
         return cls(kind, classes, rows.pin_memory() if pinned else rows, scalars.pin_memory() if pinned else scalars)
@@ -130,6 +139,7 @@ class Place:
             plan=kind.plan,
             memory=tuple((keys, values) for keys, values in pairs),
             skipped=skipped,
+            first_block=kind.first_block,
         )
 
     @property
@@ -236,7 +246,8 @@ class _Memory(Sequence[tuple[Tensor, Tensor]]):
 def gather(places: Sequence[Place]) -> AdapterBatch:
     """The adapters at ``places`` (of one slab) as a batch, a row for each; of one place for all, ``A = 1``.
 
-    Prompts are padded to the longest. Blocks that not all of them remember are not remembered.
+    Prompts enter the same block, and are padded to the longest. Blocks that not all of them remember are not
+    remembered.
     """
     if all(place is places[0] for place in places):
         return places[0].batch
@@ -268,4 +279,5 @@ def gather(places: Sequence[Place]) -> AdapterBatch:
         counts=count if len({kind.prompts for kind in kinds}) > 1 else None,
         memory=_Memory(slab.rows, memory[:, None], count[:, None], inside, remembered),
         skipped=skipped,
+        first_block=kinds[0].first_block,
     )

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpt_serve.adapter import MAX_FILE_BYTES, Adapter, revision_of
+from gpt_serve.adapter import Adapter, revision_of
+from gpt_serve.adapter_file import MAX_FILE_BYTES
 from gpt_serve.errors import AdapterError, InvalidAdapter, InvalidTaskName, UnknownTask, UsageError
 from gpt_serve.specs import BackboneSpec, check_task_name
 

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from gpt_serve.adapter import MAX_FILE_BYTES, MAX_PROMPTS, Adapter
+from gpt_serve.adapter import Adapter
+from gpt_serve.adapter_file import MAX_FILE_BYTES, MAX_PROMPTS
 from gpt_serve.errors import AdapterError, BackboneMismatch, InvalidAdapter
 from gpt_serve.specs import BackboneSpec
 from gpt_serve.store import FILE_NAME
@@ -263,6 +264,9 @@ def _metadata(spec: BackboneSpec) -> Iterator[Hostile]:
     yield case("created-odd", r"created '2026-01-02\\n03:04:05Z' is not a UTC", created="2026-01-02\n03:04:05Z")
     yield case("created-elsewhere", r"created '.*\+02:00' is not a UTC", created="2026-01-02T03:04:05+02:00")
     yield case("created-never", "created '2026-02-30.*' is not a UTC", created="2026-02-30T03:04:05Z")
+    for number, text in enumerate(("0", "-1", "1.0", "x", "00001", "\u0661")):
+        yield case(f"first-block-{number}", "first_block '.*' is not a whole number", first_block=text)
+    yield case("first-block-late", "disagree on the number of blocks", first_block="1")
     yield case("labels-not-json", "labels is not valid JSON", labels="cat, dog")
     yield case("labels-numbers", "labels is not a list of strings", labels="[1, 2, 3, 4]")
     yield case("labels-single", "labels must name at least two classes, not 1", labels='["a"]')

@@ -45,10 +45,12 @@ def forward(
     prompt: Tensor | None = None,
     gamma: Tensor | None = None,
     tau: Tensor | None = None,
+    first_block: int = 0,
 ) -> Result:
     """Algorithm 1 for one image (3, H, W) and one adapter.
 
-    ``prompt`` (1, P, D) is shallow, (L, P, D) deep. Without ``gamma`` (L-1,) gates are 1 for shallow prompts and 0 for
+    ``prompt`` (1, P, D) is shallow, (L, P, D) deep. They enter ``first_block`` (Fig. 1): then ``L`` counts from there
+    for deep prompts and gates. Without ``gamma`` (L-1,) gates are 1 for shallow prompts and 0 for
     deep ones; without ``tau`` (L,) temperatures are 1; without ``prompt`` this is a linear probe.
     """
     depth = len(model.blocks)
@@ -56,7 +58,7 @@ def forward(
     if prompt is None:
         prompt = patches.new_zeros(1, 0, patches.shape[1])
     deep = len(prompt) > 1
-    prompts = prompt[0]
+    prompts = prompt[0] if first_block == 0 else prompt[0, :0]
     traces = []
     for index, block in enumerate(model.blocks):
         temperature = torch.tensor(1.0) if tau is None else tau[index].clamp(0.01, 10.0)
@@ -66,8 +68,12 @@ def forward(
         if index == depth - 1:
             gated = prompts_out
         else:
-            kept = prompt[index + 1] if deep else prompts
-            gated = apply_gate(gate_value(gamma, index, deep), prompts_out, kept)
+            ahead = index + 1 - first_block
+            if ahead <= 0:
+                gated = prompt[0] if ahead == 0 else prompts
+            else:
+                kept = prompt[ahead] if deep else prompts
+                gated = apply_gate(gate_value(gamma, ahead - 1, deep), prompts_out, kept)
         traces.append(BlockTrace(prompts, prompts_out, gated, prefix, patches))
         prompts = gated
     pooled = prefix[0] if pool == "cls" else torch.cat([prompts, patches]).mean(dim=0)

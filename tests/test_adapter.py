@@ -8,7 +8,8 @@ import struct
 import pytest
 import torch
 
-from gpt_serve.adapter import FORMAT, MAX_FILE_BYTES, MAX_HEADER_BYTES, Adapter, revision_of
+from gpt_serve.adapter import Adapter, revision_of
+from gpt_serve.adapter_file import FORMAT, MAX_FILE_BYTES, MAX_HEADER_BYTES
 from gpt_serve.errors import AdapterError, BackboneMismatch, InvalidAdapter
 from tests.factories import TINY_SPEC, make_adapter
 from tests.hostile_adapters import pack, unpack, with_header, with_tensors, with_value
@@ -172,7 +173,7 @@ def test_no_tensor_is_made_before_everything_is_checked(monkeypatch):
     def refuse(data):
         raise AssertionError("a tensor was made")
 
-    monkeypatch.setattr("gpt_serve.adapter.load_tensors", refuse)
+    monkeypatch.setattr("gpt_serve.adapter_file.load_tensors", refuse)
     for data in (wide, late):
         with pytest.raises(InvalidAdapter):
             Adapter.from_bytes(data)

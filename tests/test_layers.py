@@ -15,7 +15,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = [
     {"errors", "extents", "memory", "specs"},
-    {"adapter", "backbone", "checkpoints", "image_headers", "images"},
+    {"adapter", "adapter_file", "backbone", "checkpoints", "image_headers", "images"},
     {"adapter_batch", "bank", "host", "passes", "prompted", "slab", "store"},
     {"engine", "evaluation", "export", "scheduler", "train"},
     {"bench", "cli", "options", "serve", "terminal", "train_commands"},
@@ -25,6 +25,7 @@ LAYER_OF = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 # Neighbours within a layer: importer, imported.
 NEIGHBOURS = {
     ("specs", "errors"),
+    ("adapter", "adapter_file"),
     ("backbone", "checkpoints"),
     ("images", "image_headers"),
     ("bank", "host"),

@@ -34,6 +34,16 @@ def test_a_single_short_one_is_padded_rather_than_parted() -> None:
     assert planner(overhead=2e10).plan([OPEN] + [SHORT] * 40) == [list(range(1, 41)), [0]]
 
 
+def test_prompts_of_different_first_blocks_never_share() -> None:
+    late = replace(OPEN, plan=Plan((True, *OPEN.plan.closed[1:]), "cls"), first_block=1)
+    assert planner(overhead=1e15).plan([OPEN, late, OPEN, late]) == [[1, 3], [0, 2]]
+    cost = planner().image
+    assert cost(OPEN) - cost(late) == pytest.approx(100 * (1 + BODY / (6 * WIDTH)))
+    assert opened(late) == late
+    forgetful = replace(late, plan=Plan((True,) * 11, "cls"))
+    assert forgetful.constant == 11 and opened(forgetful) == late
+
+
 @pytest.mark.parametrize(("most", "sizes"), [(None, [10]), (1200, [3, 3, 4]), (297, [1] * 10), (1, [1] * 10)])
 def test_passes_are_small_enough_and_alike(most: int | None, sizes: list[int]) -> None:
     assert sorted(map(len, planner(most_rows=most).plan([OPEN] * 10))) == sizes

@@ -83,7 +83,7 @@ def check_block_by_block(backbone: Backbone, images: Tensor, tensors: dict[str, 
     pool, body = adapter.plan.pool, tokens.shape[1]
     assert pool is not None
     for index, x in enumerate(blocks[:-1]):
-        assert x.shape[1] == body + (adapter.prompts if index + 1 > len(adapter.memory) else 0)
+        assert x.shape[1] == body + (adapter.prompts if index >= adapter.first_block + len(adapter.memory) else 0)
     assert blocks[-1].shape[1] == (1 if pool == "cls" else body + adapter.prompts)
     for row, image in enumerate(images):
         expected = slow(backbone, image, pool, tensors)
@@ -133,6 +133,37 @@ def test_closed_gates_leave_rows_out_and_change_nothing(
         adapter = remember(backbone.model, adapter)
         assert len(adapter.memory) == (cls_blocks if pool == "cls" else mean_blocks)
     check_block_by_block(backbone, random_images(2), tensors, adapter)
+
+
+@pytest.mark.parametrize("remembering", [False, True])
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+@pytest.mark.parametrize("first", [1, 2, 3])
+@pytest.mark.parametrize("method", ["gated", "vpt-shallow", "vpt-deep", "gated-deep", "gated-hard"])
+def test_prompts_that_enter_a_later_block(method: str, first: int, pool: Pool, remembering: bool) -> None:
+    """Fig. 1: blocks before it compute the image alone, those after it as if the model began there."""
+    backbone = deeper_vit("plain")
+    tensors = method_tensors(backbone, method, first_block=first)
+    fields = {"gamma": None, "tau": None} | tensors
+    adapter = AdapterBatch.of(make_adapter(backbone.spec, pool=pool, **fields), backbone.spec, "cpu")
+    if remembering:
+        adapter = remember(backbone.model, adapter)
+        read_only = {"cls": 4, "mean": 3}[pool] - first  # blocks that never write deep prompts
+        assert method != "vpt-deep" or len(adapter.memory) == read_only
+    check_block_by_block(backbone, random_images(2), tensors, adapter)
+
+
+def test_prompts_that_enter_late_cost_nothing_before(tiny: Backbone) -> None:
+    tokens, flops = embed(tiny.model, random_images(1)), []
+    for first in (0, 1, 2):
+        adapter = single(tiny, "mean", method_tensors(tiny, "vpt-shallow", prompts=16, first_block=first))
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            prompted_features(tiny.model, tokens, adapter)
+        flops.append(counter.get_total_flops())
+    bare = single(tiny, "mean", {})
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        prompted_features(tiny.model, tokens, bare)
+    of_a_block = flops[0] - flops[1]
+    assert flops == [counter.get_total_flops() + blocks * of_a_block for blocks in (3, 2, 1)]
 
 
 def test_closed_gates_save_the_work_that_they_promise(tiny: Backbone) -> None:

@@ -1,6 +1,7 @@
 """Batches gathered from a slab are the adapters that were written, remembered keys and values included."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from gpt_serve.backbone import Backbone
 from gpt_serve.prompted import embed, prompted_features, remember
 from gpt_serve.slab import MIN_ROWS_PER_SLOT, Packed, Place, Slab, gather
 from tests.factories import make_adapter
-from tests.tiny_vit import random_images, tiny_backbone
+from tests.tiny_vit import random_images, random_tensors, tiny_backbone
 
 INFINITY = float("inf")
 
@@ -31,7 +32,16 @@ def adapters_of(backbone: Backbone) -> dict[str, Adapter]:
         "deep-cls": make_adapter(spec, method="vpt-deep", prompts=4, seed=8, pool="cls", classes=30),
         "deep-half": make_adapter(spec, deep=True, prompts=3, seed=9, gamma=half),
         "deep-open": make_adapter(spec, deep=True, prompts=3, seed=10),
+        "late": make_adapter(spec, prompts=3, seed=11, **late("gated", 3)),
+        "late-deep": make_adapter(spec, prompts=5, seed=12, **late("vpt-deep", 5)),
+        "late-cls": make_adapter(spec, prompts=2, seed=13, pool="cls", **late("vpt-deep", 2)),
     }
+
+
+def late(method: str, prompts: int) -> dict[str, Any]:
+    """Prompts that enter block 1 of 3."""
+    fields = {"prompt": None, "gamma": None, "tau": None}
+    return fields | random_tensors(method, 3, 24, prompts=prompts, first_block=1)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +51,7 @@ def backbone() -> Backbone:
 
 def place(slab: Slab, backbone: Backbone, adapter: Adapter) -> Place:
     packed = Packed.of(adapter, backbone.spec)
-    place = slab.reserve(packed, packed.kind.plan.constant if packed.kind.prompts else 0)
+    place = slab.reserve(packed, packed.kind.constant)
     assert place is not None
     slab.write(place, packed)
     if place.kind.remembered:
@@ -56,7 +66,9 @@ def places(backbone: Backbone) -> dict[str, Place]:
 
 
 MIXES: dict[str, list[str]] = {
-    "all": list(adapters_of(tiny_backbone())),
+    "all": [name for name in adapters_of(tiny_backbone()) if "late" not in name],
+    "late": ["late", "late-deep", "late-cls"],
+    "late, closed alike": ["late-deep", "late-cls"],
     "one, many times": ["closed"] * 3,
     "closed alike": ["closed-cls", "deep-cls", "closed-cls"],
     "closed, shallow and deep, mean": ["closed", "deep", "closed"],
@@ -92,6 +104,9 @@ def test_what_all_remember_is_remembered(places: dict[str, Place]) -> None:
     assert remembered(["half", "closed"], places) == (1, 1)
     assert remembered(["open", "closed"], places) == (0, 1)
     assert remembered(["deep", "open"], places) == (0, 3)
+    assert remembered(["late-deep", "late-cls"], places) == (1, 1)
+    assert remembered(["late-cls"], places) == (2, 0)
+    assert remembered(["late", "late-deep"], places) == (0, 2)
 
 
 def test_heads(backbone: Backbone, places: dict[str, Place]) -> None:

@@ -53,16 +53,22 @@ def random_images(count: int, side: int = SIDE, seed: int = 1) -> Tensor:
 METHODS = ("linear", "vpt-shallow", "vpt-deep", "gated", "gated-hard", "gated-deep")
 
 
-def random_tensors(method: str, depth: int, width: int, *, prompts: int = 5, seed: int = 2) -> dict[str, Tensor]:
-    """``prompt``, ``gamma`` and ``tau`` of an adapter, without those that ``method`` does not learn."""
+def random_tensors(
+    method: str, depth: int, width: int, *, prompts: int = 5, seed: int = 2, first_block: int = 0
+) -> dict[str, Any]:
+    """``prompt``, ``gamma`` and ``tau`` of an adapter, without those that ``method`` does not learn.
+
+    With ``first_block``, the block that prompts enter, that one, too.
+    """
+    depth -= first_block
     generator = torch.Generator().manual_seed(seed)
-    tensors = {}
+    tensors: dict[str, Any] = {"first_block": first_block} if first_block else {}
     if method != "linear":
         layers = depth if method.endswith("deep") else 1
         tensors["prompt"] = torch.randn(layers, prompts, width, generator=generator)
     if method.startswith("gated"):
         tensors["gamma"] = 2 * torch.randn(depth - 1, generator=generator)
-        tensors["tau"] = 0.5 + 2 * torch.rand(depth, generator=generator)
+        tensors["tau"] = 0.5 + 2 * torch.rand(depth + first_block, generator=generator)
     if method == "gated-hard":
         tensors["gamma"] = torch.tensor([float("inf"), float("-inf")]).repeat(depth)[: depth - 1]
     return tensors

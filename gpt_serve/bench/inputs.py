@@ -2,11 +2,11 @@
 
 import io
 from datetime import UTC, datetime
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from gpt_serve.adapter import Adapter
 from gpt_serve.backbone import Backbone
@@ -24,7 +24,7 @@ def untrained_adapter(backbone: Backbone, task: str, method: str, prompts: int) 
         prompts: ``P``; nothing to ``linear``, which has none.
     """
     kind, spec = find_method(method), backbone.spec
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Any] = {}
     if kind.prompts:
         tensors["prompt"] = 0.1 * torch.randn(spec.depth if kind.deep else 1, prompts, spec.width)
     if kind.gated:

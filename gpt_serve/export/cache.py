@@ -9,6 +9,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import onnxruntime as ort
 import torch
@@ -155,7 +156,7 @@ def _samples(backbone: Backbone) -> list[Row]:
         return torch.randn(*shape, generator=generator)
 
     gated = {"prompt": noise(1, 3, width), "gamma": noise(depth - 1), "tau": noise(depth).exp()}
-    kinds: list[tuple[Pool, dict[str, torch.Tensor]]] = [
+    kinds: list[tuple[Pool, dict[str, Any]]] = [
         ("mean", gated),
         (other, {"prompt": noise(1, 2, width)}),
         ("mean", {}),

@@ -45,7 +45,7 @@ class OnnxForward:
 class FasterForward:
     """Chooses for each pass: torch leaves out rows behind closed gates, onnxruntime is faster at what is left.
 
-    The graph takes prompts for the first block only; with prompts for every block it is always torch.
+    The graph takes prompts that enter the first block only; with others it is always torch.
     """
 
     def __init__(self, onnx: OnnxForward, torch: TorchForward, planner: PassPlanner) -> None:
@@ -55,4 +55,5 @@ class FasterForward:
         """Features (B, D) of one or more rows, in order."""
         kind = shared([row.resident.place.kind for row in rows])
         share = self.planner.image(kind) / self.planner.image(opened(kind))
-        return (self.torch if kind.layers > 1 or share < TORCH_BELOW else self.onnx)(rows)
+        by_torch = kind.layers > 1 or kind.first_block > 0 or share < TORCH_BELOW
+        return (self.torch if by_torch else self.onnx)(rows)

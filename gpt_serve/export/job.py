@@ -254,6 +254,10 @@ def _check_shared(adapter: Adapter, backbone: Backbone, pool: str) -> None:
     own, shared = adapter.preprocess, backbone.spec.preprocess
     if (own.mean, own.std) != (shared.mean, shared.std):
         raise ExportError(f"{adapter.task!r} is normalised with other values than its backbone: export it alone")
+    if adapter.first_block:
+        raise ExportError(
+            f"the prompts of {adapter.task!r} enter block {adapter.first_block}, not the first: export it alone"
+        )
     if adapter.pool != pool:
         raise ExportError(f"{adapter.task!r} pools by {adapter.pool}, the graph by {pool}: export it alone")
 

@@ -66,7 +66,7 @@ def card_text(adapter: Adapter, revision: str, inspection: Inspection, split: st
         f"| revision | `{revision}` |",
         f"| created | {adapter.created} |",
         f"| backbone | `{adapter.backbone}` (`{adapter.backbone_sha256[:12]}`) |",
-        f"| prompts | {adapter.prompts}{' per block' if adapter.deep else ''} |",
+        f"| prompts | {adapter.prompts}{' per block' if adapter.deep else ''}{_entry(adapter.first_block)} |",
         f"| trainable parameters | {training['trainable_parameters']:,} |",
         *[f"| {name} | {value} |" for name, value in _metrics(training["metrics"])],
         "",
@@ -113,6 +113,10 @@ def _closing(step: dict[str, Any]) -> list[str]:
         f"Closed gates that were tried, and validation accuracy with them: {'; '.join(tries)}.",
         "",
     ]
+
+
+def _entry(first_block: int) -> str:
+    return f", from block {first_block + 1}" if first_block else ""
 
 
 def _metrics(metrics: dict[str, Any]) -> list[tuple[str, str]]:

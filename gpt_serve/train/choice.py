@@ -12,7 +12,7 @@ def choose_recipe(name: str, task: str, backbone: Backbone, **overrides: Any) ->
 
     ``paper`` takes the row of Table 5 for the task and the backbone's family, and values from the middle of the table
     where there is none. ``auto`` takes that row for gated prompts, except on the bundled backbone, where ``adamw``
-    measured better; everything else gets ``adamw``.
+    measured better; full fine-tuning gets ``full`` and everything else ``adamw``.
 
     Args:
         name: ``auto`` or a name of `RECIPES`.
@@ -24,7 +24,10 @@ def choose_recipe(name: str, task: str, backbone: Backbone, **overrides: Any) ->
     row = None if backbone.family is None else find_row(task, backbone.family)
     if name == "auto":
         published = row is not None and backbone.name != BUNDLED and overrides.get("method") in (None, "gated")
-        name, why = ("paper", "") if published else ("adamw", _why_not(row, task, backbone))
+        if overrides.get("method") == "full":
+            name, why = "full", ""
+        else:
+            name, why = ("paper", "") if published else ("adamw", _why_not(row, task, backbone))
     elif name == "paper" and row is None:
         known = "the backbone is neither MAE nor MoCo v3" if backbone.family is None else f"it has no task {task!r}"
         why = f" without a row of Table 5 ({known})"

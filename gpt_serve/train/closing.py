@@ -15,11 +15,12 @@ from gpt_serve.errors import DataError, UsageError
 from gpt_serve.store import AdapterStore
 from gpt_serve.train.card import card_text, confusion_matrix
 from gpt_serve.train.data import open_dataset
-from gpt_serve.train.fit import Job, Reporter, Views, load_views, make_deterministic, publish, utc_now
+from gpt_serve.train.fit import Job, Reporter, Views, load_views, make_deterministic
 from gpt_serve.train.gate_search import GateSearch
 from gpt_serve.train.inspection import inspect_adapter
 from gpt_serve.train.loop import predict_all
 from gpt_serve.train.methods import AdapterModule
+from gpt_serve.train.publishing import publish, utc_now
 from gpt_serve.train.recipe import Recipe
 
 LEAST_EPOCHS = 5  # of a fine-tune: fewer do not settle
@@ -90,7 +91,7 @@ def close_gates(backbone: Backbone, job: ClosingJob, reporter: Reporter) -> dict
         adapter = _with_step(kept.adapter, step)
         if store.signature(job.task) != stored.signature:
             raise UsageError(f"adapter {job.task!r} was replaced while its gates were closed: repeat the command")
-        revision = publish(job.adapters, adapter, confusion, "validation" if views.test is None else "test")
+        revision = publish(job.adapters, adapter, confusion, views.unseen[1])
     return {"task": job.task, "revision": revision, "metrics": adapter.training["metrics"], "closing": step}
 
 
@@ -101,7 +102,7 @@ def _on_unseen(
 
     Nothing is selected by them.
     """
-    view = views.val if views.test is None else views.test
+    view, _ = views.unseen
     correct = []
     for adapter in (before, after):
         module = AdapterModule.of(adapter, backbone.spec, 0.0).to(backbone.device)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from gpt_serve.adapter import MAX_LABEL_LENGTH
+from gpt_serve.adapter_file import MAX_LABEL_LENGTH
 from gpt_serve.errors import DataError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}

@@ -4,25 +4,23 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
-from gpt_serve.adapter import Adapter
 from gpt_serve.backbone import Backbone
-from gpt_serve.errors import DataError, UsageError
+from gpt_serve.errors import DataError
 from gpt_serve.specs import check_task_name
-from gpt_serve.store import AdapterStore
-from gpt_serve.train.card import confusion_matrix, write_card
 from gpt_serve.train.checkpoint import RunCheckpoint
 from gpt_serve.train.data import Dataset, Split, digest, open_dataset
 from gpt_serve.train.distributed import World
-from gpt_serve.train.loop import EpochRecord, Progress, Trainer, predict_all
-from gpt_serve.train.methods import AdapterModule
+from gpt_serve.train.full import FullModule
+from gpt_serve.train.loop import EpochRecord, Trainer, predict_all
+from gpt_serve.train.methods import AdapterModule, find_method
+from gpt_serve.train.modules import TaskModule
 from gpt_serve.train.prompt_init import images_to_read, prompts_from_tokens
+from gpt_serve.train.publishing import describe, publish_trained
 from gpt_serve.train.recipe import Recipe
 from gpt_serve.train.views import Unreadable, View, scan
 
@@ -82,6 +80,11 @@ class Views:
     test: View | None
     digest: str
 
+    @property
+    def unseen(self) -> tuple[View, str]:
+        """Test images, validation images when there are none, and what they are called. Nothing is selected by them."""
+        return (self.val, "validation") if self.test is None else (self.test, "test")
+
 
 def train_adapter(backbone: Backbone, job: Job, reporter: Reporter, world: World) -> dict[str, Any] | None:
     """Train, select the best epoch on validation data, publish the adapter and its card.
@@ -124,7 +127,12 @@ def train_adapter(backbone: Backbone, job: Job, reporter: Reporter, world: World
     progress = trainer.fit(reporter.batch, store_epoch)
     if not world.leader:
         return None
-    summary = _publish(backbone, job, views, module, progress, time.perf_counter() - started)
+    module.load_state_dict(progress.best)
+    predictions, targets = predict_all(backbone, module, views.unseen[0], job.workers)
+    training = describe(job, views, module, progress, time.perf_counter() - started)
+    if views.test is not None:
+        training["metrics"]["test_accuracy"] = (predictions == targets).double().mean().item()
+    summary = publish_trained(backbone, job, views, module, training, (predictions, targets))
     checkpoint.delete()
     return summary
 
@@ -136,8 +144,10 @@ def make_deterministic(backbone: Backbone) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def build_module(backbone: Backbone, recipe: Recipe, classes: int) -> AdapterModule:
-    """An untrained adapter for ``classes`` classes."""
+def build_module(backbone: Backbone, recipe: Recipe, classes: int) -> TaskModule:
+    """What the recipe trains, untrained, for ``classes`` classes."""
+    if find_method(recipe.method).full:
+        return FullModule(backbone, classes, recipe.head_init)
     return AdapterModule.initial(
         backbone,
         recipe.method,
@@ -148,17 +158,19 @@ def build_module(backbone: Backbone, recipe: Recipe, classes: int) -> AdapterMod
         head_init=recipe.head_init,
         hard=recipe.gate == "hard",
         tempered=recipe.tempered,
+        first_block=recipe.first_block,
+        norm=recipe.norm,
     )
 
 
-def start_prompts(backbone: Backbone, module: AdapterModule, job: Job, view: View, reporter: Reporter) -> None:
+def start_prompts(backbone: Backbone, module: TaskModule, job: Job, view: View, reporter: Reporter) -> None:
     """Replace random prompts by those that the recipe takes from tokens of the training images.
 
     Raises:
         UsageError: there are fewer tokens than prompts.
     """
     recipe = job.recipe
-    if module.prompt is None or recipe.initialisation == "random":
+    if not isinstance(module, AdapterModule) or module.prompt is None or recipe.initialisation == "random":
         return
     plain = View(view.samples, view.preprocess, view.scaled, "none", recipe.seed)
     total = images_to_read(len(plain), backbone.model.patch_embed.num_patches, recipe.initialisation, recipe.prompts)
@@ -167,6 +179,7 @@ def start_prompts(backbone: Backbone, module: AdapterModule, job: Job, view: Vie
         plain,
         recipe.initialisation,
         (module.prompt.shape[0], module.prompt.shape[1]),
+        first_block=recipe.first_block,
         seed=recipe.seed,
         workers=job.workers,
         on_image=reporter.scanning(total, "drawing prompts"),
@@ -222,83 +235,3 @@ def _without(dataset: Dataset, names: set[str]) -> Dataset:
 
 def _identity(backbone: Backbone, job: Job, views: Views) -> dict[str, Any]:
     return {"task": job.task, "backbone": backbone.fingerprint, "data": views.digest, **job.recipe.to_dict()}
-
-
-def _publish(
-    backbone: Backbone, job: Job, views: Views, module: AdapterModule, progress: Progress, seconds: float
-) -> dict[str, Any]:
-    """Publish the best epoch; test images are looked at once, here, and select nothing."""
-    module.load_state_dict(progress.best)
-    shown, split = (views.val, "validation") if views.test is None else (views.test, "test")
-    predictions, targets = predict_all(backbone, module, shown, job.workers)
-    training = _record(job, views, module, progress.best_record, seconds)
-    if views.test is not None:
-        training["metrics"]["test_accuracy"] = (predictions == targets).double().mean().item()
-    adapter = to_adapter(backbone, job, views.labels, module, training)
-    revision = publish(job.adapters, adapter, confusion_matrix(predictions, targets, len(views.labels)), split)
-    return {"task": job.task, "revision": revision, "method": job.recipe.method, "backbone": backbone.name, **training}
-
-
-def publish(adapters: Path, adapter: Adapter, confusion: Tensor, split: str) -> str:
-    """Put the adapter into the store and write its card.
-
-    Args:
-        confusion: (C, C) on the images of ``split``.
-
-    Returns:
-        The new revision.
-
-    Raises:
-        UsageError: the disk refuses; the message says which of the two.
-    """
-    revision = AdapterStore(adapters).publish(adapter)
-    try:
-        write_card(adapters / adapter.task, adapter, revision, confusion, split)
-    except OSError as error:
-        raise UsageError(f"the adapter is published, but its card cannot be written: {error.strerror}") from error
-    return revision
-
-
-def _record(job: Job, views: Views, module: AdapterModule, best: EpochRecord, seconds: float) -> dict[str, Any]:
-    """What the adapter's metadata and card tell about its training."""
-    return {
-        "recipe": job.recipe.to_dict(),
-        "data": {
-            "source": Path(job.data).name,
-            "sha256": views.digest,
-            "train": len(views.train),
-            "val": len(views.val),
-            "test": 0 if views.test is None else len(views.test),
-        },
-        "metrics": {
-            "val_accuracy": best.val_accuracy,
-            "val_loss": best.val_loss,
-            "train_accuracy": best.train_accuracy,
-            "best_epoch": best.epoch,
-            "seconds": round(seconds, 1),
-        },
-        "trainable_parameters": sum(parameter.numel() for parameter in module.parameters()),
-    }
-
-
-def to_adapter(
-    backbone: Backbone, job: Job, labels: tuple[str, ...], module: AdapterModule, training: dict[str, Any]
-) -> Adapter:
-    """The module's tensors as a storable adapter."""
-    return Adapter(
-        task=job.task,
-        method=job.recipe.method,
-        backbone=backbone.name,
-        backbone_sha256=backbone.fingerprint,
-        labels=labels,
-        pool=backbone.spec.pool,
-        preprocess=backbone.spec.preprocess,
-        training=training,
-        created=utc_now(),
-        **module.stored(),
-    )
-
-
-def utc_now() -> str:
-    """As adapters store it."""
-    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")

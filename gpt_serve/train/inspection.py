@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from gpt_serve.adapter import Adapter
 from gpt_serve.prompted import TAU_MAX, TAU_MIN
@@ -19,7 +20,7 @@ class Inspection:
     """Per-block values, block 1 first; None where the method does not learn them.
 
     Attributes:
-        gates: ``sigmoid(gamma)`` of blocks 1..L-1.
+        gates: ``sigmoid(gamma)`` of blocks 1..L-1; 0 before the block that prompts enter.
         temperatures: tau of blocks 1..L.
         selection_ratio: influence of blocks 1..L-1 on the last block's prompts (Eq. 11); sums to 1. None when
             every gate is closed: then no block has any.
@@ -47,7 +48,7 @@ def selection_ratio(gates: Tensor) -> Tensor | None:
 
 def inspect_adapter(adapter: Adapter) -> Inspection:
     """Gates, temperatures and selection ratio of a stored adapter."""
-    gates = None if adapter.gamma is None else adapter.gamma.double().sigmoid()
+    gates = None if adapter.gamma is None else F.pad(adapter.gamma.double().sigmoid(), (adapter.first_block, 0))
     ratio = None if gates is None or adapter.deep or not len(gates) else selection_ratio(gates)
     return Inspection(
         gates=None if gates is None else gates.tolist(),

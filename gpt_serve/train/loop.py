@@ -12,9 +12,8 @@ from torch.nn import functional as F
 from gpt_serve.backbone import Backbone
 from gpt_serve.errors import DataError
 from gpt_serve.images import normalize
-from gpt_serve.prompted import embed
 from gpt_serve.train.distributed import World
-from gpt_serve.train.methods import AdapterModule
+from gpt_serve.train.modules import TaskModule
 from gpt_serve.train.recipe import Recipe, learning_rate
 from gpt_serve.train.views import View, ordered_batches, shuffled_batches
 
@@ -70,12 +69,12 @@ OnBatch = Callable[[int, float, float, int], object]  # epoch, running loss, run
 
 
 class Trainer:
-    """Fits one `AdapterModule` on a frozen backbone and keeps the best epoch by validation."""
+    """Fits one `TaskModule` on a frozen backbone and keeps the best epoch by validation."""
 
     def __init__(
         self,
         backbone: Backbone,
-        module: AdapterModule,
+        module: TaskModule,
         recipe: Recipe,
         train: View,
         val: View,
@@ -179,7 +178,7 @@ class Trainer:
         self.progress = Progress(state["epoch"], state["best_epoch"], state["best"], history)
 
 
-def _optimizer(module: AdapterModule, recipe: Recipe) -> torch.optim.Optimizer:
+def _optimizer(module: TaskModule, recipe: Recipe) -> torch.optim.Optimizer:
     """Two groups: the head, and everything that steers the backbone; ``scale`` multiplies the epoch's rate."""
     decay = recipe.weight_decay if recipe.head_weight_decay is None else recipe.head_weight_decay
     groups = [{"params": list(module.head.parameters()), "scale": recipe.head_lr_scale, "weight_decay": decay}]
@@ -190,18 +189,16 @@ def _optimizer(module: AdapterModule, recipe: Recipe) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
 
 
-def forward_logits(backbone: Backbone, module: AdapterModule, images: Tensor) -> Tensor:
+def forward_logits(backbone: Backbone, module: TaskModule, images: Tensor) -> Tensor:
     """uint8 (B, 3, H, W) on the backbone's device to float32 logits (B, C); bf16 autocast on CUDA."""
     spec = backbone.spec.preprocess
     mean, std = (torch.tensor(value, device=images.device) for value in (spec.mean, spec.std))
     with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=images.device.type == "cuda"):
-        with torch.no_grad():
-            tokens = embed(backbone.model, normalize(images, mean, std))
-        logits: Tensor = module(backbone.model, tokens)
+        logits: Tensor = module(backbone.model, normalize(images, mean, std))
     return logits.float()
 
 
-def _loss(backbone: Backbone, module: AdapterModule, data: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _loss(backbone: Backbone, module: TaskModule, data: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Summed cross-entropy of a batch, and how many of its images are classified right."""
     images, targets = (item.to(backbone.device, non_blocking=True) for item in data)
     logits = forward_logits(backbone, module, images)
@@ -209,7 +206,7 @@ def _loss(backbone: Backbone, module: AdapterModule, data: tuple[Tensor, Tensor]
 
 
 @torch.no_grad()
-def evaluate(backbone: Backbone, module: AdapterModule, view: View, workers: int, world: World = ALONE) -> Score:
+def evaluate(backbone: Backbone, module: TaskModule, view: View, workers: int, world: World = ALONE) -> Score:
     """Accuracy and mean loss of a whole split, over all processes."""
     module.eval()
     batches = [world.share(batch) for batch in ordered_batches(len(view), EVAL_BATCH)]
@@ -222,7 +219,7 @@ def evaluate(backbone: Backbone, module: AdapterModule, view: View, workers: int
 
 
 @torch.no_grad()
-def predict_all(backbone: Backbone, module: AdapterModule, view: View, workers: int) -> tuple[Tensor, Tensor]:
+def predict_all(backbone: Backbone, module: TaskModule, view: View, workers: int) -> tuple[Tensor, Tensor]:
     """Predicted classes and targets of a whole split, int64 (n,) each, on the CPU."""
     module.eval()
     predictions: list[Tensor] = []

@@ -13,14 +13,11 @@ from gpt_serve.adapter import Adapter
 from gpt_serve.adapter_batch import AdapterBatch
 from gpt_serve.backbone import Backbone
 from gpt_serve.errors import UsageError
-from gpt_serve.prompted import TAU_MAX, TAU_MIN, prompted_features
+from gpt_serve.prompted import TAU_MAX, TAU_MIN, embed, prompted_features
 from gpt_serve.specs import BackboneSpec
 from gpt_serve.train.gates import gumbel_temperature, harden, sample_gates
+from gpt_serve.train.modules import FreshNorm, HeadInit, Norm, TaskModule, make_head
 
-HEAD_BIAS = -math.log(99.0)
-HEAD_STD = {"small": 0.02, "tiny": 0.01}
-
-HeadInit = Literal["kaiming", "small", "tiny"]
 GateKind = Literal["soft", "hard"]
 PromptInit = Literal["random", "tokens", "kmeans", "mean", "max"]
 
@@ -35,6 +32,7 @@ class Method:
         gated: learns gate priors.
         tempered: learns attention temperatures, unless a recipe says otherwise.
         prompt_init: how its prompts start, unless a recipe says otherwise.
+        full: trains the backbone itself, see `FullModule`; no adapter comes out.
     """
 
     prompts: bool = True
@@ -42,6 +40,7 @@ class Method:
     gated: bool = False
     tempered: bool = False
     prompt_init: PromptInit = "random"
+    full: bool = False
 
 
 METHODS = {
@@ -52,6 +51,7 @@ METHODS = {
     "spt-shallow": Method(prompt_init="tokens"),
     "spt-deep": Method(deep=True, prompt_init="tokens"),
     "linear": Method(prompts=False),
+    "full": Method(prompts=False, full=True),
 }
 
 
@@ -62,7 +62,7 @@ def find_method(name: str) -> Method:
     return METHODS[name]
 
 
-class AdapterModule(nn.Module):
+class AdapterModule(TaskModule):
     """The trainable tensors of one adapter.
 
     Gates that are exactly 0 are no parameters: no optimizer moves them, and their blocks compute no prompt rows.
@@ -70,15 +70,17 @@ class AdapterModule(nn.Module):
     Args:
         spec: the backbone's.
         head: (C, D) and (C,).
-        prompt: (1 or L, P, D); None without prompts.
-        gamma: (L-1,) gate priors; None when gates are not learned. Infinite ones stay as they are.
+        prompt: (1 or L - first_block, P, D); None without prompts.
+        gamma: (L - 1 - first_block,) gate priors; None when gates are not learned. Infinite ones stay as they are.
         tau: (L,); None when temperatures are not learned.
+        first_block: the block that prompts enter.
+        fresh_norm: between the backbone's norm and the head; None for the pretrained norm alone.
         prompt_dropout: share of the prompts' values that is dropped in training mode.
         hard: gates are sampled, 0 or 1 for each image, in training mode, and 0 or 1 by their prior otherwise.
 
     Attributes:
-        gamma: the gate priors that are learned, (L-1,) or fewer; `priors` has all of them.
-        closed: (L-1,), which gates are exactly 0 and stay so; None when gates are not learned.
+        gamma: the gate priors that are learned, all of them or fewer; `priors` has all.
+        closed: for each of `priors`, whether it is exactly 0 and stays so; None when gates are not learned.
     """
 
     _fixed: Tensor
@@ -92,11 +94,15 @@ class AdapterModule(nn.Module):
         prompt: Tensor | None = None,
         gamma: Tensor | None = None,
         tau: Tensor | None = None,
+        first_block: int = 0,
+        fresh_norm: FreshNorm | None = None,
         prompt_dropout: float = 0.0,
         hard: bool = False,
     ) -> None:
         super().__init__()
         self.spec = spec
+        self.first_block = first_block
+        self.fresh_norm = fresh_norm
         self.prompt_dropout = prompt_dropout
         self.hard = hard
         self.gumbel_temperature = gumbel_temperature(0.0)
@@ -126,30 +132,40 @@ class AdapterModule(nn.Module):
         head_init: HeadInit,
         hard: bool = False,
         tempered: bool | None = None,
+        first_block: int = 0,
+        norm: Norm = "pretrained",
     ) -> "AdapterModule":
         """Untrained tensors, as in the authors' code.
 
-        Prompts are uniform in +-sqrt(6 / (3 * patch^2 + D)), gamma is ``-gate_init``, tau is 1. The head's weight is
-        Kaiming-normal (fan-out) with biases of -ln 99 as in the authors' code (``kaiming``), or truncated normal with
-        biases of 0 and std 0.02 (``small``) or 0.01 (``tiny``), as Self-Prompt Tuning has it for MAE and MoCo v3.
+        Prompts are uniform in +-sqrt(6 / (3 * patch^2 + D)), gamma is ``-gate_init``, tau is 1. The head is as in the
+        authors' code (``kaiming``), or, with std 0.02 (``small``) or 0.01 (``tiny``), as Self-Prompt Tuning has it for
+        MAE and MoCo v3; see `make_head`.
 
         Args:
             tempered: whether temperatures are learned; None for the method's own choice.
+            first_block: the block that prompts enter.
+            norm: the backbone's own before the head, or a fresh, frozen one.
+
+        Raises:
+            UsageError: there is no such block.
         """
         kind = find_method(method)
         spec = backbone.spec
+        if first_block >= spec.depth:
+            raise UsageError(f"--first-block {first_block}: the backbone's last block is {spec.depth - 1}")
+        blocks = spec.depth - first_block
         prompt = None
         if kind.prompts:
             height, width = backbone.model.patch_embed.patch_size
             bound = math.sqrt(6.0 / (3 * height * width + spec.width))
-            prompt = torch.empty(spec.depth if kind.deep else 1, prompts, spec.width).uniform_(-bound, bound)
-        head = nn.Linear(spec.width, classes)
-        _init_head(head, head_init)
+            prompt = torch.empty(blocks if kind.deep else 1, prompts, spec.width).uniform_(-bound, bound)
         return cls(
             spec,
-            head,
+            make_head(spec.width, classes, head_init),
             prompt=prompt,
-            gamma=torch.full((spec.depth - 1,), -float(gate_init)) if kind.gated else None,
+            gamma=torch.full((blocks - 1,), -float(gate_init)) if kind.gated else None,
+            first_block=first_block,
+            fresh_norm=FreshNorm(backbone.model) if norm == "fresh" else None,
             tau=torch.ones(spec.depth) if (kind.tempered if tempered is None else tempered) else None,
             prompt_dropout=prompt_dropout,
             hard=hard,
@@ -164,14 +180,15 @@ class AdapterModule(nn.Module):
             head.bias.copy_(adapter.head_bias)
         tensors = (adapter.prompt, adapter.gamma, adapter.tau)
         prompt, gamma, tau = (None if tensor is None else tensor.clone() for tensor in tensors)
-        return cls(spec, head, prompt=prompt, gamma=gamma, tau=tau, prompt_dropout=prompt_dropout)
+        first = adapter.first_block
+        return cls(spec, head, prompt=prompt, gamma=gamma, tau=tau, first_block=first, prompt_dropout=prompt_dropout)
 
     def anneal(self, progress: float) -> None:
         """Set the temperature of sampled gates; ``progress`` is the share of the epochs that are done, in [0, 1]."""
         self.gumbel_temperature = gumbel_temperature(progress)
 
     def priors(self) -> Tensor | None:
-        """(L-1,) gamma of every gate, -inf where it is closed; None when gates are not learned."""
+        """Gamma of every gate, -inf where it is closed; None when gates are not learned."""
         if self.gamma is None or len(self.gamma) == len(self._fixed):
             return self.gamma
         return self._fixed.index_put((self._learned,), self.gamma)
@@ -195,41 +212,35 @@ class AdapterModule(nn.Module):
             gamma=gamma,
             tau=self.tau,
             closed=closed,
+            first_block=self.first_block,
             device=self.head.weight.device,
         )
         if sampled and gamma is not None:
-            adapter = dataclasses.replace(adapter, gate=sample_gates(gamma, rows, self.gumbel_temperature))
+            gate = F.pad(sample_gates(gamma, rows, self.gumbel_temperature), (self.first_block, 0))
+            adapter = dataclasses.replace(adapter, gate=gate)
         if self.training and self.prompt is not None and self.prompt_dropout > 0:
             prompt = adapter.prompt.expand(rows, -1, -1, -1)
             adapter = dataclasses.replace(adapter, prompt=F.dropout(prompt, self.prompt_dropout))
         return adapter
 
-    def forward(self, model: nn.Module, tokens: Tensor) -> Tensor:
-        """Embedded images (B, prefix + N, D) to logits (B, C)."""
-        logits: Tensor = self.head(prompted_features(model, tokens, self.batch(len(tokens))))
+    def forward(self, model: nn.Module, images: Tensor) -> Tensor:
+        """Normalised images (B, 3, H, W) to logits (B, C)."""
+        with torch.no_grad():
+            tokens = embed(model, images)
+        features = prompted_features(model, tokens, self.batch(len(tokens)))
+        logits: Tensor = self.head(features if self.fresh_norm is None else self.fresh_norm(features))
         return logits
-
-    def steering(self) -> list[nn.Parameter]:
-        """What is learned besides the head."""
-        return [tensor for tensor in (self.prompt, self.gamma, self.tau) if tensor is not None]
 
     def stored(self) -> dict[str, Any]:
         """The tensors as fields of an `Adapter`: float32 copies on the CPU."""
+        head = (self.head.weight, self.head.bias) if self.fresh_norm is None else self.fresh_norm.folded(self.head)
         tensors = {"prompt": self.prompt, "gamma": self.final_priors(), "tau": self.tau}
-        tensors |= {"head_weight": self.head.weight, "head_bias": self.head.bias}
-        return {name: tensor.detach().float().cpu().clone() for name, tensor in tensors.items() if tensor is not None}
+        tensors |= {"head_weight": head[0], "head_bias": head[1]}
+        stored = {name: tensor.detach().float().cpu() for name, tensor in tensors.items() if tensor is not None}
+        return {name: tensor.clone() for name, tensor in stored.items()} | {"first_block": self.first_block}
 
     @torch.no_grad()
     def clamp(self) -> None:
         """Keep the temperatures in range after an optimizer step, as the authors do on every forward."""
         if self.tau is not None:
             self.tau.clamp_(TAU_MIN, TAU_MAX)
-
-
-def _init_head(head: nn.Linear, kind: HeadInit) -> None:
-    if kind == "kaiming":
-        nn.init.kaiming_normal_(head.weight, a=0, mode="fan_out")
-        nn.init.constant_(head.bias, HEAD_BIAS)
-    else:
-        nn.init.trunc_normal_(head.weight, std=HEAD_STD[kind])
-        nn.init.zeros_(head.bias)

@@ -1,14 +1,15 @@
 """Prompts that start from the task's own tokens (Self-Prompt Tuning, Wang et al., ICML 2024).
 
-Layer 0 takes rows of the patch embedding, without position embedding or norm; layer ``i`` of deep prompts takes patch
+Prompts of block 0 take rows of the patch embedding, without position embedding or norm; those of block ``i`` take patch
 tokens as block ``i - 1`` of the unprompted frozen model hands them on. Images stream through: what is kept does not
 grow with their number.
 
-Shapes: images ``B``, patch tokens ``N`` of each, width ``D``, prompts ``P``, layers ``R`` (1 or ``L``).
+Shapes: images ``B``, patch tokens ``N`` of each, width ``D``, prompts ``P``, layers ``R`` (1, or one for each block).
 """
 
 import math
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
@@ -135,6 +136,7 @@ def prompts_from_tokens(
     init: PromptInit,
     shape: tuple[int, int],
     *,
+    first_block: int = 0,
     seed: int,
     workers: int,
     on_image: Callable[[], object] = lambda: None,
@@ -146,6 +148,7 @@ def prompts_from_tokens(
         init: ``tokens`` draws them from the tokens of ``P`` images, ``kmeans`` takes the centres and ``mean`` and
             ``max`` pool windows of the tokens of 30 % of the images (of more, when these have too few tokens).
         shape: (R, P).
+        first_block: the block that the prompts enter.
         on_image: called after each image that is read.
 
     Raises:
@@ -158,7 +161,8 @@ def prompts_from_tokens(
     pools = [POOLS[init](total, prompts, (seed, layer)) for layer in range(layers)]
     batches = [[chosen[index] for index in batch] for batch in ordered_batches(len(chosen), BATCH)]
     for images, _ in view.batches(batches, workers):
-        for pool, tokens in zip(pools, patch_tokens(backbone, images), strict=False):
+        entering = islice(patch_tokens(backbone, images), first_block, None)
+        for pool, tokens in zip(pools, entering, strict=False):
             pool.add(tokens.flatten(0, 1))
         for _ in images:
             on_image()

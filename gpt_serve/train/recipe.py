@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from gpt_serve.errors import UsageError
-from gpt_serve.train.methods import GateKind, HeadInit, PromptInit, find_method
+from gpt_serve.train.methods import GateKind, PromptInit, find_method
+from gpt_serve.train.modules import HeadInit, Norm
 
 Augment = Literal["crop-flip", "crop", "none"]
 Optimizer = Literal["sgd", "adamw"]
@@ -24,6 +25,8 @@ class Recipe:
         gate_init: gamma starts at ``-gate_init``.
         temperature: whether attention temperatures are learned; None for the method's own choice.
         prompt_dropout: dropout on the prompt tokens at the input.
+        first_block: the block that prompts enter, from 0.
+        norm: the backbone's own before the head, or a fresh, frozen one as VPT has it for MAE.
         epochs: passes over the training images.
         warmup: epochs of linear warm-up; with any, epoch 0 runs at learning rate 0, as the authors' does.
         schedule: whether the learning rate is set before each epoch or before each step.
@@ -47,6 +50,8 @@ class Recipe:
     gate_init: float = 1.0
     temperature: bool | None = None
     prompt_dropout: float = 0.1
+    first_block: int = 0
+    norm: Norm = "pretrained"
     epochs: int = 20
     warmup: int = 2
     schedule: Schedule = "epoch"
@@ -68,8 +73,13 @@ class Recipe:
             raise UsageError(f"--gate hard: the method {self.method} learns no gates: leave it out")
         if self.prompt_init not in (None, "random") and not method.prompts:
             raise UsageError(f"--prompt-init {self.prompt_init}: the method {self.method} has no prompts: leave it out")
+        if self.first_block and not method.prompts:
+            raise UsageError(f"--first-block {self.first_block}: the method {self.method} has no prompts: leave it out")
+        if method.full and (self.norm != "pretrained" or self.tempered):
+            raise UsageError("--method full: leave --norm and --temperature out, the whole backbone is trained")
         limits: list[tuple[str, float, float]] = [
             ("prompts", 1, 4096),
+            ("first_block", 0, 9999),
             ("epochs", 1, 100_000),
             ("warmup", 0, 100_000),
             ("batch_size", 1, 65_536),
@@ -110,6 +120,8 @@ class Recipe:
 
 RECIPES = {
     "adamw": Recipe(),
+    # Full fine-tuning: one small rate for everything.
+    "full": Recipe(method="full", lr=3e-4, head_lr_scale=1.0, weight_decay=0.05),
     # Yoo et al., Table 5: 100 prompts, batch 64 and the middle of the rates and gate priors of FGVC with MAE.
     "paper": Recipe(
         prompts=100,

@@ -17,7 +17,6 @@ from gpt_serve.adapter_batch import AdapterBatch
 from gpt_serve.backbone import Backbone
 from gpt_serve.cli import main
 from gpt_serve.errors import BackboneMismatch, DataError, UnknownTask, UsageError
-from gpt_serve.prompted import embed
 from gpt_serve.store import FILE_NAME, AdapterStore
 from gpt_serve.train import card, closing, gate_search, loop
 from gpt_serve.train.closing import ClosingJob, close_gates
@@ -272,7 +271,7 @@ def test_training_computes_no_prompt_rows_behind_closed_gates(tiny: Backbone) ->
         block.mlp.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[1]))
         for block in tiny.model.blocks
     ]
-    module(tiny.model, embed(tiny.model, random_images(2))).sum().backward()
+    module(tiny.model, random_images(2)).sum().backward()
     for hook in hooks:
         hook.remove()
     assert rows == [17, 24, 24]

@@ -64,6 +64,11 @@ PARAMETERS: dict[str, tuple[dict[str, Any], int]] = {
     "spt-shallow": ({"method": "spt-shallow"}, 3 * 24 + 25 * 3),
     "spt-deep": ({"method": "spt-deep"}, 3 * 3 * 24 + 25 * 3),
     "linear": ({"method": "linear"}, 25 * 3),
+    # Patch embedding, CLS, positions, blocks (qkv, projection, MLP, two norms), the last norm, head.
+    "full": (
+        {"method": "full"},
+        49 * 24 + 24 + 17 * 24 + 3 * (25 * 72 + 25 * 24 + 25 * 96 + 97 * 24 + 4 * 24) + 2 * 24 + 25 * 3,
+    ),
 }
 
 

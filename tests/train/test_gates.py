@@ -87,7 +87,7 @@ def test_training_runs_each_image_with_gates_of_its_own(tiny: Backbone, deep: bo
     module.train()
     images = random_images(8)
     torch.manual_seed(3)
-    logits = module(tiny.model, embed(tiny.model, images))
+    logits = module(tiny.model, images)
     torch.manual_seed(3)
     gates = sample_gates(module.gamma, 8, module.gumbel_temperature)  # type: ignore[arg-type]
     assert len(gates.unique(dim=0)) > 1
@@ -113,13 +113,13 @@ def test_evaluation_computes_what_is_stored(tiny: Backbone) -> None:
     stored = module.stored()
     assert stored["gamma"].tolist() == [math.inf, -math.inf]
     assert module.batch(2).plan.closed == (False, True)
-    tokens = embed(tiny.model, random_images(4))
+    images = random_images(4)
     tensors = {name: stored[name] for name in ("prompt", "gamma", "tau")}
     served = AdapterBatch.single(
         depth=3, width=24, pool=tiny.spec.pool, **tensors, closed=torch.isneginf(stored["gamma"]).tolist()
     )
-    expected = module.head(prompted_features(tiny.model, tokens, served))
-    torch.testing.assert_close(module(tiny.model, tokens), expected)
+    expected = module.head(prompted_features(tiny.model, embed(tiny.model, images), served))
+    torch.testing.assert_close(module(tiny.model, images), expected)
 
 
 def test_the_schedule_reaches_the_module(tiny: Backbone) -> None:

@@ -1,0 +1,135 @@
+"""What a finished run leaves: a published adapter with its card, or a fine-tuned model."""
+
+import json
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gpt_serve.adapter import Adapter
+from gpt_serve.backbone import Backbone
+from gpt_serve.errors import UsageError
+from gpt_serve.store import AdapterStore
+from gpt_serve.train.card import confusion_matrix, write_card
+from gpt_serve.train.full import FullModule
+from gpt_serve.train.loop import Progress
+from gpt_serve.train.methods import AdapterModule
+from gpt_serve.train.modules import TaskModule
+
+if TYPE_CHECKING:
+    from gpt_serve.train.fit import Job, Views
+
+
+def publish_trained(
+    backbone: Backbone,
+    job: "Job",
+    views: "Views",
+    module: TaskModule,
+    training: dict[str, Any],
+    answers: tuple[Tensor, Tensor],
+) -> dict[str, Any]:
+    """Publish an adapter, or store a fine-tuned model, which nobody serves.
+
+    Args:
+        training: from `describe`.
+        answers: predicted and true classes of `Views.unseen`, (n,) each.
+
+    Returns:
+        The summary that ``--json`` prints.
+    """
+    summary = {"task": job.task, "method": job.recipe.method, "backbone": backbone.name, **training}
+    if isinstance(module, FullModule):
+        path = job.adapters / ".full" / f"{job.task}.safetensors"
+        store_model(path, module, views.labels, summary)
+        return summary | {"path": str(path)}
+    assert isinstance(module, AdapterModule)
+    adapter = to_adapter(backbone, job, views.labels, module, training)
+    matrix = confusion_matrix(*answers, len(views.labels))
+    return summary | {"revision": publish(job.adapters, adapter, matrix, views.unseen[1])}
+
+
+def store_model(path: Path, module: FullModule, labels: tuple[str, ...], summary: dict[str, Any]) -> None:
+    """Write the weights by timm's names, with labels and summary as JSON in the metadata; a crash leaves the old file.
+
+    Raises:
+        UsageError: the disk refuses.
+    """
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        metadata = {"labels": json.dumps(labels, ensure_ascii=False), "training": json.dumps(summary)}
+        save_file(module.weights(), temporary, metadata)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UsageError(f"the fine-tuned model {path} cannot be written: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def publish(adapters: Path, adapter: Adapter, confusion: Tensor, split: str) -> str:
+    """Put the adapter into the store and write its card.
+
+    Args:
+        confusion: (C, C) on the images of ``split``.
+
+    Returns:
+        The new revision.
+
+    Raises:
+        UsageError: the disk refuses; the message says which of the two.
+    """
+    revision = AdapterStore(adapters).publish(adapter)
+    try:
+        write_card(adapters / adapter.task, adapter, revision, confusion, split)
+    except OSError as error:
+        raise UsageError(f"the adapter is published, but its card cannot be written: {error.strerror}") from error
+    return revision
+
+
+def describe(job: "Job", views: "Views", module: TaskModule, progress: Progress, seconds: float) -> dict[str, Any]:
+    """What the adapter's metadata and card tell about its training."""
+    best = progress.best_record
+    return {
+        "recipe": job.recipe.to_dict(),
+        "data": {
+            "source": Path(job.data).name,
+            "sha256": views.digest,
+            "train": len(views.train),
+            "val": len(views.val),
+            "test": 0 if views.test is None else len(views.test),
+        },
+        "metrics": {
+            "val_accuracy": best.val_accuracy,
+            "val_loss": best.val_loss,
+            "train_accuracy": best.train_accuracy,
+            "best_epoch": best.epoch,
+            "seconds": round(seconds, 1),
+        },
+        "trainable_parameters": sum(parameter.numel() for parameter in module.parameters()),
+    }
+
+
+def to_adapter(
+    backbone: Backbone, job: "Job", labels: tuple[str, ...], module: AdapterModule, training: dict[str, Any]
+) -> Adapter:
+    """The module's tensors as a storable adapter."""
+    return Adapter(
+        task=job.task,
+        method=job.recipe.method,
+        backbone=backbone.name,
+        backbone_sha256=backbone.fingerprint,
+        labels=labels,
+        pool=backbone.spec.pool,
+        preprocess=backbone.spec.preprocess,
+        training=training,
+        created=utc_now(),
+        **module.stored(),
+    )
+
+
+def utc_now() -> str:
+    """As adapters store it."""
+    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
