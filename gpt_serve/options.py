@@ -85,8 +85,8 @@ training_options = _option_group(
     click.option("--first-block", type=int, help="Block that prompts enter, counted from 0.  [0]"),
     click.option(
         "--norm",
-        type=click.Choice(["pretrained", "fresh"]),
-        help="Before the head: the backbone's own, or a fresh, frozen one.  [pretrained]",
+        type=click.Choice(["pretrained", "fresh", "standard"]),
+        help="Before the head: the backbone's own; a fresh, frozen one; or features standardised.  [pretrained]",
     ),
     click.option(
         "--gate",

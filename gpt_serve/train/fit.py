@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 from gpt_serve.backbone import Backbone
 from gpt_serve.errors import DataError
@@ -16,7 +17,7 @@ from gpt_serve.train.checkpoint import RunCheckpoint
 from gpt_serve.train.data import Dataset, Split, digest, open_dataset
 from gpt_serve.train.distributed import World
 from gpt_serve.train.full import FullModule
-from gpt_serve.train.loop import EpochRecord, Trainer, predict_all
+from gpt_serve.train.loop import EpochRecord, Trainer, features_of, predict_all
 from gpt_serve.train.methods import AdapterModule, find_method
 from gpt_serve.train.modules import TaskModule
 from gpt_serve.train.prompt_init import images_to_read, prompts_from_tokens
@@ -105,8 +106,8 @@ def train_adapter(backbone: Backbone, job: Job, reporter: Reporter, world: World
     views = load_views(open_dataset(job.data, job.recipe.seed), backbone, job, reporter)
     torch.manual_seed(job.recipe.seed)
     module = build_module(backbone, job.recipe, len(views.labels))
-    if not job.resume:
-        start_prompts(backbone, module, job, views.train, reporter)
+    if not job.resume and isinstance(module, AdapterModule):
+        start_from_data(backbone, module, job, views.train, reporter)
     trainer = Trainer(backbone, module, job.recipe, train=views.train, val=views.val, world=world, workers=job.workers)
     identity = _identity(backbone, job, views)
     if job.resume:
@@ -163,29 +164,37 @@ def build_module(backbone: Backbone, recipe: Recipe, classes: int) -> TaskModule
     )
 
 
-def start_prompts(backbone: Backbone, module: TaskModule, job: Job, view: View, reporter: Reporter) -> None:
-    """Replace random prompts by those that the recipe takes from tokens of the training images.
+def start_from_data(backbone: Backbone, module: AdapterModule, job: Job, view: View, reporter: Reporter) -> None:
+    """Set what the recipe takes from the training images, not augmented: prompts, then what standard features are.
 
     Raises:
         UsageError: there are fewer tokens than prompts.
     """
+    plain = View(view.samples, view.preprocess, view.scaled, "none", job.recipe.seed)
+    if module.prompt is not None and job.recipe.initialisation != "random":
+        _start_prompts(backbone, module, module.prompt, job, plain, reporter)
+    if module.head_norm is not None and job.recipe.norm == "standard":
+        tick = reporter.scanning(len(plain), "standardising features")
+        module.head_norm.set_standard(features_of(backbone, module, plain, job.workers, tick))
+
+
+def _start_prompts(
+    backbone: Backbone, module: AdapterModule, prompts: nn.Parameter, job: Job, plain: View, reporter: Reporter
+) -> None:
     recipe = job.recipe
-    if not isinstance(module, AdapterModule) or module.prompt is None or recipe.initialisation == "random":
-        return
-    plain = View(view.samples, view.preprocess, view.scaled, "none", recipe.seed)
     total = images_to_read(len(plain), backbone.model.patch_embed.num_patches, recipe.initialisation, recipe.prompts)
-    prompt = prompts_from_tokens(
+    tokens = prompts_from_tokens(
         backbone,
         plain,
         recipe.initialisation,
-        (module.prompt.shape[0], module.prompt.shape[1]),
+        (prompts.shape[0], prompts.shape[1]),
         first_block=recipe.first_block,
         seed=recipe.seed,
         workers=job.workers,
         on_image=reporter.scanning(total, "drawing prompts"),
     )
     with torch.no_grad():
-        module.prompt.copy_(prompt)
+        prompts.copy_(tokens)
 
 
 def load_views(dataset: Dataset, backbone: Backbone, job: Job, reporter: Reporter) -> Views:

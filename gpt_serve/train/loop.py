@@ -1,7 +1,7 @@
 """The training loop: epochs, validation, checkpoints."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from gpt_serve.backbone import Backbone
 from gpt_serve.errors import DataError
 from gpt_serve.images import normalize
 from gpt_serve.train.distributed import World
+from gpt_serve.train.methods import AdapterModule
 from gpt_serve.train.modules import TaskModule
 from gpt_serve.train.recipe import Recipe, learning_rate
 from gpt_serve.train.views import View, ordered_batches, shuffled_batches
@@ -191,11 +192,34 @@ def _optimizer(module: TaskModule, recipe: Recipe) -> torch.optim.Optimizer:
 
 def forward_logits(backbone: Backbone, module: TaskModule, images: Tensor) -> Tensor:
     """uint8 (B, 3, H, W) on the backbone's device to float32 logits (B, C); bf16 autocast on CUDA."""
+    with _autocast(images):
+        logits: Tensor = module(backbone.model, _normalized(backbone, images))
+    return logits.float()
+
+
+@torch.no_grad()
+def features_of(
+    backbone: Backbone, module: AdapterModule, view: View, workers: int, on_image: Callable[[], object]
+) -> Iterator[Tensor]:
+    """float32 features (B, D) of all images of a split, in order, as evaluation sees them."""
+    module.eval()
+    for images, _ in view.batches(ordered_batches(len(view), EVAL_BATCH), workers):
+        images = images.to(backbone.device)
+        with _autocast(images):
+            features = module.features(backbone.model, _normalized(backbone, images))
+        for _ in images:
+            on_image()
+        yield features.float()
+
+
+def _normalized(backbone: Backbone, images: Tensor) -> Tensor:
     spec = backbone.spec.preprocess
     mean, std = (torch.tensor(value, device=images.device) for value in (spec.mean, spec.std))
-    with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=images.device.type == "cuda"):
-        logits: Tensor = module(backbone.model, normalize(images, mean, std))
-    return logits.float()
+    return normalize(images, mean, std)
+
+
+def _autocast(images: Tensor) -> torch.autocast:
+    return torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=images.device.type == "cuda")
 
 
 def _loss(backbone: Backbone, module: TaskModule, data: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

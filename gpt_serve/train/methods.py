@@ -16,7 +16,7 @@ from gpt_serve.errors import UsageError
 from gpt_serve.prompted import TAU_MAX, TAU_MIN, embed, prompted_features
 from gpt_serve.specs import BackboneSpec
 from gpt_serve.train.gates import gumbel_temperature, harden, sample_gates
-from gpt_serve.train.modules import FreshNorm, HeadInit, Norm, TaskModule, make_head
+from gpt_serve.train.modules import HeadInit, HeadNorm, Norm, TaskModule, make_head
 
 GateKind = Literal["soft", "hard"]
 PromptInit = Literal["random", "tokens", "kmeans", "mean", "max"]
@@ -74,7 +74,7 @@ class AdapterModule(TaskModule):
         gamma: (L - 1 - first_block,) gate priors; None when gates are not learned. Infinite ones stay as they are.
         tau: (L,); None when temperatures are not learned.
         first_block: the block that prompts enter.
-        fresh_norm: between the backbone's norm and the head; None for the pretrained norm alone.
+        head_norm: between the backbone's norm and the head; None for the pretrained norm alone.
         prompt_dropout: share of the prompts' values that is dropped in training mode.
         hard: gates are sampled, 0 or 1 for each image, in training mode, and 0 or 1 by their prior otherwise.
 
@@ -95,14 +95,14 @@ class AdapterModule(TaskModule):
         gamma: Tensor | None = None,
         tau: Tensor | None = None,
         first_block: int = 0,
-        fresh_norm: FreshNorm | None = None,
+        head_norm: HeadNorm | None = None,
         prompt_dropout: float = 0.0,
         hard: bool = False,
     ) -> None:
         super().__init__()
         self.spec = spec
         self.first_block = first_block
-        self.fresh_norm = fresh_norm
+        self.head_norm = head_norm
         self.prompt_dropout = prompt_dropout
         self.hard = hard
         self.gumbel_temperature = gumbel_temperature(0.0)
@@ -144,7 +144,7 @@ class AdapterModule(TaskModule):
         Args:
             tempered: whether temperatures are learned; None for the method's own choice.
             first_block: the block that prompts enter.
-            norm: the backbone's own before the head, or a fresh, frozen one.
+            norm: the backbone's own before the head, or that and a `HeadNorm`, which learns what is standard later.
 
         Raises:
             UsageError: there is no such block.
@@ -154,6 +154,9 @@ class AdapterModule(TaskModule):
         if first_block >= spec.depth:
             raise UsageError(f"--first-block {first_block}: the backbone's last block is {spec.depth - 1}")
         blocks = spec.depth - first_block
+        head_norm = None if norm == "pretrained" else HeadNorm(spec.width)
+        if head_norm is not None and norm == "fresh":
+            head_norm.set_fresh(backbone.model)
         prompt = None
         if kind.prompts:
             height, width = backbone.model.patch_embed.patch_size
@@ -165,7 +168,7 @@ class AdapterModule(TaskModule):
             prompt=prompt,
             gamma=torch.full((blocks - 1,), -float(gate_init)) if kind.gated else None,
             first_block=first_block,
-            fresh_norm=FreshNorm(backbone.model) if norm == "fresh" else None,
+            head_norm=head_norm,
             tau=torch.ones(spec.depth) if (kind.tempered if tempered is None else tempered) else None,
             prompt_dropout=prompt_dropout,
             hard=hard,
@@ -225,15 +228,19 @@ class AdapterModule(TaskModule):
 
     def forward(self, model: nn.Module, images: Tensor) -> Tensor:
         """Normalised images (B, 3, H, W) to logits (B, C)."""
+        features = self.features(model, images)
+        logits: Tensor = self.head(features if self.head_norm is None else self.head_norm(features))
+        return logits
+
+    def features(self, model: nn.Module, images: Tensor) -> Tensor:
+        """Normalised images (B, 3, H, W) to what the backbone's norm puts out, (B, D)."""
         with torch.no_grad():
             tokens = embed(model, images)
-        features = prompted_features(model, tokens, self.batch(len(tokens)))
-        logits: Tensor = self.head(features if self.fresh_norm is None else self.fresh_norm(features))
-        return logits
+        return prompted_features(model, tokens, self.batch(len(tokens)))
 
     def stored(self) -> dict[str, Any]:
         """The tensors as fields of an `Adapter`: float32 copies on the CPU."""
-        head = (self.head.weight, self.head.bias) if self.fresh_norm is None else self.fresh_norm.folded(self.head)
+        head = (self.head.weight, self.head.bias) if self.head_norm is None else self.head_norm.folded(self.head)
         tensors = {"prompt": self.prompt, "gamma": self.final_priors(), "tau": self.tau}
         tensors |= {"head_weight": head[0], "head_bias": head[1]}
         stored = {name: tensor.detach().float().cpu() for name, tensor in tensors.items() if tensor is not None}

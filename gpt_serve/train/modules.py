@@ -1,8 +1,10 @@
 """What a training loop fits: the interface that adapters and full fine-tuning share, and the head."""
 
 import math
+from collections.abc import Iterable
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from gpt_serve.errors import BackboneError
@@ -12,7 +14,8 @@ HEAD_BIAS = -math.log(99.0)
 HEAD_STD = {"small": 0.02, "tiny": 0.01}
 
 HeadInit = Literal["kaiming", "small", "tiny"]
-Norm = Literal["pretrained", "fresh"]
+Norm = Literal["pretrained", "fresh", "standard"]
+VARIANCE_FLOOR = 1e-6  # of features that hardly vary
 
 
 class TaskModule(nn.Module):
@@ -51,35 +54,57 @@ def make_head(width: int, classes: int, kind: HeadInit) -> nn.Linear:
     return head
 
 
-class FreshNorm(nn.Module):
-    """What turns the output of the backbone's pretrained norm into that of a new, frozen one.
+class HeadNorm(nn.Module):
+    """What the head sees instead of the features: ``(features - shift) * scale``, which stays as it is while training.
 
-    A new LayerNorm has weight 1 and bias 0, so the two differ by the pretrained weight ``w`` and bias ``b``:
-    ``fresh = (pretrained - b) / w``. As this is linear, a head that was trained behind it can be stored as one behind
-    the pretrained norm, and serving needs to know nothing of it.
+    As this is linear, a head that was trained behind it can be stored as one without, and serving needs to know
+    nothing of it. ``fresh`` undoes the weight ``w`` and bias ``b`` of the backbone's final LayerNorm, so that the head
+    sees what a new one would give: ``(features - b) / w``. ``standard`` gives every feature mean 0 and variance 1 over
+    the training images, as the batch norm of MAE's linear probes does (He et al. 2022, A.1).
 
-    Raises:
-        BackboneError: the backbone has no final norm, or one with a weight of 0.
+    Args:
+        width: ``D``.
     """
 
-    weight: Tensor
-    bias: Tensor
+    shift: Tensor
+    scale: Tensor
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
+        self.register_buffer("shift", torch.zeros(width))
+        self.register_buffer("scale", torch.ones(width))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, D) -> (B, D)."""
+        return (features - self.shift) * self.scale
+
+    def folded(self, head: nn.Linear) -> tuple[Tensor, Tensor]:
+        """Weight (C, D) and bias (C,) of the head that gives the same on the features themselves."""
+        weight = head.weight * self.scale
+        return weight, head.bias - weight @ self.shift
+
+    @torch.no_grad()
+    def set_fresh(self, model: nn.Module) -> None:
+        """Undo the final norm of ``model``.
+
+        Raises:
+            BackboneError: it has none, or one with a weight of 0.
+        """
         norm = final_norm(model)
         if not isinstance(norm, nn.LayerNorm):
             raise BackboneError("--norm fresh: the backbone has no final LayerNorm: leave it out")
         if norm.weight.eq(0).any():
             raise BackboneError("--norm fresh: the backbone's final norm has weights of 0: leave it out")
-        self.register_buffer("weight", norm.weight.detach().clone(), persistent=False)
-        self.register_buffer("bias", norm.bias.detach().clone(), persistent=False)
+        self.shift.copy_(norm.bias)
+        self.scale.copy_(1 / norm.weight)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """(B, D) behind the pretrained norm -> (B, D) behind a fresh one."""
-        return (features - self.bias) / self.weight
-
-    def folded(self, head: nn.Linear) -> tuple[Tensor, Tensor]:
-        """Weight (C, D) and bias (C,) of the head that gives the same behind the pretrained norm."""
-        weight = head.weight / self.weight
-        return weight, head.bias - weight @ self.bias
+    @torch.no_grad()
+    def set_standard(self, batches: Iterable[Tensor]) -> None:
+        """Standardise by the mean and variance over all rows of ``batches``, (B, D) each."""
+        count, total, squares = 0, self.shift.double().zero_(), self.shift.double().zero_()
+        for features in batches:
+            rows = features.double()
+            count, total, squares = count + len(rows), total + rows.sum(0), squares + rows.square().sum(0)
+        mean = total / count
+        self.shift.copy_(mean)
+        self.scale.copy_((squares / count - mean.square() + VARIANCE_FLOOR).rsqrt())

@@ -26,7 +26,8 @@ class Recipe:
         temperature: whether attention temperatures are learned; None for the method's own choice.
         prompt_dropout: dropout on the prompt tokens at the input.
         first_block: the block that prompts enter, from 0.
-        norm: the backbone's own before the head, or a fresh, frozen one as VPT has it for MAE.
+        norm: before the head the backbone's own, a fresh, frozen one as VPT has it for MAE, or the backbone's own and
+            features standardised over the training images.
         epochs: passes over the training images.
         warmup: epochs of linear warm-up; with any, epoch 0 runs at learning rate 0, as the authors' does.
         schedule: whether the learning rate is set before each epoch or before each step.

@@ -15,8 +15,8 @@ from gpt_serve.images import normalize
 from gpt_serve.store import AdapterStore
 from gpt_serve.train.data import open_dataset
 from gpt_serve.train.distributed import World
-from gpt_serve.train.fit import Job, build_module, start_prompts, train_adapter
-from gpt_serve.train.methods import PromptInit
+from gpt_serve.train.fit import Job, build_module, start_from_data, train_adapter
+from gpt_serve.train.methods import AdapterModule, PromptInit
 from gpt_serve.train.prompt_init import (
     Centres,
     Drawn,
@@ -166,7 +166,8 @@ def test_every_initialisation_goes_with_shallow_and_deep_prompts(
     module = build_module(tiny, recipe, 3)
     assert module.prompt is not None
     head, random = module.head.weight.clone(), module.prompt.clone()
-    start_prompts(tiny, module, Job("t", "", tmp_path, recipe, workers=0), view, Recorder())
+    assert isinstance(module, AdapterModule)
+    start_from_data(tiny, module, Job("t", "", tmp_path, recipe, workers=0), view, Recorder())
     assert module.prompt.requires_grad and not torch.equal(module.prompt, random)
     assert torch.equal(module.head.weight, head)
     # Pooled tokens lie within the range of their own layer's tokens.
