@@ -20,6 +20,7 @@ from gpt_serve.errors import BackboneError, UnsupportedBackbone
 from gpt_serve.specs import BackboneSpec, Family, Pool, Preprocess
 
 BUNDLED = "mae-vit-tiny-32"
+BUNDLED_SIDE = 32
 POOL_OF: dict[Family, Pool] = {"mae": "mean", "mocov3": "cls"}
 
 
@@ -95,7 +96,7 @@ class Backbone:
         cls, checkpoint: str | Path | None, input_size: int | None, pool: Pool | None, device: str
     ) -> "Backbone":
         _check_input_size(BUNDLED, input_size, 4)
-        model = timm.create_model("vit_tiny_patch16_224", img_size=input_size or 32, patch_size=4, num_classes=0)
+        model = bundled_model(input_size or BUNDLED_SIDE)
         path = checkpoint or Path(str(files("gpt_serve"))) / "backbones" / f"{BUNDLED}.safetensors"
         family = load_checkpoint(model, path) or "mae"
         preprocess = Preprocess(
@@ -139,6 +140,11 @@ class Backbone:
             preprocess=replace(preprocess, input_size=tuple(model.patch_embed.img_size)),
         )
         return cls(model, spec, device, family)
+
+
+def bundled_model(input_size: int = BUNDLED_SIDE) -> VisionTransformer:
+    """The architecture of the bundled backbone with random weights: 12 blocks, width 192, patches of 4x4 pixels."""
+    return timm.create_model("vit_tiny_patch16_224", img_size=input_size, patch_size=4, num_classes=0)
 
 
 def check_plain(model: nn.Module, name: str) -> None:

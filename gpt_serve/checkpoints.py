@@ -7,9 +7,10 @@ from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, get_args
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
@@ -29,13 +30,14 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], Family | None]
 
     Returns:
         The tensors by timm's names, and the family (None when unknown): MAE checkpoints have weights under
-        ``model`` and no classifier, MoCo v3 ones an encoder of its own under ``state_dict``.
+        ``model`` and no classifier, MoCo v3 ones an encoder of its own under ``state_dict``, and .safetensors files
+        may name it in their metadata as ``family``.
 
     Raises:
         CheckpointError: the file is missing, unreadable, or holds no tensors.
     """
     content = _by_name(_read(Path(path)))
-    family: Family | None = None
+    family = _stated_family(Path(path))
     if isinstance(content.get("state_dict"), Mapping):
         content = _by_name(content["state_dict"])
         for prefix in _MOCO_PREFIXES:
@@ -54,6 +56,15 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], Family | None]
     if not weights:
         raise CheckpointError(f"checkpoint {path} {_NO_WEIGHTS}")
     return weights, family
+
+
+def _stated_family(path: Path) -> Family | None:
+    """What the metadata of a readable .safetensors file says."""
+    if path.suffix != ".safetensors":
+        return None
+    with safe_open(path, "pt") as file:
+        stated = (file.metadata() or {}).get("family")
+    return next((family for family in get_args(Family) if family == stated), None)
 
 
 def load_checkpoint(model: VisionTransformer, path: str | Path) -> Family | None:

@@ -120,6 +120,12 @@ def test_timm_state_dict(tmp_path: Path, weights: Weights, suffix: str, head: bo
     check_loads(path, weights, None)
 
 
+@pytest.mark.parametrize(("stated", "family"), [("mae", "mae"), ("mocov3", "mocov3"), ("dino", None)])
+def test_metadata_may_name_the_family(tmp_path: Path, weights: Weights, stated: str, family: str | None) -> None:
+    save_file(weights, tmp_path / "weights.safetensors", metadata={"family": stated})
+    check_loads(tmp_path / "weights.safetensors", weights, family)
+
+
 def test_timm_training_run(tmp_path: Path, weights: Weights) -> None:
     run = {"epoch": 1, "arch": "vit", "state_dict": weights, "args": Namespace(lr=0.1), "version": 2, 3: "not a name"}
     check_loads(saved(tmp_path, run), weights, None)
