@@ -502,18 +502,18 @@ def test_a_missing_library_is_named(script: ModuleType, tmp_path: Path, monkeypa
 
 @pytest.mark.slow
 def test_the_loss_falls_on_real_images(shared_data: Path, tmp_path: Path) -> None:
-    """Some hundred images, a minute of a CPU."""
+    """240 images, half a minute of a core; predicting the mean of each patch gives a loss of 1."""
     from pretraining.loop import Recipe, Run
     from pretraining.mae import MAE
     from pretraining.pixels import load_pixels
 
     scaling = Backbone.load(BUNDLED).spec.preprocess
-    pixels, _ = load_pixels(shared_data / "flowers12", ["train"], scaling, tmp_path)
+    pixels, _ = load_pixels(shared_data / "flowers12", ["test"], scaling, tmp_path)
     torch.manual_seed(0)
-    steps = Recipe("mae", 15, 64, 1e-3, (0.9, 0.95), 0.05, 0.1)
+    steps = Recipe("mae", 12, 40, 1e-3, (0.9, 0.95), 0.05, 0.1)
     checkpoint = RunCheckpoint(tmp_path, "real")
     checkpoint.prepare()
     run = Run(MAE(bundled_model()), pixels, steps, checkpoint, "flowers")
     run.finish(lambda _: None)
-    assert run.losses[0] > 0.95
-    assert run.losses[-1] < 0.9 * run.losses[0]
+    assert run.losses[0] > 1
+    assert run.losses[-1] < 0.8
