@@ -1,9 +1,11 @@
-"""Gated prompts at the default rate against a linear probe whose rate is chosen on validation: three seeds each.
+"""Every method on three tasks with the bundled backbone, at the same number of steps, and ablations.
 
     python benchmarks/accuracy/study.py --data ../shared/data --jobs 2
 
 Each run is ``gpt-serve train`` in a process of its own. Finished runs are kept in ``runs/`` below ``--work`` and not
-repeated. Writes ``results.json`` and ``table.md`` beside this file.
+repeated: a study that was stopped goes on. For each method the learning rate is chosen on validation images of one
+task, the same number of rates for all; then three seeds on every task. Test images select nothing. Writes
+``results.json``, ``tables.md`` and plots beside this file, also of a part of the runs (``--report``).
 """
 
 import argparse
@@ -11,45 +13,127 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
+from plan import ABLATIONS, BY_NAME, FOLDERS, SEARCHED_ON, SEEDS, VARIANTS, Ablation, Run, Variant
+from report import write_report
+
 HERE = Path(__file__).parent
-TASKS = {"flowers": "flowers12", "caltech101": "caltech101"}
-RATES = {"gated": (0.01,), "linear": (0.005, 0.015, 0.05)}
-SEEDS = (0, 1, 2)
+PHASES = ("search", "methods", "ablations")
 
 
-@dataclass(frozen=True)
-class Run:
-    """One training run."""
+class Study:
+    """Runs and their results.
 
-    task: str
-    method: str
-    lr: float
-    seed: int
+    Args:
+        data: folder that holds flowers12 and caltech101.
+        work: where runs are kept.
+        jobs: runs at a time.
+    """
 
-    @property
-    def name(self) -> str:
-        return f"{self.task}-{self.method}-lr{self.lr:g}-seed{self.seed}"
+    def __init__(self, data: Path, work: Path, jobs: int) -> None:
+        self.data, self.work, self.jobs = data, work, jobs
 
+    def result(self, run: Run) -> dict[str, Any] | None:
+        """What ``gpt-serve train --json`` printed; None when the run is still to be made."""
+        path = self.work / "runs" / f"{run.name}.json"
+        return json.loads(path.read_text()) if path.exists() else None
 
-def train(run: Run, data: Path, work: Path, threads: int) -> dict[str, Any]:
-    """The summary that ``gpt-serve train --json`` prints, from ``work`` when the run is already there."""
-    result = work / "runs" / f"{run.name}.json"
-    if not result.exists():
-        result.parent.mkdir(parents=True, exist_ok=True)
-        command = [str(Path(sys.executable).with_name("gpt-serve")), "train", "--json", "--task", run.task]
-        command += ["--data", str(data / TASKS[run.task]), "--method", run.method]
-        command += ["--lr", str(run.lr), "--seed", str(run.seed), "--adapters", str(work / "adapters" / run.name)]
+    def train(self, run: Run) -> None:
+        """Make the run unless it is there."""
+        path = self.work / "runs" / f"{run.name}.json"
+        if path.exists():
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        command = [str(Path(sys.executable).with_name("gpt-serve")), "train", "--json", "--workers", "0"]
+        command += [
+            *run.arguments,
+            "--data",
+            str(self.images(run)),
+            "--adapters",
+            str(self.work / "adapters" / run.name),
+        ]
+        threads = max(1, (os.cpu_count() or 1) // self.jobs)
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-        output = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment).stdout
-        result.write_bytes(output)
-        print(run.name, "done", flush=True)
-    return json.loads(result.read_text())
+        done = subprocess.run(command, capture_output=True, env=environment, check=False)
+        if done.returncode:
+            raise SystemExit(f"{run.name}: {done.stderr.decode()[-500:]}")
+        temporary = path.with_suffix(".tmp")
+        temporary.write_bytes(done.stdout)
+        temporary.replace(path)
+        metrics = json.loads(done.stdout)["metrics"]
+        print(
+            f"{run.name}: val {100 * metrics['val_accuracy']:.1f}, test {100 * metrics['test_accuracy']:.1f}",
+            flush=True,
+        )
+
+    def train_all(self, runs: Iterable[Run]) -> None:
+        """Make all runs, ``jobs`` at a time."""
+        with ThreadPoolExecutor(self.jobs) as pool:
+            list(pool.map(self.train, dict.fromkeys(runs)))
+
+    def images(self, run: Run) -> Path | str:
+        """The run's image folder; of links to the first images of each class for a share of them."""
+        folder = FOLDERS[run.task]
+        if folder == "digits":
+            return folder
+        source = (self.data / folder).resolve()
+        if run.share == 1:
+            return source
+        target = self.work / "shares" / f"{folder}-{run.share:g}"
+        for split in ("val", "test"):
+            if (source / split).is_dir() and not (target / split).exists():
+                target.mkdir(parents=True, exist_ok=True)
+                (target / split).symlink_to(source / split)
+        for label in sorted((source / "train").iterdir()):
+            (target / "train" / label.name).mkdir(parents=True, exist_ok=True)
+            images = sorted(label.iterdir())
+            for image in images[: round(len(images) * run.share)]:
+                if not (target / "train" / label.name / image.name).exists():
+                    (target / "train" / label.name / image.name).symlink_to(image)
+        return target
+
+    def rate(self, variant: Variant) -> float | None:
+        """The learning rate with the best validation accuracy, then loss; None while rates are still to be tried."""
+        tried = {lr: self.result(Run(variant, SEARCHED_ON, lr, SEEDS[0])) for lr in variant.rates}
+        scores = {lr: _validation(summary) for lr, summary in tried.items() if summary is not None}
+        return max(scores, key=scores.__getitem__) if len(scores) == len(variant.rates) else None
+
+    def methods(self) -> list[Run]:
+        """Every method, task and seed, at the chosen rate."""
+        chosen = [(variant, self.rate(variant)) for variant in VARIANTS]
+        return [
+            Run(variant, task, lr, seed)
+            for seed in SEEDS
+            for task in FOLDERS
+            for variant, lr in chosen
+            if lr is not None
+        ]
+
+    def ablation(self, ablation: Ablation) -> dict[str, list[Run]]:
+        """Runs by what is varied."""
+        runs: dict[str, list[Run]] = {}
+        for label, (name, more) in ablation.settings.items():
+            lr = self.rate(BY_NAME[name])
+            if lr is None:
+                continue
+            for share in ablation.shares or (1.0,):
+                shown = f"{label}, {share:.0%}" if ablation.shares else label
+                runs[shown] = [
+                    Run(BY_NAME[name], task, lr, seed, more, share)
+                    for task in ablation.tasks
+                    for seed in ablation.seeds
+                ]
+        return runs
+
+
+def _validation(summary: dict[str, Any]) -> tuple[float, float]:
+    """What a learning rate is chosen by. Test accuracy plays no part."""
+    metrics = summary["metrics"]
+    return metrics["val_accuracy"], -metrics["val_loss"]
 
 
 def main() -> None:
@@ -57,58 +141,18 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder that holds flowers12 and caltech101")
     parser.add_argument("--work", type=Path, default=HERE / "scratch", help="where runs and adapters are kept")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--only", choices=PHASES, action="append", help="a phase; repeat for more")
+    parser.add_argument("--report", action="store_true", help="train nothing, write what there is")
     options = parser.parse_args()
-    threads = max(1, (os.cpu_count() or 1) // options.jobs)
-
-    def train_all(runs: list[Run]) -> dict[Run, dict[str, Any]]:
-        with ThreadPoolExecutor(options.jobs) as pool:
-            return dict(
-                zip(runs, pool.map(lambda run: train(run, options.data, options.work, threads), runs), strict=True)
-            )
-
-    first = train_all([Run(t, m, lr, SEEDS[0]) for m in RATES for t in TASKS for lr in RATES[m]])
-    chosen = {}
-    for task in TASKS:
-        for method in RATES:
-            candidates = [run for run in first if (run.task, run.method) == (task, method)]
-            chosen[task, method] = max(candidates, key=lambda run: validation(first[run])).lr
-    runs = train_all([Run(t, m, chosen[t, m], seed) for m in RATES for t in TASKS for seed in SEEDS])
-    report(runs, first, chosen)
-
-
-def validation(summary: dict[str, Any]) -> tuple[float, float]:
-    """What a learning rate is chosen by: validation accuracy, then validation loss. Test accuracy plays no part."""
-    metrics = summary["metrics"]
-    return metrics["val_accuracy"], -metrics["val_loss"]
-
-
-def report(
-    runs: dict[Run, dict[str, Any]], first: dict[Run, dict[str, Any]], chosen: dict[tuple[str, str], float]
-) -> None:
-    """Write the numbers and the table."""
-
-    def accuracies(method: str, task: str) -> list[float]:
-        picked = [runs[run] for run in runs if (run.method, run.task) == (method, task)]
-        return [100 * summary["metrics"]["test_accuracy"] for summary in picked]
-
-    lines = ["| method | flowers | caltech101 | mean of both | trainable parameters |", "|---|---|---|---|---|"]
-    rows = {}
-    for method in RATES:
-        by_task = {task: accuracies(method, task) for task in TASKS}
-        means = [mean(values) for values in zip(*by_task.values(), strict=True)]
-        rows[method] = {"by_seed": by_task, "mean_by_seed": means}
-        parameters = [runs[Run(task, method, chosen[task, method], SEEDS[0])]["trainable_parameters"] for task in TASKS]
-        cells = [
-            f"{mean(values):.1f} ± {stdev(values):.1f} (lr {chosen[task, method]:g})"
-            for task, values in by_task.items()
-        ]
-        cells += [f"**{mean(means):.1f} ± {stdev(means):.1f}**", " / ".join(f"{count:,}" for count in parameters)]
-        lines.append(f"| {method} | {' | '.join(cells)} |")
-    searched = {run.name: summary["metrics"] for run, summary in (first | runs).items()}
-    content = {"methods": rows, "chosen_lr": {f"{t}-{m}": lr for (t, m), lr in chosen.items()}, "runs": searched}
-    (HERE / "results.json").write_text(json.dumps(content, indent=1) + "\n")
-    (HERE / "table.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    study = Study(options.data, options.work, options.jobs)
+    phases = () if options.report else options.only or PHASES
+    if "search" in phases:
+        study.train_all(Run(variant, SEARCHED_ON, lr, SEEDS[0]) for variant in VARIANTS for lr in variant.rates)
+    if "methods" in phases:
+        study.train_all(study.methods())
+    if "ablations" in phases:
+        study.train_all(run for ablation in ABLATIONS for runs in study.ablation(ablation).values() for run in runs)
+    write_report(study, HERE)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,137 @@
+"""Tables and plots of the accuracy study."""
+
+import json
+from collections.abc import Sequence
+from itertools import takewhile
+from pathlib import Path
+from statistics import mean, stdev
+from typing import TYPE_CHECKING, Any
+
+from plan import ABLATIONS, FOLDERS, SEARCHED_ON, SEEDS, VARIANTS, Ablation, Run, Variant
+
+if TYPE_CHECKING:
+    from study import Study
+
+MISSING = "not run"
+
+
+def write_report(study: "Study", folder: Path) -> None:
+    """Write ``results.json``, ``tables.md`` and the plots from the runs that are there."""
+    lines = ["# Accuracy study", "", *method_table(study), "", *rate_table(study)]
+    for ablation in ABLATIONS:
+        found = ablation_results(study, ablation)
+        if found:
+            lines += ["", f"## {ablation.title}", "", *ablation_table(ablation, found)]
+            plot_ablation(ablation, found, folder / f"{ablation.name}.png")
+    (folder / "tables.md").write_text("\n".join(lines) + "\n")
+    (folder / "results.json").write_text(json.dumps(all_results(study), indent=1) + "\n")
+    plot_methods(study, folder / "methods.png")
+    print("\n".join(lines))
+
+
+def accuracies(study: "Study", runs: Sequence[Run]) -> list[float]:
+    """Test accuracies in per cent of the first runs, up to one that is missing."""
+    found = takewhile(lambda summary: summary is not None, map(study.result, runs))
+    return [100 * summary["metrics"]["test_accuracy"] for summary in found if summary is not None]
+
+
+def spread(values: Sequence[float], wanted: int) -> str:
+    """Mean and standard deviation, and how many there are when some are missing."""
+    if not values:
+        return MISSING
+    text = f"{mean(values):.1f}" + (f" ± {stdev(values):.1f}" if len(values) > 1 else "")
+    return text if len(values) == wanted else f"{text} ({len(values)} of {wanted} seeds)"
+
+
+def of_method(study: "Study", variant: Variant) -> dict[str, list[float]]:
+    """Accuracies by task, a seed each."""
+    lr = study.rate(variant)
+    if lr is None:
+        return {task: [] for task in FOLDERS}
+    return {task: accuracies(study, [Run(variant, task, lr, seed) for seed in SEEDS]) for task in FOLDERS}
+
+
+def method_table(study: "Study") -> list[str]:
+    """Mean and standard deviation over seeds."""
+    lines = [f"| method | {' | '.join(FOLDERS)} | mean | parameters | lr |", "|---|" + "---|" * (len(FOLDERS) + 3)]
+    for variant in VARIANTS:
+        by_task, lr = of_method(study, variant), study.rate(variant)
+        over_tasks = [mean(values) for values in zip(*by_task.values(), strict=False)]
+        summary = None if lr is None else study.result(Run(variant, SEARCHED_ON, lr, SEEDS[0]))
+        cells = [spread(values, len(SEEDS)) for values in [*by_task.values(), over_tasks]]
+        cells[-1] = f"**{cells[-1]}**"
+        cells.append(MISSING if summary is None else f"{summary['trainable_parameters']:,}")
+        cells.append(MISSING if lr is None else f"{lr:g}")
+        lines.append(f"| {variant.name} | {' | '.join(cells)} |")
+    return lines
+
+
+def rate_table(study: "Study") -> list[str]:
+    """Validation accuracies that the learning rates were chosen by."""
+    lines = [f"## Learning rates, by validation accuracy on {SEARCHED_ON}", "", "| method | rates |", "|---|---|"]
+    for variant in VARIANTS:
+        cells = []
+        for lr in variant.rates:
+            summary = study.result(Run(variant, SEARCHED_ON, lr, SEEDS[0]))
+            shown = MISSING if summary is None else f"{100 * summary['metrics']['val_accuracy']:.1f}"
+            cells.append(f"{lr:g}: {shown}")
+        lines.append(f"| {variant.name} | {'; '.join(cells)} |")
+    return lines
+
+
+def ablation_results(study: "Study", ablation: Ablation) -> dict[str, dict[str, list[float]]]:
+    """Accuracies by setting and task, of those that are complete."""
+    results = {}
+    for label, runs in study.ablation(ablation).items():
+        by_task = {task: accuracies(study, [run for run in runs if run.task == task]) for task in ablation.tasks}
+        if all(by_task.values()):
+            results[label] = by_task
+    return results
+
+
+def ablation_table(ablation: Ablation, found: dict[str, dict[str, list[float]]]) -> list[str]:
+    lines = [f"| | {' | '.join(ablation.tasks)} |", "|---|" + "---|" * len(ablation.tasks)]
+    seeds = len(ablation.seeds)
+    for label, by_task in found.items():
+        lines.append(f"| {label} | {' | '.join(spread(by_task[task], seeds) for task in ablation.tasks)} |")
+    return lines
+
+
+def plot_ablation(ablation: Ablation, found: dict[str, dict[str, list[float]]], path: Path) -> None:
+    """Points with error bars, a series for each task."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.2 * max(5, len(found)), 3.4), layout="constrained")
+    axes = figure.subplots()
+    for task in ablation.tasks:
+        values = [by_task[task] for by_task in found.values()]
+        errors = [stdev(each) if len(each) > 1 else 0.0 for each in values]
+        axes.errorbar(list(found), [mean(each) for each in values], errors, marker="o", capsize=3, label=task)
+    axes.set(title=ablation.title, ylabel="test accuracy, %")
+    axes.tick_params(axis="x", labelrotation=20)
+    axes.legend()
+    figure.savefig(path, dpi=110)
+
+
+def plot_methods(study: "Study", path: Path) -> None:
+    """A panel for each task, a bar for each method, a dot for each seed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    for axes, task in zip(figure.subplots(1, len(FOLDERS), sharey=True), FOLDERS, strict=True):
+        shown = [(variant.name, of_method(study, variant)[task]) for variant in reversed(VARIANTS)]
+        done = [(name, values) for name, values in shown if values]
+        axes.barh([name for name, _ in done], [mean(values) for _, values in done], color="0.8")
+        for name, values in done:
+            axes.plot(values, [name] * len(values), "o", markersize=3, color="C0")
+        low = min((min(values) for _, values in done), default=0.0)
+        axes.set(title=task, xlabel="test accuracy, %", xlim=(max(0.0, low - 5), None))
+    figure.savefig(path, dpi=110)
+
+
+def all_results(study: "Study") -> dict[str, Any]:
+    """Metrics of every run that is there, by its name."""
+    searched = [Run(variant, SEARCHED_ON, lr, SEEDS[0]) for variant in VARIANTS for lr in variant.rates]
+    ablations = [run for ablation in ABLATIONS for runs in study.ablation(ablation).values() for run in runs]
+    results = {run.name: study.result(run) for run in [*searched, *study.methods(), *ablations]}
+    return {name: summary["metrics"] for name, summary in results.items() if summary is not None}
