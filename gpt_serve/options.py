@@ -35,7 +35,8 @@ def _option_group(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 task_option = click.option("--task", required=True, help="Name of the task: a-z 0-9 . _ -, at most 64 characters.")
-data_option = click.option("--data", required=True, help="Image folder, or the built-in dataset: digits.")
+DATA_KINDS = "Image folder, digits, fgvc/TASK, vtab/TASK, torchvision:CLASS or hf:OWNER/NAME."
+data_option = click.option("--data", required=True, help=DATA_KINDS)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 adapters_option = click.option(
     "--adapters",
@@ -124,6 +125,16 @@ training_options = _option_group(
         type=click.Choice(["crop-flip", "crop", "none"]),
         help="Random crop and mirror; use crop or none where mirrored images mean something else.  [crop-flip]",
     ),
+    click.option(
+        "--preprocess",
+        type=click.Choice(["backbone", "fgvc", "vtab"]),
+        help="Scaling and crop: the backbone's own, or as a benchmark has it.  [that of --data, else backbone]",
+    ),
+    click.option(
+        "--final-fit/--no-final-fit",
+        default=None,
+        help="Train on validation images, too, and publish the last epoch, to report on test.  [VTAB-1K: --final-fit]",
+    ),
     click.option("--seed", type=int, help="Of everything random.  [0]"),
     click.option("--resume", is_flag=True, help="Continue the interrupted run of this task."),
 )
@@ -208,7 +219,7 @@ export_options = _option_group(
     click.option(
         "--data",
         multiple=True,
-        metavar="[TASK=]DIR",
+        metavar="[TASK=]DATA",
         help="Test images to verify on, as for eval; repeat for more tasks. int8 needs them.",
     ),
     click.option(
@@ -258,11 +269,12 @@ def resolve_device(name: str) -> str:
 
 
 def data_by_task(data: Sequence[str], tasks: Sequence[str]) -> dict[str, str]:
-    """``TASK=DIR``, or ``DIR`` alone for the only task."""
-    folders = {}
+    """``TASK=DATA``, or ``DATA`` alone for the only task; data may have a ``=`` after its ``?``."""
+    sources = {}
     for item in data:
-        task, equals, folder = item.partition("=")
-        if not equals and len(tasks) > 1:
+        task, equals, source = item.partition("=")
+        named = bool(equals) and "?" not in task
+        if not named and len(tasks) > 1:
             raise UsageError(f"--data {item} does not say for which task: --data TASK={item}")
-        folders[task if equals else tasks[0]] = folder if equals else item
-    return folders
+        sources[task if named else tasks[0]] = source if named else item
+    return sources

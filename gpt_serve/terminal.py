@@ -1,5 +1,6 @@
 """What the command line shows: progress bars, notices and tables. Everything but results goes to stderr."""
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -70,9 +71,10 @@ class Terminal:
     def epoch(self, record: "EpochRecord") -> None:
         """A line per epoch."""
         self.epochs = record.epoch + 1
+        val = "" if math.isnan(record.val_accuracy) else f"  val {100 * record.val_accuracy:5.1f} %"
         self.notice(
             f"epoch {record.epoch + 1:3d}  lr {record.lr:.4f}  loss {record.train_loss:.3f}"
-            f"  train {100 * record.train_accuracy:5.1f} %  val {100 * record.val_accuracy:5.1f} %"
+            f"  train {100 * record.train_accuracy:5.1f} %{val}"
             f"  {record.images_per_second:.0f} images/s"
         )
 
@@ -87,7 +89,9 @@ def echo_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 def echo_trained(summary: dict[str, Any], adapters: Path) -> None:
     """What `train` published: accuracy, revision, folder."""
     metrics = summary["metrics"]
-    text = f"validation accuracy {100 * metrics['val_accuracy']:.1f} % (epoch {metrics['best_epoch'] + 1})"
+    text = f"final fit of {metrics['best_epoch'] + 1} epochs"
+    if "val_accuracy" in metrics:
+        text = f"validation accuracy {100 * metrics['val_accuracy']:.1f} % (epoch {metrics['best_epoch'] + 1})"
     if "test_accuracy" in metrics:
         text += f", test accuracy {100 * metrics['test_accuracy']:.1f} %"
     where = f"revision {summary['revision']} in {adapters / summary['task']}"

@@ -9,6 +9,7 @@ import click
 
 from gpt_serve.errors import UsageError
 from gpt_serve.options import (
+    DATA_KINDS,
     adapters_option,
     backbone_options,
     closing_options,
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @task_option
-@click.option("--data", help="Image folder, or the built-in dataset: digits.  [default: the task's name]")
+@click.option("--data", help=f"{DATA_KINDS}  [default: the task's name]")
 @backbone_options
 @training_options
 @reading_options
@@ -60,18 +61,22 @@ def train(
     from gpt_serve.terminal import Terminal, echo_closing, echo_trained
     from gpt_serve.train.choice import choose_recipe
     from gpt_serve.train.closing import ClosingJob
+    from gpt_serve.train.data import find_benchmark
     from gpt_serve.train.distributed import join_world
     from gpt_serve.train.fit import Job, train_adapter
     from gpt_serve.train.methods import find_method
 
+    benchmark = find_benchmark(data or task)
     with ExitStack() as stack:
         world, device = stack.enter_context(join_world(resolve_device(device)))
         if closing and world.size > 1:
             raise UsageError("--close-gates takes one process: leave it out, and run gpt-serve close-gates afterwards")
         model = Backbone.load(backbone, checkpoint=checkpoint, input_size=input_size, pool=pool, device=device)
-        settings, taken = choose_recipe(recipe, task, model, **hyperparameters)
+        settings, taken = choose_recipe(recipe, task, model, benchmark, **hyperparameters)
         if closing and not find_method(settings.method).gated:
             raise UsageError(f"--close-gates: the method {settings.method} learns no gates: leave it out")
+        if closing and settings.final_fit:
+            raise UsageError("--close-gates decides by validation images, which a final fit trains on: --no-final-fit")
         job = Job(task, data or task, adapters, settings, resume, skip_unreadable, workers)
         terminal = Terminal(quiet=not world.leader)
         terminal.notice(taken)

@@ -3,11 +3,14 @@
 from typing import Any
 
 from gpt_serve.backbone import BUNDLED, Backbone
+from gpt_serve.train.data import Benchmark
 from gpt_serve.train.paper_table import Row, find_row
-from gpt_serve.train.recipe import Recipe, make_recipe
+from gpt_serve.train.recipe import PROTOCOLS, Recipe, make_recipe
 
 
-def choose_recipe(name: str, task: str, backbone: Backbone, **overrides: Any) -> tuple[Recipe, str]:
+def choose_recipe(
+    name: str, task: str, backbone: Backbone, benchmark: Benchmark | None = None, **overrides: Any
+) -> tuple[Recipe, str]:
     """The recipe of a run, and a line that says where it came from.
 
     ``paper`` takes the row of Table 5 for the task and the backbone's family, and values from the middle of the table
@@ -16,6 +19,7 @@ def choose_recipe(name: str, task: str, backbone: Backbone, **overrides: Any) ->
 
     Args:
         name: ``auto`` or a name of `RECIPES`.
+        benchmark: that the data belong to; its preprocessing, augmentation and protocol apply with any recipe.
         overrides: fields of the recipe; None for those that are not given.
 
     Raises:
@@ -38,6 +42,9 @@ def choose_recipe(name: str, task: str, backbone: Backbone, **overrides: Any) ->
         defaults, why = row.settings(), _taken(row, overrides)
     elif name == "spt" and backbone.family == "mocov3":
         defaults = {"head_init": "tiny"}
+    if benchmark is not None:
+        defaults |= PROTOCOLS[benchmark]
+        why += f"; images as for {benchmark.upper()}"
     given = {key: value for key, value in overrides.items() if value is not None}
     return make_recipe(name, **defaults | given), f"recipe {name}{why}"
 

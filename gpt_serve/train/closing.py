@@ -32,7 +32,7 @@ class ClosingJob:
 
     Attributes:
         task: name of a published task.
-        data: the image folder or built-in dataset that it was trained on.
+        data: the image folder or data set that it was trained on.
         adapters: folder of the adapter store.
         tolerance: percentage points of validation accuracy that may be lost.
         epochs: of each fine-tune; None for a quarter of training's, at least 5.
@@ -139,5 +139,9 @@ def _check(adapter: Adapter, job: ClosingJob) -> tuple[Recipe, str]:
         raise UsageError(
             f"adapter {job.task!r} does not tell how it was trained: train it with gpt-serve train"
         ) from error
+    if recipe.final_fit:
+        raise UsageError(
+            f"{job.task!r} was trained on the validation images, which decide: train it with --no-final-fit"
+        )
     epochs = max(LEAST_EPOCHS, math.ceil(recipe.epochs / 4)) if job.epochs is None else job.epochs
     return replace(recipe, epochs=epochs, warmup=0, lr=recipe.lr / 4 if job.lr is None else job.lr), sha256

@@ -1,189 +1,165 @@
-"""Labelled images: folders and built-in datasets, their splits, and the check that every image can be read."""
+"""The data set that ``--data`` names: an image folder, or a published one by name.
 
-import hashlib
-import io
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+Opening one reads lists and labels, never the images: a `Sample` reads its own when it is asked to.
+"""
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
+from typing import Literal
+from urllib.parse import parse_qsl
 
-import numpy as np
-from PIL import Image
-
-from gpt_serve.adapter_file import MAX_LABEL_LENGTH
 from gpt_serve.errors import DataError
+from gpt_serve.train.paper_table import find_task
+from gpt_serve.train.samples import Dataset, Indexed, Sample, Split, check_labels, digest, hold_out
+from gpt_serve.train.sources.benchmarks import open_fgvc, open_vtab
+from gpt_serve.train.sources.digits import open_digits
+from gpt_serve.train.sources.folder import open_folder, open_test_folder
+from gpt_serve.train.sources.hub import open_hub
+from gpt_serve.train.sources.published import published
+from gpt_serve.train.sources.vision import open_vision, vision_classes
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
-VAL_FRACTION = 0.2
+__all__ = ["Dataset", "Indexed", "Sample", "Split", "digest", "find_benchmark", "open_dataset", "open_evaluation"]
+
+Benchmark = Literal["fgvc", "vtab"]
+Kind = Literal["folder", "digits", "fgvc", "vtab", "torchvision", "hf"]
+
+BENCHMARKS: dict[str, Kind] = {"FGVC": "fgvc", "VTAB-1K": "vtab"}
+ALL = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One labelled image: a name to report it by, how to read its bytes, the index of its class."""
+class Source:
+    """What a value of ``--data`` means: a kind of source, the name there, options after ``?``."""
 
+    kind: Kind
     name: str
-    read: Callable[[], bytes]
-    target: int
-
-
-Split = Sequence[Sample]
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """Splits of one task; ``test`` is empty when there is none. ``target`` indexes ``labels``."""
-
-    labels: tuple[str, ...]
-    train: Split
-    val: Split
-    test: Split
+    options: Mapping[str, str] = field(default_factory=dict)
 
 
 def open_dataset(source: str, seed: int) -> Dataset:
-    """Open an image folder ``source/{train,val,test}/<class>/*`` or the built-in ``digits``.
+    """Open all splits of an image folder ``source/{train,val,test}/<class>/*`` or of a named data set.
 
-    Without a ``val`` folder, a fifth of each class of ``train`` is held out by ``seed``.
+    Without validation images, a fifth of each class of ``train`` is held out by ``seed``.
 
     Raises:
-        DataError: one line that says what is wrong with the folder.
+        DataError: one line that says what is wrong and what to do.
     """
-    root = Path(source)
-    if source == "digits" and not root.exists():
-        labels, train, test = _digits()
-        held = _hold_out(train, labels, seed, source)
-        return Dataset(labels, held[0], held[1], test)
-    if not root.is_dir():
-        raise DataError(f"--data {source}: no such folder, and no built-in dataset of that name (digits)")
-    if not (root / "train").is_dir():
-        raise DataError(f"--data {source}: expected a folder train/ with one folder per class")
-    labels = _labels(root / "train")
-    train = _read_split(root / "train", labels)
-    val = _read_split(root / "val", labels) if (root / "val").is_dir() else []
-    test = _read_split(root / "test", labels) if (root / "test").is_dir() else []
-    if not val:
-        train, val = _hold_out(train, labels, seed, source)
-    return Dataset(labels, train, val, test)
+    dataset = _open(_resolve(source), ALL)
+    if dataset.val:
+        return dataset
+    train, val = hold_out(dataset.train, dataset.labels, seed, source)
+    return replace(dataset, train=train, val=val)
 
 
 def open_evaluation(source: str, labels: Sequence[str]) -> Split:
-    """The images that ``eval`` uses: ``source/test``, or ``source`` itself when it holds class folders.
+    """The images that ``eval`` uses: the test split, or an image folder itself when it holds class folders.
+
+    Args:
+        labels: the classes of the adapter, which targets index.
 
     Raises:
-        DataError: no such folder, or a class that the adapter does not know.
+        DataError: no such data, no test split, or a class that the adapter does not know.
     """
-    root = Path(source)
-    if source == "digits" and not root.exists():
-        known, _, test = _digits()
-        _check_labels("digits", labels, known)
-        return test
-    if not root.is_dir():
-        raise DataError(f"--data {source}: no such folder, and no built-in dataset of that name (digits)")
-    folder = root / "test" if (root / "test").is_dir() else root
-    _check_labels(str(folder), labels, _class_folders(folder))
-    samples = _read_split(folder, labels, require_all=False)
-    if not samples:
-        raise DataError(f"--data {folder}: holds no class folders with images")
-    return samples
+    found = _resolve(source)
+    if found.kind == "folder":
+        return open_test_folder(Path(found.name), labels)
+    dataset = _open(found, ("test",))
+    if not dataset.test:
+        raise DataError(f"--data {source} has no test split")
+    check_labels(f"--data {source}", labels, dataset.labels)
+    if tuple(labels) == dataset.labels:
+        return dataset.test
+    position = [labels.index(label) for label in dataset.labels]
+    return [replace(sample, target=position[sample.target]) for sample in dataset.test]
 
 
-def digest(hashes: Sequence[tuple[str, int, str]]) -> str:
-    """SHA-256 over (name, target, SHA-256 of the bytes) of all images, whatever their order."""
-    total = hashlib.sha256()
-    for item in sorted(hashes):
-        total.update(repr(item).encode())
-    return total.hexdigest()
+def find_benchmark(source: str) -> Benchmark | None:
+    """The benchmark whose published preprocessing and protocol ``source`` comes with; None for other data.
+
+    Raises:
+        DataError: there is no data of that name.
+    """
+    kind = _resolve(source).kind
+    return kind if kind == "fgvc" or kind == "vtab" else None
 
 
-def _class_folders(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in _entries(folder) if entry.is_dir() and not entry.name.startswith("."))
+def _open(source: Source, splits: Collection[str]) -> Dataset:
+    match source.kind:
+        case "folder":
+            return open_folder(Path(source.name))
+        case "digits":
+            return open_digits()
+        case "fgvc":
+            return open_fgvc(source.name)
+        case "vtab":
+            return open_vtab(source.name)
+        case "torchvision":
+            return open_vision(source.name, source.options, splits)
+        case "hf":
+            return open_hub(source.name, source.options, splits)
 
 
-def _entries(folder: Path) -> list[Path]:
-    try:
-        return list(folder.iterdir())
-    except OSError as error:
-        raise DataError(f"{folder} cannot be listed: {error.strerror}") from error
+def _resolve(source: str) -> Source:
+    """A folder if there is one, else a data set by its name and options.
+
+    Raises:
+        DataError: neither.
+    """
+    if Path(source).exists():
+        if not Path(source).is_dir():
+            raise DataError(f"--data {source} is a file: give an image folder or the name of a data set")
+        return Source("folder", source)
+    name, _, query = source.partition("?")
+    found = _named(name)
+    if found is None:
+        raise _unknown(source)
+    if query and found.kind not in ("torchvision", "hf"):
+        raise DataError(f"--data {source}: {name} takes no options: leave out ?{query}")
+    return replace(found, options=dict(parse_qsl(query, keep_blank_values=True)))
 
 
-def _labels(folder: Path) -> tuple[str, ...]:
-    labels = tuple(_class_folders(folder))
-    if not labels:
-        raise DataError(f"{folder} holds no class folders: expected {folder}/<class>/*.jpg")
-    if len(labels) == 1:
-        raise DataError(f"{folder} holds a single class ({labels[0]}): add at least one more class folder")
-    bad = [label for label in labels if len(label) > MAX_LABEL_LENGTH or not label.isprintable()]
-    if bad:
-        raise DataError(f"{folder} holds a class folder whose name cannot be a label: rename {bad[0][:60]!r}")
-    return labels
+def _named(name: str) -> Source | None:
+    """By prefix, else by name: torchvision's spelling, then tasks of the paper, then torchvision's in any case.
+
+    Tasks are spelled in lower case and torchvision's classes with capitals, which tells ``flowers102`` of VTAB-1K from
+    ``Flowers102``.
+    """
+    prefix, colon, rest = name.partition(":")
+    classes = {item.lower(): item for item in vision_classes()}
+    if prefix == "hf" and colon:
+        return Source("hf", rest)
+    if prefix == "torchvision" and colon:
+        return Source("torchvision", classes[rest.lower()]) if rest.lower() in classes else None
+    if name == "digits":
+        return Source("digits", name)
+    if name not in classes.values() and (task := _benchmark_task(name)):
+        return task
+    if name.lower() in classes:
+        return Source("torchvision", classes[name.lower()])
+    looks_like_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not name.startswith(("fgvc/", "vtab/"))
+    return Source("hf", name) if looks_like_id else None
 
 
-def _check_labels(where: str, expected: Sequence[str], found: Sequence[str]) -> None:
-    unknown = sorted(set(found) - set(expected))
-    if unknown:
-        raise DataError(f"{where} holds classes that training did not see: {_some(unknown)}")
+def _benchmark_task(name: str) -> Source | None:
+    """``fgvc/TASK``, ``vtab/TASK`` or ``TASK`` alone, by any of the names that the paper's table knows it by."""
+    kind, _, task = name.rpartition("/")
+    found = find_task(task)
+    if found is None or found[1] not in BENCHMARKS:
+        return None
+    source = Source(BENCHMARKS[found[1]], found[0])
+    return source if kind in ("", source.kind) else None
 
 
-def _read_split(folder: Path, labels: Sequence[str], *, require_all: bool = True) -> list[Sample]:
-    """All images below ``folder/<class>/``, in name order."""
-    _check_labels(str(folder), labels, _class_folders(folder))
-    samples: list[Sample] = []
-    empty: list[str] = []
-    for target, label in enumerate(labels):
-        paths = sorted(_images(folder / label))
-        if not paths:
-            empty.append(label)
-        samples += [Sample(str(path), path.read_bytes, target) for path in paths]
-    if empty and require_all:
-        raise DataError(f"{folder}: no images (.jpg, .jpeg, .png, .webp) for class {_some(empty)}")
-    return samples
-
-
-def _images(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return [path for path in _entries(folder) if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]
-
-
-def _hold_out(samples: Split, labels: Sequence[str], seed: int, source: str) -> tuple[list[Sample], list[Sample]]:
-    """Split into train and val, stratified by class, the same for the same seed."""
-    counts = Counter(sample.target for sample in samples)
-    small = [labels[target] for target, count in sorted(counts.items()) if count < 2]
-    if small:
-        raise DataError(
-            f"--data {source}: no val/ folder and too few images (1) to hold one out of class {_some(small)}"
-        )
-    chosen: set[int] = set()
-    rng = np.random.default_rng(seed)
-    for target in range(len(labels)):
-        indices = [index for index, sample in enumerate(samples) if sample.target == target]
-        size = max(1, round(VAL_FRACTION * len(indices)))
-        chosen.update(rng.permutation(indices)[:size].tolist())
-    train = [sample for index, sample in enumerate(samples) if index not in chosen]
-    return train, [samples[index] for index in sorted(chosen)]
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _digits() -> tuple[tuple[str, ...], list[Sample], list[Sample]]:
-    """scikit-learn's 1,797 handwritten digits (8x8 grey) as PNG, every fifth of a class held out for test."""
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    train: list[Sample] = []
-    test: list[Sample] = []
-    seen: Counter[int] = Counter()
-    for index, (pixels, target) in enumerate(zip(bunch.images, bunch.target.tolist(), strict=True)):
-        sample = Sample(f"digits/{index}", partial(_digit_png, pixels), target)
-        (test if seen[target] % 5 == 4 else train).append(sample)
-        seen[target] += 1
-    return tuple(str(digit) for digit in range(10)), train, test
-
-
-def _digit_png(pixels: np.ndarray) -> bytes:
-    """(8, 8) values 0..16 as PNG bytes."""
-    buffer = io.BytesIO()
-    Image.fromarray((pixels * 255 / 16).round().astype(np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
+def _unknown(source: str) -> DataError:
+    names = ["digits", *(f"torchvision:{name}" for name in vision_classes())]
+    names += [f"{kind}/{task}" for kind in ("fgvc", "vtab") for task in published(kind)["tasks"]]
+    known = {spelling.lower(): name for name in names for spelling in (name, re.split("[:/]", name)[-1])}
+    close = get_close_matches(source.partition("?")[0].lower(), known, n=1)
+    hint = f" (did you mean {known[close[0]]}?)" if close else ""
+    return DataError(
+        f"--data {source}: no such folder or data set{hint}: give an image folder, digits, fgvc/TASK, vtab/TASK, "
+        "torchvision:CLASS (of image classification) or hf:OWNER/NAME"
+    )

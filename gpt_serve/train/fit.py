@@ -22,8 +22,8 @@ from gpt_serve.train.methods import AdapterModule, find_method
 from gpt_serve.train.modules import TaskModule
 from gpt_serve.train.prompt_init import images_to_read, prompts_from_tokens
 from gpt_serve.train.publishing import describe, publish_trained
-from gpt_serve.train.recipe import Recipe
-from gpt_serve.train.views import Unreadable, View, scan
+from gpt_serve.train.recipe import Recipe, prepared
+from gpt_serve.train.views import Unreadable, View, joined, scan
 
 
 class Reporter(Protocol):
@@ -54,7 +54,7 @@ class Job:
 
     Attributes:
         task: name of the task.
-        data: image folder or built-in dataset.
+        data: image folder or name of a data set, see `open_dataset`.
         adapters: folder of the adapter store.
         recipe: hyperparameters.
         resume: continue the interrupted run of this task.
@@ -88,7 +88,7 @@ class Views:
 
 
 def train_adapter(backbone: Backbone, job: Job, reporter: Reporter, world: World) -> dict[str, Any] | None:
-    """Train, select the best epoch on validation data, publish the adapter and its card.
+    """Train, select the best epoch on validation data, or the last of a final fit; publish the adapter and its card.
 
     Returns:
         The summary that ``--json`` prints; None in processes other than the leader.
@@ -103,12 +103,20 @@ def train_adapter(backbone: Backbone, job: Job, reporter: Reporter, world: World
     checkpoint = RunCheckpoint(job.adapters, job.task)
     if job.resume:
         checkpoint.require()
-    views = load_views(open_dataset(job.data, job.recipe.seed), backbone, job, reporter)
+    dataset = open_dataset(job.data, job.recipe.seed)
+    if job.recipe.final_fit and not dataset.test:
+        raise DataError(
+            f"--final-fit leaves only test images to report on, and --data {job.data} has none: leave it out"
+        )
+    spec = replace(backbone.spec, preprocess=prepared(backbone.spec.preprocess, job.recipe.preprocess))
+    backbone = Backbone(backbone.model, spec, str(backbone.device), backbone.family)
+    views = load_views(dataset, backbone, job, reporter)
+    train, val = (joined(views.train, views.val), None) if job.recipe.final_fit else (views.train, views.val)
     torch.manual_seed(job.recipe.seed)
     module = build_module(backbone, job.recipe, len(views.labels))
     if not job.resume and isinstance(module, AdapterModule):
-        start_from_data(backbone, module, job, views.train, reporter)
-    trainer = Trainer(backbone, module, job.recipe, train=views.train, val=views.val, world=world, workers=job.workers)
+        start_from_data(backbone, module, job, train, reporter)
+    trainer = Trainer(backbone, module, job.recipe, train=train, val=val, world=world, workers=job.workers)
     identity = _identity(backbone, job, views)
     if job.resume:
         trainer.restore(checkpoint.load(identity))
@@ -124,7 +132,7 @@ def train_adapter(backbone: Backbone, job: Job, reporter: Reporter, world: World
             checkpoint.save(identity, trainer.state())
         reporter.epoch(record)
 
-    reporter.training(len(views.train), trainer.progress.epoch, job.recipe.epochs)
+    reporter.training(len(train), trainer.progress.epoch, job.recipe.epochs)
     progress = trainer.fit(reporter.batch, store_epoch)
     if not world.leader:
         return None
@@ -235,10 +243,10 @@ def _without(dataset: Dataset, names: set[str]) -> Dataset:
         return [sample for sample in split if sample.name not in names]
 
     kept = replace(dataset, train=keep(dataset.train), val=keep(dataset.val), test=keep(dataset.test))
-    left = {sample.target for sample in kept.train}
-    gone = [label for target, label in enumerate(dataset.labels) if target not in left]
+    gone = sorted({sample.target for sample in dataset.train} - {sample.target for sample in kept.train})
     if gone or not kept.val:
-        raise DataError(f"no readable images are left for {', '.join(gone[:5]) or 'validation'}: add some")
+        without = ", ".join(dataset.labels[target] for target in gone[:5]) or "validation"
+        raise DataError(f"no readable images are left for {without}: add some")
     return kept
 
 

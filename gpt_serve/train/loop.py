@@ -1,5 +1,6 @@
 """The training loop: epochs, validation, checkpoints."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -36,7 +37,7 @@ class Score:
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """What one epoch showed. Accuracies are shares in [0, 1]."""
+    """What one epoch showed. Accuracies are shares in [0, 1]; those on validation images NaN where there are none."""
 
     epoch: int
     lr: float  # at the epoch's start
@@ -70,7 +71,7 @@ OnBatch = Callable[[int, float, float, int], object]  # epoch, running loss, run
 
 
 class Trainer:
-    """Fits one `TaskModule` on a frozen backbone and keeps the best epoch by validation."""
+    """Fits one `TaskModule` on a frozen backbone and keeps the best epoch by validation, without it the last."""
 
     def __init__(
         self,
@@ -78,7 +79,7 @@ class Trainer:
         module: TaskModule,
         recipe: Recipe,
         train: View,
-        val: View,
+        val: View | None,
         *,
         world: World,
         workers: int,
@@ -104,7 +105,11 @@ class Trainer:
             record = self._epoch(epoch, on_batch)
             history = self.progress.history
             history.append(record)
-            if self.progress.best_epoch < 0 or record.val.better_than(self.progress.best_record.val):
+            if (
+                self.val_view is None
+                or self.progress.best_epoch < 0
+                or record.val.better_than(self.progress.best_record.val)
+            ):
                 self.progress.best_epoch = epoch
                 self.progress.best = {
                     key: value.detach().cpu().clone() for key, value in self.module.state_dict().items()
@@ -137,7 +142,9 @@ class Trainer:
             on_batch(epoch, float(totals[0]) / seen, float(totals[1]) / seen, len(batch))
         loss, correct, count = self.world.sum(totals.to(self.backbone.device)).tolist()
         seconds = time.perf_counter() - started
-        val = evaluate(self.backbone, self.module, self.val_view, self.workers, self.world)
+        val = Score(math.nan, math.nan)
+        if self.val_view is not None:
+            val = evaluate(self.backbone, self.module, self.val_view, self.workers, self.world)
         rate = learning_rate(self.recipe, epoch)
         return EpochRecord(epoch, rate, loss / count, correct / count, val.loss, val.accuracy, count / seconds)
 

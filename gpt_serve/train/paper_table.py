@@ -50,6 +50,13 @@ def find_row(task: str, family: Family) -> Row | None:
     return Row(name, entry["printed"], family, batch_size, prompts, float(lr), float(gate_init))
 
 
+def find_task(name: str) -> tuple[str, str] | None:
+    """The task's name here and the benchmark that it belongs to; None when the table has no such task or alias."""
+    tasks, names = _table()
+    task = names.get(_plain(name))
+    return None if task is None else (task, tasks[task]["benchmark"])
+
+
 def table_tasks() -> list[str]:
     """The tasks of the table, in its order."""
     return list(_table()[0])

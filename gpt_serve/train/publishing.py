@@ -95,15 +95,14 @@ def describe(job: "Job", views: "Views", module: TaskModule, progress: Progress,
     return {
         "recipe": job.recipe.to_dict(),
         "data": {
-            "source": Path(job.data).name,
+            "source": Path(job.data).name if Path(job.data).exists() else job.data,
             "sha256": views.digest,
             "train": len(views.train),
             "val": len(views.val),
             "test": 0 if views.test is None else len(views.test),
         },
         "metrics": {
-            "val_accuracy": best.val_accuracy,
-            "val_loss": best.val_loss,
+            **({} if job.recipe.final_fit else {"val_accuracy": best.val_accuracy, "val_loss": best.val_loss}),
             "train_accuracy": best.train_accuracy,
             "best_epoch": best.epoch,
             "seconds": round(seconds, 1),

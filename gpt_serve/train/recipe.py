@@ -5,12 +5,15 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from gpt_serve.errors import UsageError
+from gpt_serve.specs import Preprocess
+from gpt_serve.train.data import Benchmark
 from gpt_serve.train.methods import GateKind, PromptInit, find_method
 from gpt_serve.train.modules import HeadInit, Norm
 
 Augment = Literal["crop-flip", "crop", "none"]
 Optimizer = Literal["sgd", "adamw"]
 Schedule = Literal["epoch", "step"]
+Preparation = Literal["backbone", "fgvc", "vtab"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,8 @@ class Recipe:
         head_weight_decay: on the head instead; None for the same.
         head_init: of the head's weight, see `AdapterModule`.
         augment: random crop and horizontal flip, crop only, or the evaluation transform.
+        preprocess: the backbone's own evaluation transform, or that of a benchmark, see `prepared`.
+        final_fit: train on validation images as well and publish the last epoch, instead of selecting the best.
         seed: of initialisation, order, augmentation, dropout and the validation split.
     """
 
@@ -66,6 +71,8 @@ class Recipe:
     head_weight_decay: float | None = None
     head_init: HeadInit = "small"
     augment: Augment = "crop-flip"
+    preprocess: Preparation = "backbone"
+    final_fit: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -154,6 +161,13 @@ RECIPES = {
 }
 SPT_SHALLOW_PROMPTS = 100
 
+# What Jia et al. (Visual Prompt Tuning) do for each benchmark, and the papers after them. VTAB-1K: hyperparameters are
+# chosen with 800 images to train and 200 to validate; the numbers are of the last epoch of training on all 1,000.
+PROTOCOLS: dict[Benchmark, dict[str, Any]] = {
+    "fgvc": {"preprocess": "fgvc", "augment": "crop-flip"},
+    "vtab": {"preprocess": "vtab", "augment": "none", "final_fit": True},
+}
+
 
 def make_recipe(name: str, **overrides: Any) -> Recipe:
     """The named recipe with every override that is not None; warm-up follows ``epochs`` unless it is given.
@@ -167,6 +181,18 @@ def make_recipe(name: str, **overrides: Any) -> Recipe:
     if "epochs" in given:
         given.setdefault("warmup", given["epochs"] // 10)
     return replace(RECIPES[name], **given)
+
+
+def prepared(preprocess: Preprocess, name: Preparation) -> Preprocess:
+    """The backbone's preprocessing as a benchmark has it; normalisation stays the backbone's.
+
+    ``fgvc`` scales the shorter side to 256 for an input of 224, then crops; ``vtab`` squashes. Both are bilinear.
+    """
+    if name == "fgvc":
+        return replace(preprocess, crop_mode="center", crop_pct=224 / 256, interpolation="bilinear")
+    if name == "vtab":
+        return replace(preprocess, crop_mode="squash", interpolation="bilinear")
+    return preprocess
 
 
 def learning_rate(recipe: Recipe, epoch: float) -> float:

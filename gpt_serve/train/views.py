@@ -122,6 +122,12 @@ class View(Dataset[tuple[Tensor, int]]):
         yield from loader
 
 
+def joined(first: View, second: View) -> View:
+    """The images of both, augmented as the first."""
+    scaled = None if first.scaled is None or second.scaled is None else first.scaled + second.scaled
+    return View([*first.samples, *second.samples], first.preprocess, scaled, first.augment, first.seed)
+
+
 def _random_crop(image: Tensor, size: tuple[int, int], rng: np.random.Generator, *, flip: bool) -> Tensor:
     """A random (3, H, W) window, mirrored half of the time when ``flip``."""
     top = int(rng.integers(0, image.shape[1] - size[0] + 1))

@@ -1,5 +1,5 @@
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -62,3 +62,18 @@ def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_colours(root, "train", 10, seed=0)
     write_colours(root, "test", 4, seed=1)
     return root
+
+
+def write_pictures(paths: Iterable[Path], size: tuple[int, int] = (12, 10)) -> None:
+    """A picture at each path, no two alike; the suffix names the format."""
+    for index, path in enumerate(paths):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.effect_noise(size, 60 + index).convert("RGB").save(path)
+
+
+@pytest.fixture
+def data_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder of data sets."""
+    monkeypatch.setenv("GPT_SERVE_DATA", str(tmp_path / "sets"))
+    (tmp_path / "sets").mkdir()
+    return tmp_path / "sets"

@@ -1,3 +1,5 @@
+import hashlib
+import pickle
 import re
 from pathlib import Path
 
@@ -6,7 +8,9 @@ from PIL import Image
 
 from gpt_serve.errors import DataError
 from gpt_serve.images import decode
+from gpt_serve.store import AdapterStore
 from gpt_serve.train.data import digest, open_dataset, open_evaluation
+from gpt_serve.train.samples import Indexed, pick
 
 
 def write_images(root: Path, counts: dict[str, int]) -> None:
@@ -88,6 +92,56 @@ def test_digits_are_real_images_with_disjoint_splits() -> None:
     image = decode(dataset.test[0].read())
     assert image.shape == (3, 8, 8)
     assert image.max() > 200
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("flwers", "did you mean fgvc/flowers?"),
+        ("vtab/eurosatt", "did you mean vtab/eurosat?"),
+        ("fgvc/eurosat", "did you mean vtab/eurosat?"),
+        ("torchvision:Food", "did you mean torchvision:Food101?"),
+        ("digit", "did you mean digits?"),
+        ("no-such-thing-at-all", "no such folder or data set: give an image folder, digits, fgvc/TASK"),
+        ("./no/such", "no such folder or data set"),
+        ("ade20k", "no such folder or data set"),
+        ("fgvc/cub?x=1", "takes no options"),
+    ],
+)
+def test_an_unknown_name_gets_a_suggestion(source: str, words: str) -> None:
+    with pytest.raises(DataError, match=re.escape(words)) as caught:
+        open_dataset(source, seed=0)
+    assert "\n" not in str(caught.value) and str(caught.value).startswith(f"--data {source}")
+
+
+def test_a_file_is_no_data_set(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(DataError, match="is a file"):
+        open_dataset(str(tmp_path / "file"), seed=0)
+
+
+def test_shipped_adapters_still_know_their_digits() -> None:
+    """The bytes and the split of the built-in digits are part of what adapters record."""
+    recorded = AdapterStore(Path(__file__).parents[2] / "adapters").load("digits").adapter.training
+    dataset = open_dataset("digits", recorded["recipe"]["seed"])
+    splits = {"train": dataset.train, "val": dataset.val, "test": dataset.test}
+    hashes = [
+        (f"{name}/{dataset.labels[sample.target]}", index, hashlib.sha256(sample.read()).hexdigest())
+        for name, split in splits.items()
+        for index, sample in enumerate(split)
+    ]
+    assert digest(hashes) == recorded["data"]["sha256"]
+
+
+def test_samples_made_on_demand_behave_as_a_list() -> None:
+    samples = Indexed("set", bytes, targets=[0, 1, 2, 1], indices=range(4))
+    assert [sample.name for sample in samples] == ["set/0", "set/1", "set/2", "set/3"]
+    assert [sample.target for sample in samples[1:3]] == [1, 2]
+    assert samples[-1].read() == bytes(3)
+    some = pickle.loads(pickle.dumps(pick(samples, [3, 1])))
+    assert [(sample.name, sample.target) for sample in some] == [("set/3", 1), ("set/1", 1)]
+    with pytest.raises(IndexError):
+        samples[4]
 
 
 def test_the_digest_follows_content_not_order() -> None:

@@ -1,0 +1,20 @@
+"""The folder of downloaded data sets."""
+
+import os
+from pathlib import Path
+
+from gpt_serve.errors import DataError
+
+
+def data_root() -> Path:
+    """``$GPT_SERVE_DATA``, or ``gpt-serve/data`` in the user's cache (``$XDG_CACHE_HOME``, ``~/.cache``).
+
+    Raises:
+        DataError: there is no such place.
+    """
+    if given := os.environ.get("GPT_SERVE_DATA"):
+        return Path(given).expanduser()
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if not os.path.isabs(cache):
+        raise DataError("there is no folder for data sets: name one in GPT_SERVE_DATA")
+    return Path(cache) / "gpt-serve" / "data"
