@@ -19,7 +19,7 @@ from gpt_serve.train.sources.digits import open_digits
 from gpt_serve.train.sources.folder import open_folder, open_test_folder
 from gpt_serve.train.sources.hub import open_hub
 from gpt_serve.train.sources.published import published
-from gpt_serve.train.sources.vision import open_vision, vision_classes
+from gpt_serve.train.sources.vision import check_vision_class, open_vision, vision_classes
 
 __all__ = ["Dataset", "Indexed", "Sample", "Split", "digest", "find_benchmark", "open_dataset", "open_evaluation"]
 
@@ -154,10 +154,12 @@ def _benchmark_task(name: str) -> Source | None:
 
 
 def _unknown(source: str) -> DataError:
+    """What to say of a name that is none, with the name that it resembles."""
+    check_vision_class(source.removeprefix("torchvision:"))
     names = ["digits", *(f"torchvision:{name}" for name in vision_classes())]
     names += [f"{kind}/{task}" for kind in ("fgvc", "vtab") for task in published(kind)["tasks"]]
     known = {spelling.lower(): name for name in names for spelling in (name, re.split("[:/]", name)[-1])}
-    close = get_close_matches(source.partition("?")[0].lower(), known, n=1)
+    close = get_close_matches(source.partition("?")[0].lower(), known, n=1, cutoff=0.7)
     hint = f" (did you mean {known[close[0]]}?)" if close else ""
     return DataError(
         f"--data {source}: no such folder or data set{hint}: give an image folder, digits, fgvc/TASK, vtab/TASK, "

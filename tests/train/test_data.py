@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from gpt_serve.errors import DataError
+from gpt_serve.errors import DataError, UsageError
 from gpt_serve.images import decode
+from gpt_serve.options import data_by_task
 from gpt_serve.store import AdapterStore
 from gpt_serve.train.data import digest, open_dataset, open_evaluation
 from gpt_serve.train.samples import Indexed, pick
@@ -148,3 +149,11 @@ def test_the_digest_follows_content_not_order() -> None:
     first = [("train/a", 0, "aa"), ("train/b", 0, "bb")]
     assert digest(first) == digest(first[::-1])
     assert digest(first) != digest([("train/a", 0, "aa"), ("train/b", 0, "cc")])
+
+
+def test_data_may_be_given_by_task_and_with_options() -> None:
+    tasks = ("birds", "cars")
+    assert data_by_task(["birds=DIR", "cars=hf:o/n?label=x"], tasks) == {"birds": "DIR", "cars": "hf:o/n?label=x"}
+    assert data_by_task(["hf:o/n?label=x"], tasks[:1]) == {"birds": "hf:o/n?label=x"}
+    with pytest.raises(UsageError, match="does not say for which task"):
+        data_by_task(["hf:o/n?label=x"], tasks)

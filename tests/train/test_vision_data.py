@@ -194,11 +194,11 @@ def test_every_class_of_the_table_is_torchvisions_and_takes_its_splits(tmp_path:
     ("source", "words"),
     [
         ("Food101", ["cannot be downloaded (no network", "food-101.tar.gz from https://data.vision.ee.ethz.ch"]),
-        ("torchvision:EuroSAT", ["EuroSAT.zip", "unpacked in", "sets/eurosat"]),
+        ("torchvision:EuroSAT", ["put EuroSAT.zip", "into", "sets/eurosat, archives unpacked"]),
         ("StanfordCars", ["cars_test_annos_withlabels.mat", "stanford_cars"]),
         ("FER2013", ["not in", "fer2013.csv from https://www.kaggle.com"]),
         ("PCAM", ["camelyonpatch_level_2_split"]),
-        ("USPS", ["cannot be downloaded (no network", "usps.bz2"]),
+        ("USPS", ["cannot be downloaded (no network", "usps.bz2", "sets, as they are"]),
         ("SEMEION", ["cannot be downloaded (no network", "semeion.data"]),
     ],
 )
@@ -229,10 +229,15 @@ def test_images_without_a_class_are_refused(data_root: Path, monkeypatch: pytest
         open_dataset("FER2013", 0)
 
 
-@pytest.mark.parametrize("name", ["VOCSegmentation", "Kitti", "CocoDetection"])
+@pytest.mark.parametrize("name", ["VOCSegmentation", "Kinetics", "CocoDetection"])
 def test_detection_and_segmentation_are_refused(name: str) -> None:
-    with pytest.raises(DataError, match=r"no such folder or data set.*image classification"):
+    with pytest.raises(DataError, match=rf"torchvision:{name} has no class for each image.*use one of CIFAR10, "):
         open_dataset(f"torchvision:{name}", 0)
+
+
+def test_the_docs_name_every_class() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    assert [name for name in vision.vision_classes() if f"{name}," not in text and f"{name} (" not in text] == ["USPS"]
 
 
 def test_the_data_root_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -24,6 +24,18 @@ def vision_classes() -> list[str]:
     return list(published("torchvision"))
 
 
+def check_vision_class(name: str) -> None:
+    """Raise `DataError` if ``name`` is a data set of torchvision's without a class for each image."""
+    import torchvision.datasets
+
+    others = {other.lower(): other for other in torchvision.datasets.__all__}
+    if name.lower() in others:
+        raise DataError(
+            f"--data torchvision:{others[name.lower()]} has no class for each image (it is for another kind of task), "
+            f"or none that is supported: use one of {', '.join(vision_classes())}"
+        )
+
+
 def open_vision(name: str, options: Mapping[str, str], splits: Collection[str]) -> Dataset:
     """A data set of `vision_classes`, downloaded into the data root unless it is there.
 
@@ -135,9 +147,10 @@ def _open(name: str, arguments: Mapping[str, Any]) -> Any:
 
 def _missing(name: str, root: Path, error: Exception) -> str:
     entry = published("torchvision")[name]
+    how = "as they are" if entry.get("packed") else "archives unpacked"
     return (
         f"--data torchvision:{name}: not in {root} and cannot be downloaded ({_reason(error)}): "
-        f"put there {entry['get']}, unpacked in {root / entry['into']}"
+        f"put {entry['get']} into {root / entry['into']}, {how}"
     )
 
 
