@@ -42,4 +42,4 @@ def _read(sample: Sample) -> bytes:
     try:
         return sample.read()
     except OSError as error:
-        raise DataError(f"cannot read {sample.name}: {error.strerror}; replace or remove it") from error
+        raise DataError(f"cannot read {sample.name}: {error.strerror or error}; replace or remove it") from error

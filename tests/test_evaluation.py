@@ -13,6 +13,7 @@ from gpt_serve.engine import Engine
 from gpt_serve.errors import BackboneMismatch, DataError, UnknownTask, UsageError
 from gpt_serve.evaluation import evaluate_task
 from gpt_serve.store import AdapterStore
+from gpt_serve.train.samples import Sample, readable
 from tests.factories import make_adapter
 
 LABELS = ("ant", "bee", "cow")
@@ -125,3 +126,11 @@ def test_accuracy_is_of_one_revision(engine, tmp_path, monkeypatch, change):
     error, words = (UsageError, "was replaced while") if change == "replace" else (UnknownTask, "unknown task 'alpha'")
     with pytest.raises(error, match=words):
         evaluate_task(engine, "alpha", str(folder))
+
+
+def test_an_image_of_no_known_format_is_named(engine, monkeypatch):
+    """What a library stores may be anything; Pillow's error has no number of the operating system's."""
+    sample = Sample("set/test/0", lambda: readable(b"no image"), 0)
+    monkeypatch.setattr(evaluation, "open_evaluation", lambda source, labels: [sample])
+    with pytest.raises(DataError, match=r"^cannot read set/test/0: cannot identify image file"):
+        evaluate_task(engine, "alpha", "hf:owner/name")

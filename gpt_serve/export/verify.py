@@ -159,7 +159,7 @@ def _pixels(sample: Sample, preprocess: Preprocess) -> Tensor:
     try:
         image = decode(sample.read(), LOCAL_LIMITS, exif=preprocess.exif)
     except OSError as error:
-        raise DataError(f"cannot read {sample.name}: {error.strerror}; replace or remove it") from error
+        raise DataError(f"cannot read {sample.name}: {error.strerror or error}; replace or remove it") from error
     except ImageError as error:
         raise DataError(f"cannot read {sample.name}: {error}; replace or remove it") from error
     return preprocess_image(image, preprocess)
