@@ -94,9 +94,10 @@ def echo_trained(summary: dict[str, Any], adapters: Path) -> None:
         text = f"validation accuracy {100 * metrics['val_accuracy']:.1f} % (epoch {metrics['best_epoch'] + 1})"
     if "test_accuracy" in metrics:
         text += f", test accuracy {100 * metrics['test_accuracy']:.1f} %"
-    where = f"revision {summary['revision']} in {adapters / summary['task']}"
     if "path" in summary:
         where = f"the fine-tuned model is in {summary['path']} and is not served"
+    else:
+        where = f"revision {summary['revision']} in {adapters / summary['task']}"
     click.echo(f"{summary['task']}: {text}; {where}")
 
 

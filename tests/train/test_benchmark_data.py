@@ -251,6 +251,15 @@ def test_flags_override_the_protocol(colour_task: Path, tmp_path: Path) -> None:
     assert "val_accuracy" in summary["metrics"]  # type: ignore[operator]
 
 
+def test_a_fully_fine_tuned_model_follows_the_protocol_too(colour_task: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(
+        main, ["train", "--task", "kitti", "--method", "full", "--epochs", "1", "--adapters", str(tmp_path / "a")]
+    )
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.startswith("kitti: final fit of 1 epochs, test accuracy ")
+    assert result.stdout.endswith("kitti.safetensors and is not served\n")
+
+
 def test_a_final_fit_needs_test_images_and_leaves_none_to_close_gates_by(
     tiny: Backbone, colours: Path, tmp_path: Path
 ) -> None:
