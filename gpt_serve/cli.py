@@ -13,6 +13,7 @@ import click
 
 from gpt_serve import __version__
 from gpt_serve.errors import GPTServeError, UsageError
+from gpt_serve.insight_commands import inspect, reconstruct
 from gpt_serve.memory import reuse_freed_memory
 from gpt_serve.options import (
     adapters_option,
@@ -23,6 +24,7 @@ from gpt_serve.options import (
     device_option,
     export_options,
     json_option,
+    read_file,
     resolve_device,
     serving_options,
     task_option,
@@ -87,6 +89,8 @@ def main() -> None:
 
 main.add_command(train)
 main.add_command(close_gates)
+main.add_command(inspect)
+main.add_command(reconstruct)
 
 
 @main.command("eval")
@@ -117,7 +121,7 @@ def evaluate(task: str, data: str, adapters: Path, as_json: bool, **backbone: An
 def predict(task: str, images: tuple[Path, ...], top_k: int, adapters: Path, as_json: bool, **backbone: Any) -> None:
     """Classify image files."""
     engine = _engine(task, adapters, **backbone)
-    results = engine.predict([(task, _read(path)) for path in images])
+    results = engine.predict([(task, read_file(path)) for path in images])
     answers: list[dict[str, Any]] = []
     for path, result in zip(images, results, strict=True):
         if isinstance(result, GPTServeError):
@@ -214,38 +218,6 @@ def tasks(adapters: Path, as_json: bool) -> None:
 
 
 @main.command()
-@task_option
-@click.option(
-    "--plot", type=click.Path(path_type=Path, dir_okay=False), help="PNG to write.  [default: TASK-gates.png]"
-)
-@adapters_option
-@json_option
-def inspect(task: str, plot: Path | None, adapters: Path, as_json: bool) -> None:
-    """Gates, temperatures and selection ratio of an adapter, as a table and a plot."""
-    from dataclasses import asdict
-
-    from gpt_serve.store import AdapterStore
-    from gpt_serve.train.card import block_table
-    from gpt_serve.train.inspection import inspect_adapter, plot_inspection
-
-    stored = AdapterStore(adapters).load(task)
-    inspection = inspect_adapter(stored.adapter)
-    path = plot or Path(f"{task}-gates.png")
-    try:
-        plot_inspection(inspection, f"{task} ({stored.adapter.method})", path)
-    except OSError as error:
-        raise UsageError(f"the plot cannot be written to {path}: {error.strerror}") from error
-    except ValueError as error:  # the suffix names no format
-        raise UsageError(f"the plot cannot be written to {path}: {error}") from error
-    if as_json:
-        click.echo(json.dumps({"task": task, "revision": stored.revision, **asdict(inspection), "plot": str(path)}))
-        return
-    click.echo(f"{task}: {stored.adapter.method}, {stored.adapter.prompts} prompts, revision {stored.revision}")
-    click.echo("\n".join(block_table(inspection)))
-    click.echo(f"plot: {path}")
-
-
-@main.command()
 @bench_options
 @device_option
 def bench(only: tuple[str, ...], backbones: tuple[str, ...], device: str, repeats: int, output: Path) -> None:
@@ -283,10 +255,3 @@ def _engine(
     with engine.bank.holding(task):  # trouble is reported before anything is computed
         pass
     return engine
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}") from error

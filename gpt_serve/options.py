@@ -268,6 +268,14 @@ def resolve_device(name: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def read_file(path: Path) -> bytes:
+    """Its bytes; one that cannot be read is the user's mistake."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+
+
 def data_by_task(data: Sequence[str], tasks: Sequence[str]) -> dict[str, str]:
     """``TASK=DATA``, or ``DATA`` alone for the only task; data may have a ``=`` after its ``?``."""
     sources = {}

@@ -63,15 +63,34 @@ def attention(
     Returns:
         (B, rows, D)
     """
-    q, k, v = _project(attn, x, rows)
-    q, k = _norm_heads(attn, attn.q_norm, q), _norm_heads(attn, attn.k_norm, k)
-    if tau is not None:
-        q = q / tau[:, None, None].to(q.dtype)
+    q, k, v = _tempered(attn, x, tau, rows)
     if memory is not None:
         k, v = (
             torch.cat([own, more.expand(x.shape[0], -1, -1)], dim=1) for own, more in zip((k, v), memory, strict=True)
         )
     return attn.proj(attn.norm(_attend(q, k, v, attn.num_heads, mask)))  # type: ignore[no-any-return]
+
+
+def attention_weights(blk: Any, x: Tensor, tau: Tensor | None) -> Tensor:
+    """``softmax(q k^T / (sqrt(d) * tau))`` of a block (Eqs. 3 and 9), for those who want to look at it.
+
+    Args:
+        x: (B, S, D), the tokens that the block is given, all of them: none remembered, none padded.
+
+    Returns:
+        (B, H, S, S): query, then key.
+    """
+    q, k, _ = _tempered(blk.attn, blk.norm1(x), tau, None)
+    q, k = (rows.reshape(*rows.shape[:2], blk.attn.num_heads, -1).transpose(1, 2) for rows in (q, k))
+    scores: Tensor = q @ k.mT * q.shape[-1] ** -0.5
+    return scores.softmax(dim=-1)
+
+
+def _tempered(attn: Any, x: Tensor, tau: Tensor | None, rows: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries divided by ``tau``, keys and values as `_project` gives them, after the norms of the heads."""
+    q, k, v = _project(attn, x, rows)
+    q, k = _norm_heads(attn, attn.q_norm, q), _norm_heads(attn, attn.k_norm, k)
+    return q if tau is None else q / tau[:, None, None].to(q.dtype), k, v
 
 
 def _project(attn: Any, x: Tensor, rows: int | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -28,10 +28,10 @@ class Terminal:
         self.epochs = 0  # finished and stored, earlier parts of a resumed run included
         self._bar: tqdm | None = None
 
-    def _open(self, total: int, text: str, done: int = 0) -> tqdm:
+    def _open(self, total: int, text: str, done: int = 0, unit: str = "img") -> tqdm:
         self.close()
         off = self.quiet or not sys.stderr.isatty()
-        self._bar = tqdm(total=total, initial=done, desc=text, unit="img", disable=off, leave=False, smoothing=0.1)
+        self._bar = tqdm(total=total, initial=done, desc=text, unit=unit, disable=off, leave=False, smoothing=0.1)
         return self._bar
 
     def close(self) -> None:
@@ -45,9 +45,9 @@ class Terminal:
         if not self.quiet:
             tqdm.write(text, file=sys.stderr)
 
-    def scanning(self, total: int, what: str = "checking images") -> Callable[[], object]:
-        """A bar over the images that are read."""
-        bar = self._open(total, what)
+    def scanning(self, total: int, what: str = "checking images", unit: str = "img") -> Callable[[], object]:
+        """A bar over the images that are read, or whatever else is counted."""
+        bar = self._open(total, what, unit=unit)
         return lambda: bar.update()
 
     def unreadable(self, images: "list[Unreadable]") -> None:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 @training_options
 @reading_options
 @click.option("--close-gates", "closing", is_flag=True, help="Then close gates, as gpt-serve close-gates does.")
+@click.option("--nmi", is_flag=True, help="Record what prompts and patch tokens share after each epoch, for inspect.")
 @adapters_option
 @json_option
 def train(
@@ -48,6 +49,7 @@ def train(
     skip_unreadable: bool,
     workers: int,
     closing: bool,
+    nmi: bool,
     adapters: Path,
     as_json: bool,
     recipe: str,
@@ -77,7 +79,9 @@ def train(
             raise UsageError(f"--close-gates: the method {settings.method} learns no gates: leave it out")
         if closing and settings.final_fit:
             raise UsageError("--close-gates decides by validation images, which a final fit trains on: --no-final-fit")
-        job = Job(task, data or task, adapters, settings, resume, skip_unreadable, workers)
+        if nmi and not find_method(settings.method).prompts:
+            raise UsageError(f"--nmi: the method {settings.method} has no prompts: leave it out")
+        job = Job(task, data or task, adapters, settings, resume, skip_unreadable, workers, nmi)
         terminal = Terminal(quiet=not world.leader)
         terminal.notice(taken)
         stack.callback(terminal.close)

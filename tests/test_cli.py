@@ -21,7 +21,7 @@ from gpt_serve.store import FILE_NAME, AdapterStore
 from tests.factories import make_adapter
 
 LABELS = ("ant", "bee", "cow")
-COMMANDS = ("train", "close-gates", "eval", "predict", "serve", "tasks", "inspect", "bench", "export")
+COMMANDS = ("train", "close-gates", "eval", "predict", "serve", "tasks", "inspect", "reconstruct", "bench", "export")
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +214,55 @@ def test_inspect_method_without_gates(folder, tmp_path):
     assert "This method learns no gates and no temperatures." in result.stdout
 
 
+def test_inspect_with_an_image(folder, tmp_path):
+    value = run_json("inspect", "--task", "alpha", "--plot", str(tmp_path / "x.png"), "--image", "one.png")["attention"]
+    assert (value["image"], value["query"], value["blocks"]) == ("one.png", "mean", [3, 7, 12])
+    assert value["plot"] == str(tmp_path / "alpha-attention.png")
+    assert [len(value[name]) for name in ("on_prompts", "entropy", "entropy_without")] == [12, 12, 12]
+    assert all(0 < share < 1 for share in value["on_prompts"])
+    result = run("inspect", "--task", "alpha", "--plot", str(tmp_path / "y.png"), "--image", "one.png", "--heads")
+    assert f"| 12 | {value['on_prompts'][-1]:.4f} | {value['entropy'][-1]:.3f} |" in result.stdout
+    written = {path.name: path.read_bytes()[:4] for path in tmp_path.iterdir()}
+    assert written == dict.fromkeys(["x.png", "y.png", "alpha-attention.png"], b"\x89PNG")
+
+
+def test_inspect_nmi(folder, bundled, tmp_path):
+    curves = [[epoch / 100 + block / 10_000 for block in range(12)] for epoch in range(40)]
+    store = AdapterStore(tmp_path / "adapters")
+    store.publish(make_adapter(bundled.spec, "alpha", training={"nmi": curves}))
+    common = ("inspect", "--task", "alpha", "--adapters", str(store.root), "--plot", str(tmp_path / "x.png"), "--nmi")
+    assert run_json(*common)["nmi"] == {"epochs": curves, "plot": str(tmp_path / "alpha-nmi.png")}
+    lines = run(*common).stdout.splitlines()
+    assert "| NMI of block | epoch 1 | epoch 9 | epoch 17 | epoch 24 | epoch 32 | epoch 40 |" in lines
+    assert "| 12 | 0.0011 | 0.0811 | 0.1611 | 0.2311 | 0.3111 | 0.3911 |" in lines
+    assert (tmp_path / "alpha-nmi.png").is_file()
+
+
+# reconstruct
+
+
+def test_reconstruct(folder, tmp_path):
+    path = tmp_path / "r.png"
+    common = ("reconstruct", "--image", "one.png", "--steps", "2", "--output", str(path))
+    value = run_json(*common, "--task", "alpha", "--block", "2", "--block", "1")
+    assert (value["image"], value["steps"], value["plot"]) == ("one.png", 2, str(path))
+    found = [(item["task"], item["block"]) for item in value["blocks"]]
+    assert found == [(None, 2), (None, 1), ("alpha", 2), ("alpha", 1)]
+    assert value["blocks"][0]["error"] != value["blocks"][2]["error"]
+    assert path.read_bytes().startswith(b"\x89PNG")
+    lines = run(*common).stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["block", "3", "7", "12", "plot:"]
+
+
+def test_reconstruct_needs_a_library(folder, monkeypatch):
+    from gpt_serve.train import deep_image_prior
+
+    monkeypatch.setattr(deep_image_prior, "find_spec", lambda name: None)
+    result = run("reconstruct", "--image", "one.png", "--output", "x.png")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == "gpt-serve: reconstruct needs torchmetrics: pip install 'gpt-serve[insight]'\n"
+
+
 # Mistakes
 
 MISTAKES: dict[str, tuple[list[str], str]] = {
@@ -288,9 +337,40 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "plot of no format": (
         ["inspect", "--task", "alpha", "--plot", "x.tool"],
-        "the plot cannot be written to x.tool: Format 'tool' is not supported",
+        "the plot cannot be written to x.tool: 'tool' is none of ",
     ),
     "folder for a plot": (["inspect", "--task", "alpha", "--plot", "data"], "File 'data' is a directory"),
+    "heads of no image": (
+        ["inspect", "--task", "alpha", "--heads"],
+        "--heads is about attention maps: name an --image",
+    ),
+    "no image to inspect": (["inspect", "--task", "alpha", "--image", "text.png"], "text.png: file is not a JPEG, PNG"),
+    "other backbone to inspect": (
+        ["inspect", "--task", "foreign", "--image", "one.png"],
+        "trained on backbone vit_huge (cdcdcdcdcdcd), not on mae-vit-tiny-32",
+    ),
+    "no NMI recorded": (["inspect", "--task", "alpha", "--nmi"], "alpha was trained without: train with --nmi"),
+    "NMI of no prompts": (
+        ["train", "--task", "a", "--data", "data", "--method", "linear", "--nmi"],
+        "--nmi: the method linear has no prompts: leave it out",
+    ),
+    "reconstruct no image": (["reconstruct", "--image", "cut.png", "--output", "r.png"], "cut.png: "),
+    "reconstruct an unknown task": (
+        ["reconstruct", "--image", "one.png", "--output", "r.png", "--task", "nobody"],
+        "unknown task 'nobody': train it",
+    ),
+    "reconstruct from no block": (
+        ["reconstruct", "--image", "one.png", "--output", "r.png", "--block", "13"],
+        "--block 13: mae-vit-tiny-32 has blocks 1 to 12",
+    ),
+    "reconstruct to nowhere": (
+        ["reconstruct", "--image", "one.png", "--output", "none/r.png"],
+        "the plot cannot be written to none/r.png: No such file or directory",
+    ),
+    "reconstruct too little": (
+        ["reconstruct", "--image", "one.png", "--output", "r.png", "--input-size", "8"],
+        "an input of 8 pixels is too small: use --input-size 16 or more",
+    ),
     "no adapters": (["tasks", "--adapters", "empty"], "no adapters in empty: train one, or name another folder"),
     "no adapter folder": (["tasks", "--adapters", "none"], "no adapters in none: train one, or name another folder"),
     "file for a folder": (["tasks", "--adapters", "one.png"], "Directory 'one.png' is a file"),

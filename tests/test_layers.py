@@ -18,7 +18,7 @@ LAYERS = [
     {"adapter", "adapter_file", "backbone", "checkpoints", "image_headers", "images"},
     {"adapter_batch", "bank", "host", "passes", "prompted", "slab", "store"},
     {"engine", "evaluation", "export", "scheduler", "train"},
-    {"bench", "cli", "options", "serve", "terminal", "train_commands"},
+    {"bench", "cli", "insight_commands", "options", "serve", "terminal", "train_commands"},
 ]
 LAYER_OF = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 
@@ -45,10 +45,13 @@ NEIGHBOURS = {
     ("scheduler", "engine"),
     ("bench", "serve"),
     ("cli", "bench"),
+    ("cli", "insight_commands"),
     ("cli", "options"),
     ("cli", "serve"),
     ("cli", "terminal"),
     ("cli", "train_commands"),
+    ("insight_commands", "options"),
+    ("insight_commands", "terminal"),
     ("train_commands", "options"),
     ("train_commands", "terminal"),
 }

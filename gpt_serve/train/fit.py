@@ -20,6 +20,7 @@ from gpt_serve.train.full import FullModule
 from gpt_serve.train.loop import EpochRecord, Trainer, features_of, predict_all
 from gpt_serve.train.methods import AdapterModule, find_method
 from gpt_serve.train.modules import TaskModule
+from gpt_serve.train.nmi import nmi_probe
 from gpt_serve.train.prompt_init import images_to_read, prompts_from_tokens
 from gpt_serve.train.publishing import describe, publish_trained
 from gpt_serve.train.recipe import Recipe, prepared
@@ -60,6 +61,7 @@ class Job:
         resume: continue the interrupted run of this task.
         skip_unreadable: train without the images that cannot be read instead of stopping.
         workers: processes that decode when the images exceed the cache.
+        nmi: record the mutual information between prompts and patch tokens after each epoch.
     """
 
     task: str
@@ -69,6 +71,7 @@ class Job:
     resume: bool = False
     skip_unreadable: bool = False
     workers: int = 2
+    nmi: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,16 @@ def train_adapter(backbone: Backbone, job: Job, reporter: Reporter, world: World
     module = build_module(backbone, job.recipe, len(views.labels))
     if not job.resume and isinstance(module, AdapterModule):
         start_from_data(backbone, module, job, train, reporter)
-    trainer = Trainer(backbone, module, job.recipe, train=train, val=val, world=world, workers=job.workers)
+    trainer = Trainer(
+        backbone,
+        module,
+        job.recipe,
+        train=train,
+        val=val,
+        world=world,
+        workers=job.workers,
+        nmi=nmi_probe(backbone, module, val or train) if job.nmi and isinstance(module, AdapterModule) else None,
+    )
     identity = _identity(backbone, job, views)
     if job.resume:
         trainer.restore(checkpoint.load(identity))
@@ -251,4 +263,5 @@ def _without(dataset: Dataset, names: set[str]) -> Dataset:
 
 
 def _identity(backbone: Backbone, job: Job, views: Views) -> dict[str, Any]:
-    return {"task": job.task, "backbone": backbone.fingerprint, "data": views.digest, **job.recipe.to_dict()}
+    identity = {"task": job.task, "backbone": backbone.fingerprint, "data": views.digest, "nmi": job.nmi}
+    return identity | job.recipe.to_dict()

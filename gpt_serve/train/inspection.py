@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from gpt_serve.adapter import Adapter
 from gpt_serve.prompted import TAU_MAX, TAU_MIN
+from gpt_serve.train.figures import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -69,7 +70,7 @@ def plot_inspection(inspection: Inspection, title: str, path: Path) -> None:
     _bars(panels[1], inspection.temperatures, "temperature τ")
     panels[1].axhline(1, color="0.5", linewidth=0.8)
     _bars(panels[2], inspection.selection_ratio, "selection ratio r")
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)
 
 
 def _bars(axes: "Axes", values: list[float] | None, name: str) -> None:

@@ -46,6 +46,7 @@ class EpochRecord:
     val_loss: float
     val_accuracy: float
     images_per_second: float
+    nmi: list[float] | None = None  # of each block, where it is measured
 
     @property
     def val(self) -> Score:
@@ -68,6 +69,7 @@ class Progress:
 
 
 OnBatch = Callable[[int, float, float, int], object]  # epoch, running loss, running accuracy, images
+NmiProbe = Callable[[], list[float]]  # the module's NMI by block, as it is now
 
 
 class Trainer:
@@ -83,6 +85,7 @@ class Trainer:
         *,
         world: World,
         workers: int,
+        nmi: NmiProbe | None = None,
     ) -> None:
         self.backbone = backbone
         self.module = module.to(backbone.device)
@@ -91,6 +94,7 @@ class Trainer:
         self.val_view = val
         self.world = world
         self.workers = workers
+        self.nmi = nmi
         self.progress = Progress()
         self.optimizer = _optimizer(module, recipe)
         world.broadcast(module.parameters())
@@ -146,7 +150,8 @@ class Trainer:
         if self.val_view is not None:
             val = evaluate(self.backbone, self.module, self.val_view, self.workers, self.world)
         rate = learning_rate(self.recipe, epoch)
-        return EpochRecord(epoch, rate, loss / count, correct / count, val.loss, val.accuracy, count / seconds)
+        nmi = None if self.nmi is None else self.nmi()
+        return EpochRecord(epoch, rate, loss / count, correct / count, val.loss, val.accuracy, count / seconds, nmi)
 
     def _set_rate(self, epoch: float) -> None:
         rate = learning_rate(self.recipe, epoch)

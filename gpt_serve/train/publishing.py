@@ -92,7 +92,8 @@ def publish(adapters: Path, adapter: Adapter, confusion: Tensor, split: str) -> 
 def describe(job: "Job", views: "Views", module: TaskModule, progress: Progress, seconds: float) -> dict[str, Any]:
     """What the adapter's metadata and card tell about its training."""
     best = progress.best_record
-    return {
+    nmi = {"nmi": [record.nmi for record in progress.history]} if job.nmi else {}
+    return nmi | {
         "recipe": job.recipe.to_dict(),
         "data": {
             "source": Path(job.data).name if Path(job.data).exists() else job.data,
