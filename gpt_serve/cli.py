@@ -30,6 +30,7 @@ from gpt_serve.options import (
     task_option,
     weights_options,
 )
+from gpt_serve.sweep_commands import sweep
 from gpt_serve.train_commands import close_gates, train
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ def main() -> None:
 
 
 main.add_command(train)
+main.add_command(sweep)
 main.add_command(close_gates)
 main.add_command(inspect)
 main.add_command(reconstruct)

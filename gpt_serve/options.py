@@ -25,6 +25,19 @@ class ByteSize(click.ParamType[int]):
         return int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " "))
 
 
+class Values(click.ParamType[tuple[Any, ...]]):
+    """Numbers, separated by commas: ``0.05,0.1``."""
+
+    name = "list"
+
+    def __init__(self, kind: click.ParamType[Any]) -> None:
+        self.kind = kind
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
+        """The numbers."""
+        return tuple(self.kind.convert(item.strip(), param, ctx) for item in str(value).split(","))
+
+
 def _option_group(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def apply(command: Any) -> Any:
         for option in reversed(options):
@@ -54,7 +67,7 @@ weights_options = _option_group(
     click.option("--input-size", type=click.IntRange(1, 4096), help="Side of the input in pixels."),
 )
 backbone_options = _option_group(weights_options, device_option)
-training_options = _option_group(
+_method_options = _option_group(
     click.option("--pool", type=click.Choice(["cls", "mean"]), help="Pooling; the pretraining's own by default."),
     click.option(
         "--method",
@@ -72,11 +85,8 @@ training_options = _option_group(
         "for task and backbone; auto: that row for gated prompts, full for --method full, but adamw for others and the "
         "bundled backbone.",
     ),
-    click.option(
-        "--prompts",
-        type=int,
-        help="Prompt tokens (per block for deep ones).  [adamw: 10; paper: 100; spt: 20, shallow 100]",
-    ),
+)
+_recipe_options = _option_group(
     click.option(
         "--prompt-init",
         type=click.Choice(["random", "tokens", "kmeans", "mean", "max"]),
@@ -94,7 +104,6 @@ training_options = _option_group(
         type=click.Choice(["soft", "hard"]),
         help="Gates between 0 and 1, or of 0 or 1 (Gumbel-sigmoid, straight-through).  [soft]",
     ),
-    click.option("--gate-init", type=float, help="Gate priors start at minus this.  [adamw, spt: 1; paper: 5]"),
     click.option(
         "--temperature/--no-temperature",
         default=None,
@@ -103,7 +112,6 @@ training_options = _option_group(
     click.option("--epochs", type=int, help="Passes over the training images.  [adamw: 20; paper, spt: 100]"),
     click.option("--warmup", type=int, help="Epochs of warm-up.  [a tenth of --epochs]"),
     click.option("--schedule", type=click.Choice(["epoch", "step"]), help="When the rate changes.  [epoch; spt: step]"),
-    click.option("--lr", type=float, help="Peak learning rate.  [adamw: 0.01; paper: 0.25; spt: 0.05]"),
     click.option("--min-lr", type=float, help="Final learning rate.  [0; spt: 1e-8]"),
     click.option(
         "--head-lr-scale", type=float, help="The head's rate as a multiple of --lr.  [adamw: 2; paper, spt: 1]"
@@ -137,6 +145,35 @@ training_options = _option_group(
     ),
     click.option("--seed", type=int, help="Of everything random.  [0]"),
     click.option("--resume", is_flag=True, help="Continue the interrupted run of this task."),
+)
+training_options = _option_group(
+    _method_options,
+    click.option(
+        "--prompts",
+        type=int,
+        help="Prompt tokens (per block for deep ones).  [adamw: 10; paper: 100; spt: 20, shallow 100]",
+    ),
+    click.option("--gate-init", type=float, help="Gate priors start at minus this.  [adamw, spt: 1; paper: 5]"),
+    click.option("--lr", type=float, help="Peak learning rate.  [adamw: 0.01; paper: 0.25; spt: 0.05]"),
+    _recipe_options,
+)
+sweep_options = _option_group(
+    _method_options,
+    click.option(
+        "--lr", type=Values(click.FLOAT), help="Peak learning rates.  [sgd: 0.05 to 5; adamw: 0.0005 to 0.05]"
+    ),
+    click.option("--gate-init", type=Values(click.FLOAT), help="Gate priors start at minus these.  [Table 5: 1 to 20]"),
+    click.option("--prompts", type=Values(click.INT), help="Numbers of prompt tokens.  [Table 5: 1,5,10,100]"),
+    click.option("--samples", type=click.IntRange(1), help="Try so many points of the grid, drawn by --seed.  [all]"),
+    click.option("--early-stop", is_flag=True, help="Stop trials that fall behind the others (ASHA)."),
+    click.option("--jobs", type=click.IntRange(1), help="Trials at a time.  [one a GPU; on CPUs one per 4 cores]"),
+    click.option(
+        "--ray-address",
+        default="local",
+        show_default=True,
+        help="Ray cluster to run trials on: auto for this machine's, or HOST:PORT. local starts Ray for this command.",
+    ),
+    _recipe_options,
 )
 reading_options = _option_group(
     click.option("--skip-unreadable", is_flag=True, help="Train without the images that cannot be read."),

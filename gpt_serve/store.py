@@ -15,7 +15,7 @@ from gpt_serve.errors import AdapterError, InvalidAdapter, InvalidTaskName, Unkn
 from gpt_serve.specs import BackboneSpec, check_task_name
 
 FILE_NAME = "adapter.safetensors"
-CARD_FILES = ("README.md", "gates.png", "confusion.png")
+CARD_FILES = ("README.md", "gates.png", "confusion.png", "sweep.json", "sweep.md", "sweep.png")
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,7 @@ class AdapterStore:
         return revision_of(data)
 
     def remove(self, task: str) -> None:
-        """Remove an adapter, its card and, when nothing else is in it, its folder.
+        """Remove an adapter, its card, the sweep that found it and, when nothing else is in it, its folder.
 
         Raises:
             InvalidTaskName, UnknownTask: as `signature`.

@@ -15,6 +15,8 @@ if TYPE_CHECKING:  # what trains is heavy, and not needed to list adapters
     from gpt_serve.train.loop import EpochRecord
     from gpt_serve.train.views import Unreadable
 
+SHOWN_TRIALS = 20
+
 
 class Terminal:
     """Reports a training run; bars only where stderr is a terminal.
@@ -55,6 +57,11 @@ class Terminal:
         self.close()
         for image in images:
             self.notice(f"cannot read {image.name}: {image.reason}")
+
+    def trials(self, total: int, done: int) -> Callable[[], object]:
+        """A bar over the trials of a sweep."""
+        bar = self._open(total, "sweeping", done, "trial")
+        return lambda: bar.update()
 
     def training(self, images: int, first_epoch: int, epochs: int) -> None:
         """A bar over all images of all epochs, which gives images/s and the time left."""
@@ -99,6 +106,13 @@ def echo_trained(summary: dict[str, Any], adapters: Path) -> None:
     else:
         where = f"revision {summary['revision']} in {adapters / summary['task']}"
     click.echo(f"{summary['task']}: {text}; {where}")
+
+
+def echo_sweep(header: Sequence[str], rows: Sequence[Sequence[str]], folder: Path) -> None:
+    """The best trials, and where all of them are."""
+    echo_table(header, rows[:SHOWN_TRIALS])
+    more = f"{len(rows) - SHOWN_TRIALS} more trials, " if len(rows) > SHOWN_TRIALS else ""
+    click.echo(f"{more}table and plot: {folder / 'sweep.md'}, {folder / 'sweep.png'}")
 
 
 def echo_closing(summary: dict[str, Any], adapters: Path) -> None:

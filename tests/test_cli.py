@@ -21,7 +21,10 @@ from gpt_serve.store import FILE_NAME, AdapterStore
 from tests.factories import make_adapter
 
 LABELS = ("ant", "bee", "cow")
-COMMANDS = ("train", "close-gates", "eval", "predict", "serve", "tasks", "inspect", "reconstruct", "bench", "export")
+COMMANDS = (
+    *("train", "sweep", "close-gates", "eval", "predict", "serve"),
+    *("tasks", "inspect", "reconstruct", "bench", "export"),
+)
 
 
 @pytest.fixture(scope="module")

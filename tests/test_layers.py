@@ -18,7 +18,7 @@ LAYERS = [
     {"adapter", "adapter_file", "backbone", "checkpoints", "image_headers", "images"},
     {"adapter_batch", "bank", "host", "passes", "prompted", "slab", "store"},
     {"engine", "evaluation", "export", "scheduler", "train"},
-    {"bench", "cli", "insight_commands", "options", "serve", "terminal", "train_commands"},
+    {"bench", "cli", "insight_commands", "options", "serve", "sweep_commands", "terminal", "train_commands"},
 ]
 LAYER_OF = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 
@@ -48,10 +48,13 @@ NEIGHBOURS = {
     ("cli", "insight_commands"),
     ("cli", "options"),
     ("cli", "serve"),
+    ("cli", "sweep_commands"),
     ("cli", "terminal"),
     ("cli", "train_commands"),
     ("insight_commands", "options"),
     ("insight_commands", "terminal"),
+    ("sweep_commands", "options"),
+    ("sweep_commands", "terminal"),
     ("train_commands", "options"),
     ("train_commands", "terminal"),
 }
@@ -145,10 +148,11 @@ def test_a_module_is_one_idea(path: Path) -> None:
         "import gpt_serve",
         "from gpt_serve.cli import main; main(['--help'], standalone_mode=False)",
         "from gpt_serve.cli import main; main(['train', '--help'], standalone_mode=False)",
+        "from gpt_serve.cli import main; main(['sweep', '--help'], standalone_mode=False)",
     ],
 )
 def test_starting_up_imports_nothing_heavy(program: str) -> None:
-    heavy = "{'torch', 'torchvision', 'timm', 'litserve', 'fastapi', 'sklearn', 'matplotlib', 'onnxruntime'}"
+    heavy = "{'torch', 'torchvision', 'timm', 'litserve', 'fastapi', 'sklearn', 'matplotlib', 'onnxruntime', 'ray'}"
     check = f"import sys; sys.exit(str(sorted({heavy} & set(sys.modules))) if {heavy} & set(sys.modules) else 0)"
     run = subprocess.run([sys.executable, "-c", f"{program}\n{check}"], capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stderr

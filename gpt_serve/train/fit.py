@@ -106,30 +106,10 @@ def train_adapter(backbone: Backbone, job: Job, reporter: Reporter, world: World
     checkpoint = RunCheckpoint(job.adapters, job.task)
     if job.resume:
         checkpoint.require()
-    dataset = open_dataset(job.data, job.recipe.seed)
-    if job.recipe.final_fit and not dataset.test:
-        raise DataError(
-            f"--final-fit leaves only test images to report on, and --data {job.data} has none: leave it out"
-        )
-    spec = replace(backbone.spec, preprocess=prepared(backbone.spec.preprocess, job.recipe.preprocess))
-    backbone = Backbone(backbone.model, spec, str(backbone.device), backbone.family)
-    views = load_views(dataset, backbone, job, reporter)
-    train, val = (joined(views.train, views.val), None) if job.recipe.final_fit else (views.train, views.val)
-    torch.manual_seed(job.recipe.seed)
-    module = build_module(backbone, job.recipe, len(views.labels))
-    if not job.resume and isinstance(module, AdapterModule):
-        start_from_data(backbone, module, job, train, reporter)
-    trainer = Trainer(
-        backbone,
-        module,
-        job.recipe,
-        train=train,
-        val=val,
-        world=world,
-        workers=job.workers,
-        nmi=nmi_probe(backbone, module, val or train) if job.nmi and isinstance(module, AdapterModule) else None,
-    )
-    identity = _identity(backbone, job, views)
+    backbone, views = prepare(backbone, job, reporter)
+    trainer = new_trainer(backbone, job, views, reporter, world)
+    module = trainer.module
+    identity = run_identity(backbone, job, views.digest)
     if job.resume:
         trainer.restore(checkpoint.load(identity))
         reporter.notice(f"resuming after epoch {trainer.progress.epoch} of {job.recipe.epochs}")
@@ -144,7 +124,7 @@ def train_adapter(backbone: Backbone, job: Job, reporter: Reporter, world: World
             checkpoint.save(identity, trainer.state())
         reporter.epoch(record)
 
-    reporter.training(len(train), trainer.progress.epoch, job.recipe.epochs)
+    reporter.training(len(trainer.train_view), trainer.progress.epoch, job.recipe.epochs)
     progress = trainer.fit(reporter.batch, store_epoch)
     if not world.leader:
         return None
@@ -163,6 +143,41 @@ def make_deterministic(backbone: Backbone) -> None:
     if backbone.device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def prepare(backbone: Backbone, job: Job, reporter: Reporter) -> tuple[Backbone, Views]:
+    """The images of the run, and the backbone with the preprocessing that the recipe has for them.
+
+    Raises:
+        DataError: they cannot be trained on.
+    """
+    dataset = open_dataset(job.data, job.recipe.seed)
+    if job.recipe.final_fit and not dataset.test:
+        raise DataError(
+            f"--final-fit leaves only test images to report on, and --data {job.data} has none: leave it out"
+        )
+    spec = replace(backbone.spec, preprocess=prepared(backbone.spec.preprocess, job.recipe.preprocess))
+    backbone = Backbone(backbone.model, spec, str(backbone.device), backbone.family)
+    return backbone, load_views(dataset, backbone, job, reporter)
+
+
+def new_trainer(backbone: Backbone, job: Job, views: Views, reporter: Reporter, world: World) -> Trainer:
+    """What the recipe and its seed start from; prompts are left random when a checkpoint is about to replace them.
+
+    Raises:
+        UsageError: there are fewer tokens than prompts.
+    """
+    recipe = job.recipe
+    train, val = (joined(views.train, views.val), None) if recipe.final_fit else (views.train, views.val)
+    torch.manual_seed(recipe.seed)
+    module = build_module(backbone, recipe, len(views.labels))
+    nmi = None
+    if isinstance(module, AdapterModule):
+        if not job.resume:
+            start_from_data(backbone, module, job, train, reporter)
+        if job.nmi:
+            nmi = nmi_probe(backbone, module, val or train)
+    return Trainer(backbone, module, recipe, train=train, val=val, world=world, workers=job.workers, nmi=nmi)
 
 
 def build_module(backbone: Backbone, recipe: Recipe, classes: int) -> TaskModule:
@@ -262,6 +277,7 @@ def _without(dataset: Dataset, names: set[str]) -> Dataset:
     return kept
 
 
-def _identity(backbone: Backbone, job: Job, views: Views) -> dict[str, Any]:
-    identity = {"task": job.task, "backbone": backbone.fingerprint, "data": views.digest, "nmi": job.nmi}
+def run_identity(backbone: Backbone, job: Job, data: str) -> dict[str, Any]:
+    """What must be equal for a run to continue, as plain JSON values; ``data`` is the images' digest."""
+    identity = {"task": job.task, "backbone": backbone.fingerprint, "data": data, "nmi": job.nmi}
     return identity | job.recipe.to_dict()

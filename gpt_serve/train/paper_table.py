@@ -62,6 +62,12 @@ def table_tasks() -> list[str]:
     return list(_table()[0])
 
 
+def selected_values(column: str) -> list[float]:
+    """What the table has in a column of a `Row`, over all tasks and both families, in order."""
+    rows = [find_row(task, family) for task in table_tasks() for family in FAMILY_NAMES]
+    return sorted({getattr(row, column) for row in rows})
+
+
 def _plain(task: str) -> str:
     """Case and punctuation do not tell names apart."""
     return re.sub(r"[^a-z0-9]", "", task.lower())

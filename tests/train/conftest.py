@@ -29,6 +29,9 @@ class Recorder:
     def notice(self, text: str) -> None:
         self.notices.append(text)
 
+    def trials(self, total: int, done: int) -> Callable[[], object]:
+        return lambda: None
+
     def training(self, images: int, first_epoch: int, epochs: int) -> None:
         pass
 
