@@ -13,11 +13,10 @@ from gpt_serve.options import (
     adapters_option,
     backbone_options,
     json_option,
-    reading_options,
     resolve_device,
-    sweep_options,
     task_option,
 )
+from gpt_serve.training_options import reading_options, sweep_options
 
 
 @click.command()

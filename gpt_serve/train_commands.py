@@ -12,14 +12,12 @@ from gpt_serve.options import (
     DATA_KINDS,
     adapters_option,
     backbone_options,
-    closing_options,
     data_option,
     json_option,
-    reading_options,
     resolve_device,
     task_option,
-    training_options,
 )
+from gpt_serve.training_options import closing_options, reading_options, training_options
 
 if TYPE_CHECKING:
     from gpt_serve.backbone import Backbone

@@ -18,7 +18,17 @@ LAYERS = [
     {"adapter", "adapter_file", "backbone", "checkpoints", "image_headers", "images"},
     {"adapter_batch", "bank", "host", "passes", "prompted", "slab", "store"},
     {"engine", "evaluation", "export", "scheduler", "train"},
-    {"bench", "cli", "insight_commands", "options", "serve", "sweep_commands", "terminal", "train_commands"},
+    {
+        "bench",
+        "cli",
+        "insight_commands",
+        "options",
+        "serve",
+        "sweep_commands",
+        "terminal",
+        "train_commands",
+        "training_options",
+    },
 ]
 LAYER_OF = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 
@@ -54,8 +64,11 @@ NEIGHBOURS = {
     ("insight_commands", "options"),
     ("insight_commands", "terminal"),
     ("sweep_commands", "options"),
+    ("sweep_commands", "training_options"),
     ("sweep_commands", "terminal"),
     ("train_commands", "options"),
+    ("train_commands", "training_options"),
+    ("training_options", "options"),
     ("train_commands", "terminal"),
 }
 
