@@ -1,0 +1,90 @@
+"""What methods cost to train and to serve: a step of 16 images, and answers of the engine that ``serve`` starts.
+
+    python benchmarks/accuracy/costs.py
+
+All are timed in turns, with 10 untrained prompts and the bundled backbone. Writes ``costs.json`` and ``costs.md``.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from gpt_serve.backbone import BUNDLED, Backbone
+from gpt_serve.bench.engines import onnx_engine
+from gpt_serve.bench.inputs import CLASSES, photo, untrained_adapter
+from gpt_serve.bench.mixed import answer
+from gpt_serve.bench.timing import Plan, Ratio, interleave
+from gpt_serve.images import decode, preprocess_image
+from gpt_serve.memory import reuse_freed_memory
+from gpt_serve.store import AdapterStore
+from gpt_serve.train.fit import build_module
+from gpt_serve.train.loop import forward_logits
+from gpt_serve.train.recipe import make_recipe
+
+HERE = Path(__file__).parent
+METHODS = ("linear", "vpt-shallow", "vpt-deep", "gated", "gated-deep", "full")
+PROMPTS, STEP = 10, 16
+BATCHES = (1, 8, 32)
+
+
+def training_step(backbone: Backbone, method: str) -> Callable[[], None]:
+    """Forward and backward of a batch."""
+    module = build_module(backbone, make_recipe("adamw", method=method, prompts=PROMPTS), CLASSES).train()
+    images = torch.randint(0, 256, (STEP, 3, *backbone.spec.preprocess.input_size), dtype=torch.uint8)
+    targets = torch.arange(STEP) % CLASSES
+
+    def step() -> None:
+        module.zero_grad()
+        F.cross_entropy(forward_logits(backbone, module, images), targets).backward()
+
+    return step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=20, help="rounds of a comparison")
+    plan = Plan(parser.parse_args().repeats, comparison_seconds=60)
+    reuse_freed_memory()
+    backbone = Backbone.load(BUNDLED)
+    times = {"training": interleave({method: training_step(backbone, method) for method in METHODS}, plan)}
+    served = [method for method in METHODS if method != "full"]
+    with TemporaryDirectory() as name:
+        store = AdapterStore(Path(name) / "adapters", backbone.spec)
+        for method in served:
+            store.publish(untrained_adapter(backbone, method, method, PROMPTS))
+        engine = onnx_engine(backbone, store, Path(name), max_batch=max(BATCHES))
+        pixels = [preprocess_image(decode(photo(seed)), backbone.spec.preprocess) for seed in range(max(BATCHES))]
+        for batch in BATCHES:
+            variants = {
+                method: lambda method=method, batch=batch: answer(engine, [(method, item) for item in pixels[:batch]])
+                for method in served
+            }
+            times[f"serving, batch {batch}"] = interleave(variants, plan)
+    write(times)
+
+
+def write(times: dict[str, dict[str, list[float]]]) -> None:
+    """A row for each method: median over the rounds of its time by the linear probe's, and the probe's milliseconds."""
+    lines = [f"| method | {' | '.join(times)} |", "|---|" + "---|" * len(times)]
+    ratios = {
+        what: {method: Ratio.of(seconds, rounds["linear"]).median for method, seconds in rounds.items()}
+        for what, rounds in times.items()
+    }
+    for method in METHODS:
+        cells = [f"{ratios[what][method]:.2f}" if method in ratios[what] else "not served" for what in times]
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    base = {what: 1000 * float(np.median(rounds["linear"])) for what, rounds in times.items()}
+    lines.append(f"| linear, ms | {' | '.join(f'{value:.1f}' for value in base.values())} |")
+    (HERE / "costs.md").write_text("\n".join(lines) + "\n")
+    (HERE / "costs.json").write_text(json.dumps({"ratios": ratios, "linear_ms": base}, indent=1) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
