@@ -163,6 +163,15 @@ def remember(model: Any, adapter: AdapterBatch) -> AdapterBatch:
     return replace(adapter, memory=tuple(memory))
 
 
+def _in_range(tau: Tensor) -> Tensor:
+    """Temperatures clamped to [0.01, 10]; those at a bound keep their gradient, which newer versions of torch cut off.
+
+    The authors clamp the parameter itself: what has reached a bound can come back.
+    """
+    clamped = tau.clamp(TAU_MIN, TAU_MAX)
+    return torch.where(clamped == tau, tau, clamped)
+
+
 def _gated_prompts(adapter: AdapterBatch, index: int, before: Tensor, after: Tensor) -> Tensor:
     """Prompt rows that block ``index + 1`` reads: ``g*after + (1-g)*z`` (Eq. 7), (B, P, D).
 
@@ -225,7 +234,7 @@ def prompted_features(
     batch, body, _ = tokens.shape
     valid = adapter.valid(body)
     mask = None if valid is None else valid[:, None, None]
-    tau = None if adapter.tau is None else adapter.tau.clamp(TAU_MIN, TAU_MAX)
+    tau = None if adapter.tau is None else _in_range(adapter.tau)
     last = len(model.blocks) - 1
     entry = adapter.first_block + len(adapter.memory)
     x = tokens

@@ -45,13 +45,15 @@ def forward(
     prompt: Tensor | None = None,
     gamma: Tensor | None = None,
     tau: Tensor | None = None,
+    gates: Tensor | None = None,
     first_block: int = 0,
 ) -> Result:
     """Algorithm 1 for one image (3, H, W) and one adapter.
 
     ``prompt`` (1, P, D) is shallow, (L, P, D) deep. They enter ``first_block`` (Fig. 1): then ``L`` counts from there
     for deep prompts and gates. Without ``gamma`` (L-1,) gates are 1 for shallow prompts and 0 for
-    deep ones; without ``tau`` (L,) temperatures are 1; without ``prompt`` this is a linear probe.
+    deep ones; ``gates`` (L-1,) are gates themselves, in place of ``gamma``. Without ``tau`` (L,) temperatures are 1;
+    without ``prompt`` this is a linear probe.
     """
     depth = len(model.blocks)
     prefix, patches = embed(model, image)
@@ -73,7 +75,8 @@ def forward(
                 gated = prompt[0] if ahead == 0 else prompts
             else:
                 kept = prompt[ahead] if deep else prompts
-                gated = apply_gate(gate_value(gamma, ahead - 1, deep), prompts_out, kept)
+                gate = gate_value(gamma, ahead - 1, deep) if gates is None else gates[ahead - 1]
+                gated = apply_gate(gate, prompts_out, kept)
         traces.append(BlockTrace(prompts, prompts_out, gated, prefix, patches))
         prompts = gated
     pooled = prefix[0] if pool == "cls" else torch.cat([prompts, patches]).mean(dim=0)

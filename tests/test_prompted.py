@@ -277,6 +277,15 @@ def test_temperatures_are_clamped(tiny: Backbone, tau: float, bound: float) -> N
     assert torch.equal(beyond, at_bound)
 
 
+@pytest.mark.parametrize("bound", [0.01, 10.0])
+def test_a_temperature_at_its_bound_still_learns(tiny: Backbone, bound: float) -> None:
+    """The authors clamp the parameter itself: its gradient is not cut off there."""
+    tau = torch.full((3,), bound, requires_grad=True)
+    tensors = method_tensors(tiny, "gated") | {"tau": tau}
+    features(tiny, random_images(2), single(tiny, "mean", tensors)).square().sum().backward()
+    assert tau.grad is not None and tau.grad.abs().min() > 0
+
+
 def test_the_coldest_and_hottest_blocks_equal_the_reference() -> None:
     """In float64: scores a hundred times as large leave float32 four digits."""
     backbone = tiny_backbone()

@@ -1,24 +1,23 @@
 import dataclasses
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import timm
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from gpt_serve.backbone import Backbone
 from gpt_serve.engine import Engine, Prediction
 from gpt_serve.errors import DataError, InvalidTaskName, UsageError
-from gpt_serve.specs import BackboneSpec
 from gpt_serve.store import AdapterStore
 from gpt_serve.train.data import open_dataset
 from gpt_serve.train.distributed import World
-from gpt_serve.train.fit import Job, build_module, train_adapter
-from gpt_serve.train.loop import Trainer, forward_logits
-from gpt_serve.train.methods import METHODS, AdapterModule
+from gpt_serve.train.fit import Job, build_module, load_views, train_adapter
+from gpt_serve.train.loop import Score, Trainer, forward_logits
+from gpt_serve.train.methods import METHODS
+from gpt_serve.train.modules import TaskModule
 from gpt_serve.train.recipe import learning_rate, make_recipe
 from gpt_serve.train.views import View, shuffled_batches
 from tests.tiny_vit import PREPROCESS
@@ -78,23 +77,6 @@ def test_trainable_parameters_follow_the_formula(tiny: Backbone, name: str) -> N
     module = build_module(tiny, dataclasses.replace(RECIPE, **settings), 3)
     assert sum(parameter.numel() for parameter in module.parameters()) == expected
     assert {settings["method"] for settings, _ in PARAMETERS.values()} == set(METHODS)
-
-
-def test_vit_b_has_the_parameters_of_the_published_formula() -> None:
-    """768 P + 11 + 12 + 769 C, without weights: only the shapes count."""
-    with torch.device("meta"):
-        model = timm.create_model("vit_base_patch16_224", num_classes=0)
-    spec = BackboneSpec(name="b", fingerprint="", depth=12, width=768, pool="cls", preprocess=PREPROCESS)
-    module = AdapterModule.initial(
-        SimpleNamespace(spec=spec, model=model),  # type: ignore[arg-type]
-        "gated",
-        200,
-        prompts=100,
-        gate_init=5.0,
-        prompt_dropout=0.1,
-        head_init="kaiming",
-    )
-    assert sum(parameter.numel() for parameter in module.parameters()) == 768 * 100 + 11 + 12 + 769 * 200
 
 
 def test_the_recorded_number_of_parameters_is_the_modules(tiny: Backbone, colours: Path, tmp_path: Path) -> None:
@@ -197,6 +179,49 @@ def test_the_best_epoch_is_chosen_on_validation_and_recorded(tiny: Backbone, col
     stored = AdapterStore(tmp_path).load("colours").adapter.training
     assert stored["metrics"] == metrics
     assert stored["recipe"] == RECIPE.to_dict()
+
+
+def test_the_best_epoch_is_published_not_the_last(
+    tiny: Backbone, colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heads: list[Tensor] = []
+
+    def evaluate(_: Backbone, module: TaskModule, *__: object) -> Score:
+        heads.append(module.head.weight.detach().clone())
+        return Score(accuracy=[0.2, 0.5, 0.9, 0.9, 0.4, 0.8, 0.7, 0.6][len(heads) - 1], loss=len(heads))
+
+    monkeypatch.setattr("gpt_serve.train.loop.evaluate", evaluate)
+    assert train(tiny, job(colours, tmp_path))["metrics"]["best_epoch"] == 2  # type: ignore[index]
+    published = AdapterStore(tmp_path).load("colours").adapter.head_weight
+    assert [torch.equal(published, head) for head in heads] == [epoch == 2 for epoch in range(8)]
+
+
+def test_training_images_are_augmented_and_no_others(tiny: Backbone, colours: Path, tmp_path: Path) -> None:
+    views = load_views(open_dataset(str(colours), 0), tiny, job(colours, tmp_path), Recorder())
+    assert views.test is not None
+    for view, augmented in ((views.train, True), (views.val, False), (views.test, False)):
+        first = [view[index][0] for index in range(len(view))]
+        view.epoch = 1
+        second = [view[index][0] for index in range(len(view))]
+        assert any(not torch.equal(one, other) for one, other in zip(first, second, strict=True)) is augmented
+
+
+def test_nothing_is_selected_on_test_images(tiny: Backbone, colours: Path, tmp_path: Path) -> None:
+    """Test images under wrong labels change the reported test accuracy and nothing else."""
+    wrong = tmp_path / "wrong"
+    shutil.copytree(colours, wrong)
+    (wrong / "test/blue").rename(wrong / "test/other")
+    (wrong / "test/red").rename(wrong / "test/blue")
+    (wrong / "test/other").rename(wrong / "test/red")
+    summaries, adapters = [], []
+    for name, data in (("right", colours), ("wrong", wrong)):
+        summaries.append(train(tiny, job(data, tmp_path / name)))
+        adapters.append(AdapterStore(tmp_path / name).load("colours").adapter)
+    for name in ("prompt", "gamma", "tau", "head_weight", "head_bias"):
+        assert torch.equal(getattr(adapters[0], name), getattr(adapters[1], name)), name
+    right, mixed = (summary["metrics"] for summary in summaries)
+    assert right["test_accuracy"] > mixed["test_accuracy"]  # type: ignore[index]
+    assert right["val_accuracy"] == mixed["val_accuracy"]  # type: ignore[index]
 
 
 def test_the_card_tells_metrics_gates_and_data(tiny: Backbone, colours: Path, tmp_path: Path) -> None:

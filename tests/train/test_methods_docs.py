@@ -1,4 +1,4 @@
-"""docs/methods.md: its example works, and its table names every method."""
+"""docs/methods.md: its example works, and its table names every method. docs/parity.md: its tests are there."""
 
 import re
 from pathlib import Path
@@ -16,11 +16,19 @@ from gpt_serve.train.methods import METHODS
 from gpt_serve.train.recipe import make_recipe
 from tests.train.conftest import Recorder
 
-DOCS = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+DOCS = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
 
 
 def test_the_table_names_every_method() -> None:
     assert re.findall(r"^\| `([a-z-]+)`", DOCS, re.MULTILINE) == list(METHODS)
+
+
+def test_parity_names_tests_that_are_there() -> None:
+    named = re.findall(r"`(tests/\S+\.py)::(\w+)`", (ROOT / "docs" / "parity.md").read_text(encoding="utf-8"))
+    assert len(named) > 40
+    for file, name in named:
+        assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{name}"
 
 
 def test_the_example_adds_a_method_that_is_trained_and_served(

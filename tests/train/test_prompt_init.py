@@ -18,6 +18,7 @@ from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import Job, build_module, start_from_data, train_adapter
 from gpt_serve.train.methods import AdapterModule, PromptInit
 from gpt_serve.train.prompt_init import (
+    POOLS,
     Centres,
     Drawn,
     Windows,
@@ -120,20 +121,30 @@ def test_there_are_enough_windows_for_every_prompt(prompts: int) -> None:
         assert size >= 1 and prompts <= -(-total // size) <= 2 * prompts
 
 
-@pytest.mark.parametrize("largest", [False, True])
+@pytest.mark.parametrize("init", ["mean", "max"])
 @pytest.mark.parametrize("chunk", [1, 16, 1000])
 @pytest.mark.parametrize(("total", "prompts"), [(100, 4), (100, 8), (57, 57), (57, 1)])
-def test_pooled_prompts_are_those_of_whole_windows(total: int, prompts: int, chunk: int, largest: bool) -> None:
+def test_pooled_prompts_are_those_of_whole_windows(total: int, prompts: int, chunk: int, init: PromptInit) -> None:
     tokens = torch.randn(total, 5, generator=torch.Generator().manual_seed(0))
-    pool = Windows(total, prompts, SEED, largest=largest)
+    pool = POOLS[init](total, prompts, SEED)
     for part in chunks(tokens, chunk):
         pool.add(part)
     found = pool.prompts()
-    windows = [part.amax(0) if largest else part.mean(0) for part in tokens.split(window_size(total, prompts))]
+    windows = [part.amax(0) if init == "max" else part.mean(0) for part in tokens.split(window_size(total, prompts))]
     assert found.shape == (prompts, 5)
     nearest = distances(found, torch.stack(windows)).min(dim=1)
     assert nearest.values.max() < 1e-5
     assert len(nearest.indices.unique()) == prompts
+
+
+def test_any_window_may_become_a_prompt() -> None:
+    """22 windows of 9 tokens for 20 prompts: none is always left out."""
+    drawn: set[float] = set()
+    for seed in range(20):
+        pool = Windows(190, 20, (seed, 0))
+        pool.add(torch.arange(190)[:, None] // 9)
+        drawn |= set(pool.prompts().flatten().tolist())
+    assert drawn == set(range(22))
 
 
 @pytest.mark.parametrize(("total", "chunk"), [(600, 7), (4000, 100), (4000, 3000)])

@@ -33,6 +33,24 @@ def test_the_paper_schedule_peaks_after_ten_of_a_hundred_epochs() -> None:
     assert 0 < rates[99] < 1e-3
 
 
+def test_the_papers_recipe() -> None:
+    """Yoo et al. and their code: one rate for everything, no decay, prompts dropped at the input."""
+    recipe = RECIPES["paper"]
+    assert (recipe.method, recipe.optimizer, recipe.momentum, recipe.weight_decay) == ("gated", "sgd", 0.9, 0.0)
+    assert (recipe.head_weight_decay, recipe.head_lr_scale, recipe.head_init) == (None, 1.0, "kaiming")
+    assert (recipe.epochs, recipe.warmup, recipe.schedule, recipe.min_lr) == (100, 10, "epoch", 0.0)
+    assert (recipe.prompt_dropout, recipe.norm, recipe.augment) == (0.1, "pretrained", "crop-flip")
+
+
+def test_the_recipe_of_self_prompt_tuning() -> None:
+    """Wang et al.'s code, MAE on CUB."""
+    recipe = RECIPES["spt"]
+    assert (recipe.method, recipe.prompts, recipe.initialisation) == ("spt-deep", 20, "tokens")
+    assert (recipe.optimizer, recipe.lr, recipe.weight_decay, recipe.head_weight_decay) == ("adamw", 0.05, 0.01, 0.5)
+    assert (recipe.epochs, recipe.warmup, recipe.schedule, recipe.min_lr) == (100, 10, "step", 1e-8)
+    assert (recipe.batch_size, recipe.head_lr_scale, recipe.head_init, recipe.prompt_dropout) == (32, 1.0, "small", 0.0)
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
@@ -95,12 +113,29 @@ def test_the_command_line_offers_every_method_and_initialisation() -> None:
     assert list(choices["gate"]) == list(get_args(GateKind))
 
 
-def test_each_step_has_its_rate_and_the_head_its_own_decay(tiny: Backbone, colours: Path) -> None:
-    recipe = make_recipe("spt", prompts=2, prompt_init="random", epochs=3, warmup=1, batch_size=6)
-    view = View(open_dataset(str(colours), 0).train[:15], PREPROCESS, None, "none", 0)
+# Of every step: five epochs of three, the first two of them warm-up, up to a rate of 1.
+BY_EPOCH = [0.0, 0.0, 0.0, 0.5, 0.5, 0.5, 1.0, 1.0, 1.0, 0.75, 0.75, 0.75, 0.25, 0.25, 0.25]
+BY_STEP = [k / 6 for k in range(6)] + [1.0, 0.96985, 0.88302, 0.75, 0.58682, 0.41318, 0.25, 0.11698, 0.03015]
+
+
+@pytest.mark.parametrize("batch_size", [4, 5])
+@pytest.mark.parametrize(
+    ("name", "expected", "head"), [("adamw", BY_EPOCH, 2), ("paper", BY_EPOCH, 1), ("spt", BY_STEP, 1)]
+)
+def test_every_step_has_the_rate_of_its_recipe(
+    tiny: Backbone, colours: Path, name: str, expected: list[float], head: int, batch_size: int
+) -> None:
+    """As vectors that were written down, whatever the batch; the head's own decay beside."""
+    settings = {"prompts": 2, "prompt_init": "random", "epochs": 5, "warmup": 2, "lr": 1.0, "batch_size": batch_size}
+    recipe = make_recipe(name, **settings)
+    view = View(open_dataset(str(colours), 0).train[:12], PREPROCESS, None, "none", 0)
     trainer = Trainer(tiny, build_module(tiny, recipe, 3), recipe, train=view, val=view, world=World(), workers=0)
-    rates = []
-    trainer.optimizer.register_step_pre_hook(lambda optimizer, *_: rates.append(optimizer.param_groups[1]["lr"]))
+    rates: list[list[float]] = []
+    trainer.optimizer.register_step_pre_hook(
+        lambda optimizer, *_: rates.append([group["lr"] for group in optimizer.param_groups])
+    )
     trainer.fit(lambda *_: None, lambda _: None)
-    assert rates == [learning_rate(recipe, epoch + step / 3) for epoch in range(3) for step in range(3)]
-    assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [0.5, 0.01]
+    assert [rate for _, rate in rates] == pytest.approx(expected, abs=1e-5)
+    assert [rate for rate, _ in rates] == pytest.approx([head * rate for rate in expected], abs=1e-5)
+    decays = [group["weight_decay"] for group in trainer.optimizer.param_groups]
+    assert decays == {"adamw": [0.01, 0.01], "paper": [0.0, 0.0], "spt": [0.5, 0.01]}[name]

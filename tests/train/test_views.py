@@ -45,6 +45,20 @@ def test_flips_happen_about_half_of_the_time() -> None:
     assert 30 < flipped < 70
 
 
+def test_crops_lie_anywhere_in_the_image() -> None:
+    """Pixels that hold their own row and column; windows of 16 in 20 by 18 pixels."""
+    rows, columns = torch.meshgrid(torch.arange(20), torch.arange(18), indexing="ij")
+    image = torch.stack([rows, columns, columns]).byte()
+    view = View(open_dataset("digits", seed=0).test[:1], CROPPED, [image], "crop", seed=0)
+    corners = set()
+    for view.epoch in range(200):
+        crop = view[0][0]
+        top, left = int(crop[0, 0, 0]), int(crop[1, 0, 0])
+        assert torch.equal(crop, image[:, top : top + 16, left : left + 16])
+        corners.add((top, left))
+    assert corners == {(top, left) for top in range(5) for left in range(3)}
+
+
 def test_images_beyond_the_cache_are_decoded_again_to_the_same_pixels(monkeypatch) -> None:  # type: ignore[no-untyped-def]
     samples = open_dataset("digits", seed=0).test[:5]
     cached = scan(samples, CROPPED, lambda: None)
