@@ -1,11 +1,10 @@
 """Tables and plots of the accuracy study."""
 
-import json
 from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
 from statistics import mean, stdev
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from plan import ABLATIONS, FOLDERS, SEARCHED_ON, SEEDS, VARIANTS, Ablation, Run, Variant
 
@@ -16,7 +15,7 @@ MISSING = "not run"
 
 
 def write_report(study: "Study", folder: Path) -> None:
-    """Write ``results.json``, ``tables.md`` and the plots from the runs that are there."""
+    """Write ``tables.md`` and the plots from the runs that are there."""
     lines = ["# Accuracy study", "", *method_table(study), "", *rate_table(study)]
     for ablation in ABLATIONS:
         found = ablation_results(study, ablation)
@@ -24,7 +23,6 @@ def write_report(study: "Study", folder: Path) -> None:
             lines += ["", f"## {ablation.title}", "", *ablation_table(ablation, found)]
             plot_ablation(ablation, found, folder / f"{ablation.name}.png")
     (folder / "tables.md").write_text("\n".join(lines) + "\n")
-    (folder / "results.json").write_text(json.dumps(all_results(study), indent=1) + "\n")
     plot_methods(study, folder / "methods.png")
     print("\n".join(lines))
 
@@ -127,11 +125,3 @@ def plot_methods(study: "Study", path: Path) -> None:
         low = min((min(values) for _, values in done), default=0.0)
         axes.set(title=task, xlabel="test accuracy, %", xlim=(max(0.0, low - 5), None))
     figure.savefig(path, dpi=110)
-
-
-def all_results(study: "Study") -> dict[str, Any]:
-    """Metrics of every run that is there, by its name."""
-    searched = [Run(variant, SEARCHED_ON, lr, SEEDS[0]) for variant in VARIANTS for lr in variant.rates]
-    ablations = [run for ablation in ABLATIONS for runs in study.ablation(ablation).values() for run in runs]
-    results = {run.name: study.result(run) for run in [*searched, *study.methods(), *ablations]}
-    return {name: summary["metrics"] for name, summary in results.items() if summary is not None}

@@ -2,10 +2,10 @@
 
     python benchmarks/accuracy/study.py --data ../shared/data --jobs 2
 
-Each run is ``gpt-serve train`` in a process of its own. Finished runs are kept in ``runs/`` below ``--work`` and not
-repeated: a study that was stopped goes on. For each method the learning rate is chosen on validation images of one
-task, the same number of rates for all; then three seeds on every task. Test images select nothing. Writes
-``results.json``, ``tables.md`` and plots beside this file, also of a part of the runs (``--report``).
+Each run is ``gpt-serve train`` in a process of its own. What it printed is kept in ``runs/`` beside this file and not
+made again: a study that was stopped goes on. For each method the learning rate is chosen on validation images of one
+task, the same number of rates for all; then three seeds on every task. Test images select nothing. Writes ``tables.md``
+and plots, also of a part of the runs (``--report``).
 """
 
 import argparse
@@ -22,6 +22,7 @@ from plan import ABLATIONS, BY_NAME, FOLDERS, SEARCHED_ON, SEEDS, VARIANTS, Abla
 from report import write_report
 
 HERE = Path(__file__).parent
+RUNS = HERE / "runs"
 PHASES = ("search", "methods", "ablations")
 
 
@@ -30,7 +31,7 @@ class Study:
 
     Args:
         data: folder that holds flowers12 and caltech101.
-        work: where runs are kept.
+        work: for adapters and shares of the images.
         jobs: runs at a time.
     """
 
@@ -39,15 +40,15 @@ class Study:
 
     def result(self, run: Run) -> dict[str, Any] | None:
         """What ``gpt-serve train --json`` printed; None when the run is still to be made."""
-        path = self.work / "runs" / f"{run.name}.json"
+        path = RUNS / f"{run.name}.json"
         return json.loads(path.read_text()) if path.exists() else None
 
     def train(self, run: Run) -> None:
         """Make the run unless it is there."""
-        path = self.work / "runs" / f"{run.name}.json"
+        path = RUNS / f"{run.name}.json"
         if path.exists():
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
+        RUNS.mkdir(exist_ok=True)
         command = [str(Path(sys.executable).with_name("gpt-serve")), "train", "--json", "--workers", "0"]
         command += [
             *run.arguments,
@@ -139,7 +140,7 @@ def _validation(summary: dict[str, Any]) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder that holds flowers12 and caltech101")
-    parser.add_argument("--work", type=Path, default=HERE / "scratch", help="where runs and adapters are kept")
+    parser.add_argument("--work", type=Path, default=HERE / "scratch", help="for adapters")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--only", choices=PHASES, action="append", help="a phase; repeat for more")
     parser.add_argument("--report", action="store_true", help="train nothing, write what there is")
