@@ -72,13 +72,14 @@ def report_text(report: dict[str, Any]) -> str:
     header, rows = report_table(sweep)
     best = sweep["trials"][sweep["best"]]
     chosen = ", ".join(f"{NAMES[name]} {best[name]:g}" for name in sweep["axes"])
-    test = f", {100 * metrics['test_accuracy']:.2f} % on test images" if "test_accuracy" in metrics else ""
+    splits = (("validation", "val_accuracy"), ("test", "test_accuracy"))  # a final fit has no validation images
+    accuracies = [f"{100 * metrics[key]:.2f} % on {what} images" for what, key in splits if key in metrics]
     lines = [
         f"# Sweep of {report['task']}",
         "",
         f"The method `{report['method']}` on `{report['backbone']}`; trials: {len(rows)}, judged by accuracy and then "
         f"loss on {report['data']['val']} validation images. The best, {chosen}, was trained and published as revision "
-        f"`{report['revision']}`: {100 * metrics['val_accuracy']:.2f} % on validation images{test}.",
+        f"`{report['revision']}`: {', '.join(accuracies)}.",
         "",
         "![validation accuracy of the trials](sweep.png)",
         "",

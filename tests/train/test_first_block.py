@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from gpt_serve.backbone import Backbone
 from gpt_serve.engine import Engine, Prediction
@@ -16,13 +17,15 @@ from gpt_serve.store import AdapterStore
 from gpt_serve.train.data import open_dataset
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import Job, build_module, train_adapter
+from gpt_serve.train.gates import sample_gates
 from gpt_serve.train.inspection import inspect_adapter
+from gpt_serve.train.methods import AdapterModule
 from gpt_serve.train.prompt_init import patch_tokens, prompts_from_tokens
 from gpt_serve.train.recipe import Recipe, make_recipe
 from gpt_serve.train.views import View
 from tests import reference
 from tests.factories import make_adapter
-from tests.tiny_vit import PREPROCESS, random_tensors
+from tests.tiny_vit import PREPROCESS, random_images, random_tensors
 from tests.train.conftest import Recorder
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -64,6 +67,24 @@ def test_what_is_trained_is_what_is_served(tiny: Backbone, colours: Path, tmp_pa
         answer = Engine(tiny, store).predict([(task, image) for task in tasks])[-1]
         assert isinstance(answer, Prediction)
         torch.testing.assert_close(answer.probabilities, expected.logits.softmax(0), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_hard_gates_are_drawn_for_the_blocks_that_have_them(tiny: Backbone, deep: bool) -> None:
+    """Image by image against the plain reference, with the gates that were drawn."""
+    tensors = random_tensors("gated-deep" if deep else "gated", 3, 24, first_block=1) | {"gamma": torch.tensor([0.2])}
+    module = AdapterModule(tiny.spec, nn.Linear(24, 3), **tensors, hard=True).train()
+    images = random_images(8)
+    torch.manual_seed(3)
+    logits = module(tiny.model, images)
+    torch.manual_seed(3)
+    gates = sample_gates(tensors["gamma"], 8, module.gumbel_temperature)
+    assert len(gates.unique(dim=0)) > 1
+    for image, gate, actual in zip(images, gates, logits, strict=True):
+        drawn = {"gamma": torch.where(gate > 0.5, torch.inf, -torch.inf)}
+        head = {"head_weight": module.head.weight, "head_bias": module.head.bias}
+        expected = reference.forward(tiny.model, image, pool="mean", **head, **tensors | drawn)
+        torch.testing.assert_close(actual, expected.logits, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,15 @@ def test_the_published_adapter_is_what_train_gives_with_the_best_recipe(
     assert not folder.exists()
 
 
+def test_a_final_fit_is_the_winners_alone(tiny: Backbone, colours: Path, tmp_path: Path) -> None:
+    """VTAB-1K's protocol: trials are judged on validation images, and the winner is trained on them, too."""
+    runner = InProcess()
+    report = sweep(tiny, plan(colours, tmp_path, {"lr": [0.01, 0.02]}, final_fit=True), runner)
+    assert [recipe.final_fit for recipe in runner.seen] == [False, False]
+    assert report["recipe"]["final_fit"] and "val_accuracy" not in report["metrics"]
+    assert all(trial["val_accuracy"] > 0 for trial in report["sweep"]["trials"])
+
+
 def test_test_images_play_no_part(tiny: Backbone, colours: Path, tmp_path: Path) -> None:
     """With their labels exchanged, or without them, the same trial wins with the same figures."""
     wrong, without = tmp_path / "wrong", tmp_path / "without"
