@@ -152,7 +152,7 @@ def test_a_hostile_file_is_refused_with_its_reason(store, case):
     assert type(caught.value) is case.error
     assert message.startswith(f"adapter '{case.name}' is refused: ")
     assert message.isprintable() and len(message) < 300 and str(store.root) not in message
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert len(os.listdir("/proc/self/fd")) <= descriptors  # fewer when something older is collected meanwhile
 
 
 def test_a_file_over_the_limit_is_refused_before_it_is_read(store, monkeypatch):

@@ -20,7 +20,7 @@ from gpt_serve.train.methods import METHODS
 from gpt_serve.train.modules import TaskModule
 from gpt_serve.train.recipe import learning_rate, make_recipe
 from gpt_serve.train.views import View, shuffled_batches
-from tests.tiny_vit import PREPROCESS
+from tests.tiny_vit import PREPROCESS, tiny_backbone
 from tests.train.conftest import Recorder
 
 RECIPE = make_recipe("paper", prompts=3, gate_init=1.0, epochs=8, warmup=1, lr=0.02, batch_size=8)
@@ -119,6 +119,8 @@ def test_resume_refuses_other_settings_and_a_missing_or_damaged_run(
     other = dataclasses.replace(RECIPE, lr=0.5)
     with pytest.raises(UsageError, match=r"lr was 0.02 and is 0.5"):
         train(tiny, job(colours, tmp_path, resume=True, recipe=other))
+    with pytest.raises(UsageError, match=r"pool was mean and is cls"):
+        train(tiny_backbone(pool="cls"), job(colours, tmp_path, resume=True))
     (tmp_path / ".train" / "colours.pt").write_bytes(b"garbage")
     with pytest.raises(UsageError, match="is damaged"):
         train(tiny, job(colours, tmp_path, resume=True))
