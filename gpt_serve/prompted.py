@@ -226,7 +226,7 @@ def prompted_features(
         on_block: called as ``on_block(l, x)`` with the tokens that block ``l`` hands on: (B, S, D), without the
             prompt rows before they enter and while they are remembered, and the CLS row alone after the last block
             under CLS pooling.
-        run_block: `block`, or what ``torch.compile`` made of it.
+        run_block: `block`, what ``torch.compile`` made of it, or a function around it that looks at what it is given.
 
     Returns:
         (B, D) features for the head.

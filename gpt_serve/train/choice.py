@@ -28,10 +28,9 @@ def choose_recipe(
     row = None if backbone.family is None else find_row(task, backbone.family)
     if name == "auto":
         published = row is not None and backbone.name != BUNDLED and overrides.get("method") in (None, "gated")
-        if overrides.get("method") == "full":
-            name, why = "full", ""
-        else:
-            name, why = ("paper", "") if published else ("adamw", _why_not(row, task, backbone))
+        full = overrides.get("method") == "full"
+        name = "full" if full else "paper" if published else "adamw"
+        why = _why_not(row, task, backbone) if name == "adamw" else ""
     elif name == "paper" and row is None:
         known = "the backbone is neither MAE nor MoCo v3" if backbone.family is None else f"it has no task {task!r}"
         why = f" without a row of Table 5 ({known})"
