@@ -205,7 +205,7 @@ def _optimizer(module: TaskModule, recipe: Recipe) -> torch.optim.Optimizer:
 def forward_logits(backbone: Backbone, module: TaskModule, images: Tensor) -> Tensor:
     """uint8 (B, 3, H, W) on the backbone's device to float32 logits (B, C); bf16 autocast on CUDA."""
     with _autocast(images):
-        logits: Tensor = module(backbone.model, _normalized(backbone, images))
+        logits: Tensor = module(backbone.model, normalized(backbone, images))
     return logits.float()
 
 
@@ -218,13 +218,14 @@ def features_of(
     for images, _ in view.batches(ordered_batches(len(view), EVAL_BATCH), workers):
         images = images.to(backbone.device)
         with _autocast(images):
-            features = module.features(backbone.model, _normalized(backbone, images))
+            features = module.features(backbone.model, normalized(backbone, images))
         for _ in images:
             on_image()
         yield features.float()
 
 
-def _normalized(backbone: Backbone, images: Tensor) -> Tensor:
+def normalized(backbone: Backbone, images: Tensor) -> Tensor:
+    """uint8 (B, 3, H, W) on the backbone's device as its preprocessing normalises them."""
     spec = backbone.spec.preprocess
     mean, std = (torch.tensor(value, device=images.device) for value in (spec.mean, spec.std))
     return normalize(images, mean, std)

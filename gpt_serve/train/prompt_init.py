@@ -18,8 +18,8 @@ from torch import Tensor
 
 from gpt_serve.backbone import Backbone
 from gpt_serve.errors import UsageError
-from gpt_serve.images import normalize
 from gpt_serve.prompted import block, embed
+from gpt_serve.train.loop import normalized
 from gpt_serve.train.methods import PromptInit
 from gpt_serve.train.views import View, ordered_batches
 
@@ -194,10 +194,7 @@ def patch_tokens(backbone: Backbone, images: Tensor) -> Iterator[Tensor]:
     Args:
         images: uint8 (B, 3, H, W).
     """
-    model, spec = backbone.model, backbone.spec.preprocess
-    images = images.to(backbone.device)
-    mean, std = (torch.tensor(value, device=images.device) for value in (spec.mean, spec.std))
-    images = normalize(images, mean, std)
+    model, images = backbone.model, normalized(backbone, images.to(backbone.device))
     yield model.patch_embed(images)
     x = embed(model, images)
     for blk in model.blocks[:-1]:
