@@ -74,10 +74,10 @@ def sweep(
     model = source.load(resolve_device(device))
     given = {"lr": lr, "gate_init": gate_init, "prompts": prompts}
     first = {name: values and values[0] for name, values in given.items()}
-    benchmark = find_benchmark(data or task)
+    published = find_benchmark(data or task)
     if hyperparameters.get("method") == "full":
         raise UsageError("--method full: a sweep publishes an adapter: choose another method")
-    settings, taken = choose_recipe(recipe, task, model, benchmark, **first, **hyperparameters)
+    settings, taken = choose_recipe(recipe, task, model, published, **first, **hyperparameters)
     axes = make_axes(settings, given)
     recipes = make_grid(settings, axes, samples)
     job = Job(task, data or task, adapters, settings, resume, skip_unreadable, workers)

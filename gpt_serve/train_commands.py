@@ -66,13 +66,13 @@ def train(
     from gpt_serve.train.fit import Job, train_adapter
     from gpt_serve.train.methods import find_method
 
-    benchmark = find_benchmark(data or task)
+    published = find_benchmark(data or task)
     with ExitStack() as stack:
         world, device = stack.enter_context(join_world(resolve_device(device)))
         if closing and world.size > 1:
             raise UsageError("--close-gates takes one process: leave it out, and run gpt-serve close-gates afterwards")
         model = Backbone.load(backbone, checkpoint=checkpoint, input_size=input_size, pool=pool, device=device)
-        settings, taken = choose_recipe(recipe, task, model, benchmark, **hyperparameters)
+        settings, taken = choose_recipe(recipe, task, model, published, **hyperparameters)
         if closing and not find_method(settings.method).gated:
             raise UsageError(f"--close-gates: the method {settings.method} learns no gates: leave it out")
         if closing and settings.final_fit:

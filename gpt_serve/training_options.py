@@ -31,26 +31,28 @@ _method_options = option_group(
     ),
     click.option(
         "--recipe",
-        type=click.Choice(["auto", "adamw", "full", "paper", "spt"]),
+        type=click.Choice(["auto", "lda", "adamw", "full", "paper", "spt"]),
         default="auto",
         show_default=True,
         help="Where the options below come from unless they are given. paper: SGD, with the row of the paper's Table 5 "
-        "for task and backbone; auto: that row for gated prompts, full for --method full, but adamw for others and the "
-        "bundled backbone.",
+        "for task and backbone; auto: that row for gated prompts, lda where there is none and on the bundled backbone, "
+        "full for --method full, adamw for other methods.",
     ),
 )
 _recipe_options = option_group(
     click.option(
         "--prompt-init",
         type=click.Choice(["random", "tokens", "kmeans", "mean", "max"]),
-        help="Random prompts, or tokens of training images: drawn, k-means centres, pooled.  [spt-*: tokens; random]",
+        help="Random prompts, or tokens of training images: drawn, k-means centres, pooled.  "
+        "[lda, spt-*: tokens; random]",
     ),
     click.option("--prompt-dropout", type=float, help="Dropout on the prompts.  [0.1; spt: 0]"),
     click.option("--first-block", type=int, help="Block that prompts enter, counted from 0.  [0]"),
     click.option(
         "--norm",
         type=click.Choice(["pretrained", "fresh", "standard"]),
-        help="Before the head: the backbone's own; a fresh, frozen one; or features standardised.  [pretrained]",
+        help="Before the head: the backbone's own; a fresh, frozen one; or features standardised.  "
+        "[lda: standard; pretrained]",
     ),
     click.option(
         "--gate",
@@ -62,24 +64,29 @@ _recipe_options = option_group(
         default=None,
         help="Learn attention temperatures or leave them at 1.  [gated, gated-deep: learn]",
     ),
-    click.option("--epochs", type=int, help="Passes over the training images.  [adamw: 20; paper, spt: 100]"),
+    click.option("--epochs", type=int, help="Passes over the training images.  [lda, adamw: 20; paper, spt: 100]"),
     click.option("--warmup", type=int, help="Epochs of warm-up.  [a tenth of --epochs]"),
-    click.option("--schedule", type=click.Choice(["epoch", "step"]), help="When the rate changes.  [epoch; spt: step]"),
+    click.option(
+        "--schedule", type=click.Choice(["epoch", "step"]), help="When the rate changes.  [epoch; lda, spt: step]"
+    ),
     click.option("--min-lr", type=float, help="Final learning rate.  [0; spt: 1e-8]"),
     click.option(
-        "--head-lr-scale", type=float, help="The head's rate as a multiple of --lr.  [adamw: 2; paper, spt: 1]"
+        "--head-lr-scale",
+        type=float,
+        help="The head's rate as a multiple of --lr.  [lda: 0.04; adamw: 2; paper, spt: 1]",
     ),
     click.option(
-        "--batch-size", type=int, help="Images per step, over all processes.  [adamw: 16; paper: 64; spt: 32]"
+        "--batch-size", type=int, help="Images per step, over all processes.  [lda, adamw: 16; paper: 64; spt: 32]"
     ),
-    click.option("--optimizer", type=click.Choice(["sgd", "adamw"]), help="[adamw, spt: adamw; paper: sgd]"),
+    click.option("--optimizer", type=click.Choice(["sgd", "adamw"]), help="[lda, adamw, spt: adamw; paper: sgd]"),
     click.option("--momentum", type=float, help="Momentum of SGD.  [0.9]"),
-    click.option("--weight-decay", type=float, help="Weight decay.  [adamw, spt: 0.01; paper: 0]"),
+    click.option("--weight-decay", type=float, help="Weight decay.  [lda, adamw, spt: 0.01; paper: 0]"),
     click.option("--head-weight-decay", type=float, help="Weight decay of the head.  [--weight-decay; spt: 0.5]"),
     click.option(
         "--head-init",
-        type=click.Choice(["kaiming", "small", "tiny"]),
-        help="[adamw: small; paper: kaiming; spt: small, tiny with MoCo v3]",
+        type=click.Choice(["kaiming", "small", "tiny", "lda"]),
+        help="Random, or by discriminant analysis of the training images.  [lda: lda; adamw: small; paper: kaiming; "
+        "spt: small, tiny with MoCo v3]",
     ),
     click.option(
         "--augment",
@@ -104,10 +111,10 @@ training_options = option_group(
     click.option(
         "--prompts",
         type=int,
-        help="Prompt tokens (per block for deep ones).  [adamw: 10; paper: 100; spt: 20, shallow 100]",
+        help="Prompt tokens (per block for deep ones).  [lda, adamw: 10; paper: 100; spt: 20, shallow 100]",
     ),
-    click.option("--gate-init", type=float, help="Gate priors start at minus this.  [adamw, spt: 1; paper: 5]"),
-    click.option("--lr", type=float, help="Peak learning rate.  [adamw: 0.01; paper: 0.25; spt: 0.05]"),
+    click.option("--gate-init", type=float, help="Gate priors start at minus this.  [lda, adamw, spt: 1; paper: 5]"),
+    click.option("--lr", type=float, help="Peak learning rate.  [lda: 0.05; adamw: 0.01; paper: 0.25; spt: 0.05]"),
     _recipe_options,
 )
 sweep_options = option_group(

@@ -1,6 +1,6 @@
 """What the accuracy study runs: methods, tasks, learning rates, ablations."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 SEEDS = (0, 1, 2)
 EPOCHS = {"flowers": 10, "caltech101": 7, "digits": 5}  # about 360 steps of 16 images each
@@ -8,7 +8,8 @@ FOLDERS = {"flowers": "flowers12", "caltech101": "caltech101", "digits": "digits
 SEARCHED_ON = "flowers"  # the learning rate of each method is chosen on its validation images
 COMMON = ("--batch-size", "16", "--schedule", "step", "--warmup", "1")
 OF_TASK: dict[str, tuple[str, ...]] = {"digits": ("--augment", "crop")}  # mirrored digits are other digits
-HEAD_RATE = 0.02  # of every method with prompts; their own rate is searched
+HEAD_RATE = 0.02  # of every method with prompts and a random head; their own rate is searched
+LDA_HEAD_RATE = 0.002  # of those whose head starts from discriminant analysis
 
 
 @dataclass(frozen=True)
@@ -19,12 +20,16 @@ class Variant:
         flags: of ``gpt-serve train``.
         rates: learning rates to choose from; of the prompts, gates and temperatures where there are any.
         head_rate: the head's, when it is not searched.
+        seeds: fewer for what was only tried on the way.
+        tasks: likewise.
     """
 
     name: str
     flags: tuple[str, ...]
     rates: tuple[float, ...]
     head_rate: float | None = HEAD_RATE
+    seeds: tuple[int, ...] = SEEDS
+    tasks: tuple[str, ...] = tuple(FOLDERS)
 
     def rate_flags(self, lr: float) -> tuple[str, ...]:
         scale = 1.0 if self.head_rate is None else self.head_rate / lr
@@ -44,7 +49,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        parts = [self.task, self.variant.name, f"lr{self.lr:g}", f"seed{self.seed}", *self.more]
+        parts = [self.task, self.variant.name.replace(", ", "-"), f"lr{self.lr:g}", f"seed{self.seed}", *self.more]
         if self.share < 1:
             parts.append(f"share{self.share:g}")
         return "-".join(part.strip("-").replace(" ", "-") for part in parts)
@@ -68,28 +73,40 @@ def adamw(name: str, *flags: str) -> Variant:
     return Variant(name, flags, (0.01, 0.05))
 
 
+def lda(name: str, *flags: str) -> Variant:
+    return Variant(name, (*flags, "--norm", "standard", "--head-init", "lda"), (0.01, 0.05), LDA_HEAD_RATE)
+
+
+def tried(name: str, *flags: str) -> Variant:
+    return replace(adamw(name, *flags), seeds=SEEDS[:1], tasks=("flowers", "caltech101"))
+
+
 STANDARD = ("--norm", "standard")
 TOKENS = ("--prompt-init", "tokens")
 VARIANTS = [
     Variant("linear", ("--method", "linear"), (0.02, 0.1), None),
-    Variant("linear, standard", ("--method", "linear", *STANDARD), (0.02, 0.1), None),
     adamw("vpt-shallow", "--method", "vpt-shallow"),
     adamw("vpt-deep", "--method", "vpt-deep"),
-    adamw("gated", "--method", "gated"),
-    Variant(
-        "gated, SGD",
-        ("--method", "gated", "--optimizer", "sgd", "--weight-decay", "0", "--head-init", "kaiming"),
-        (0.1, 0.25),
-        None,
-    ),
     adamw("spt-shallow", "--method", "spt-shallow"),
     adamw("spt-deep", "--method", "spt-deep"),
-    adamw("gated, standard", "--method", "gated", *TOKENS, *STANDARD),
-    adamw("spt-deep, standard", "--method", "spt-deep", *STANDARD),
-    adamw("gated-deep, standard", "--method", "gated-deep", *TOKENS, *STANDARD),
+    adamw("gated", "--method", "gated"),
     Variant("full", ("--method", "full"), (3e-4, 1e-3), None),
+    Variant("linear, LDA", ("--method", "linear", *STANDARD, "--head-init", "lda"), (0.002, 0.01), None),
+    lda("gated, LDA", "--method", "gated", *TOKENS),
+    lda("gated-deep, LDA", "--method", "gated-deep", *TOKENS),
 ]
-BY_NAME = {variant.name: variant for variant in VARIANTS}
+ON_THE_WAY = [
+    replace(
+        tried("gated, SGD", "--method", "gated", "--optimizer", "sgd", "--weight-decay", "0", "--head-init", "kaiming"),
+        rates=(0.1, 0.25),
+        head_rate=None,
+    ),
+    replace(tried("linear, standard", "--method", "linear", *STANDARD), rates=(0.02, 0.1), head_rate=None),
+    tried("gated, standard", "--method", "gated", *TOKENS, *STANDARD),
+    tried("spt-deep, standard", "--method", "spt-deep", *STANDARD),
+    tried("gated-deep, standard", "--method", "gated-deep", *TOKENS, *STANDARD),
+]
+BY_NAME = {variant.name: variant for variant in [*VARIANTS, *ON_THE_WAY]}
 
 
 @dataclass(frozen=True)
@@ -106,11 +123,12 @@ class Ablation:
     title: str
     settings: dict[str, tuple[str, tuple[str, ...]]] = field(default_factory=dict)
     tasks: tuple[str, ...] = ("flowers",)
-    seeds: tuple[int, ...] = SEEDS
+    seeds: tuple[int, ...] = SEEDS[:2]
     shares: tuple[float, ...] = ()
 
 
-PROMPTS = ("1", "5", "20", "50", "100")
+PROMPTS = ("1", "10", "50", "100")
+SHARED = ("linear", "gated", "gated, LDA", "full")
 ABLATIONS = [
     Ablation(
         "components",
@@ -121,35 +139,45 @@ ABLATIONS = [
             "+ gates and temperatures": ("gated", ()),
             "+ hard gates and temperatures": ("gated", ("--gate", "hard")),
         },
-        tasks=("flowers", "caltech101"),
+        seeds=SEEDS,
     ),
     Ablation(
-        "norms",
-        "What the head of gated prompts sees",
-        {norm: ("gated", ("--norm", norm)) for norm in ("pretrained", "fresh", "standard")},
+        "steps",
+        "From gated prompts to the default",
+        {
+            "gated": ("gated", ()),
+            "+ tokens, standard norm": ("gated, standard", ()),
+            "+ head from LDA": ("gated, LDA", ()),
+            "without prompts": ("linear, LDA", ()),
+            "prompts in every block": ("gated-deep, LDA", ()),
+        },
         tasks=("flowers", "caltech101"),
+        seeds=SEEDS[:1],
     ),
     Ablation(
         "first-block",
         "The block that shallow prompts enter (Fig. 1)",
-        {str(block): ("vpt-shallow", ("--first-block", str(block))) for block in (0, 3, 6, 9, 11)},
+        {str(block): ("vpt-shallow", ("--first-block", str(block)) if block else ()) for block in (0, 3, 6, 9, 11)},
     ),
     Ablation(
         "initialisation",
         "How deep prompts start (SPT)",
-        {init: ("vpt-deep", ("--prompt-init", init)) for init in ("random", "tokens", "kmeans", "mean", "max")},
+        {
+            "random": ("vpt-deep", ()),
+            "tokens": ("spt-deep", ()),
+            **{init: ("vpt-deep", ("--prompt-init", init)) for init in ("kmeans", "mean", "max")},
+        },
     ),
     Ablation(
         "prompts",
         "Prompts (Fig. 7, Table 7)",
-        {count: ("gated", ("--prompts", count)) for count in PROMPTS},
-        seeds=(0, 1),
+        {count: ("gated", ("--prompts", count) if count != "10" else ()) for count in PROMPTS},
     ),
     Ablation(
         "share",
         "Share of the training images, with as many steps (SPT)",
-        {"linear": ("linear", ()), "gated, standard": ("gated, standard", ()), "full": ("full", ())},
+        {name: (name, ()) for name in SHARED},
         shares=(0.25, 0.5, 1.0),
-        seeds=(0, 1),
+        seeds=SEEDS[:1],
     ),
 ]

@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING
 
-from plan import ABLATIONS, FOLDERS, SEARCHED_ON, SEEDS, VARIANTS, Ablation, Run, Variant
+from plan import ABLATIONS, BY_NAME, FOLDERS, ON_THE_WAY, SEARCHED_ON, SEEDS, VARIANTS, Ablation, Run, Variant
 
 if TYPE_CHECKING:
     from study import Study
@@ -16,7 +16,8 @@ MISSING = "not run"
 
 def write_report(study: "Study", folder: Path) -> None:
     """Write ``tables.md`` and the plots from the runs that are there."""
-    lines = ["# Accuracy study", "", *method_table(study), "", *rate_table(study)]
+    lines = ["# Accuracy study", "", *method_table(study, VARIANTS), "", "Tried on the way, one seed:", ""]
+    lines += [*method_table(study, ON_THE_WAY), "", *rate_table(study)]
     for ablation in ABLATIONS:
         found = ablation_results(study, ablation)
         if found:
@@ -46,17 +47,17 @@ def of_method(study: "Study", variant: Variant) -> dict[str, list[float]]:
     lr = study.rate(variant)
     if lr is None:
         return {task: [] for task in FOLDERS}
-    return {task: accuracies(study, [Run(variant, task, lr, seed) for seed in SEEDS]) for task in FOLDERS}
+    return {task: accuracies(study, [Run(variant, task, lr, seed) for seed in variant.seeds]) for task in FOLDERS}
 
 
-def method_table(study: "Study") -> list[str]:
+def method_table(study: "Study", variants: Sequence[Variant]) -> list[str]:
     """Mean and standard deviation over seeds."""
     lines = [f"| method | {' | '.join(FOLDERS)} | mean | parameters | lr |", "|---|" + "---|" * (len(FOLDERS) + 3)]
-    for variant in VARIANTS:
+    for variant in variants:
         by_task, lr = of_method(study, variant), study.rate(variant)
         over_tasks = [mean(values) for values in zip(*by_task.values(), strict=False)]
         summary = None if lr is None else study.result(Run(variant, SEARCHED_ON, lr, SEEDS[0]))
-        cells = [spread(values, len(SEEDS)) for values in [*by_task.values(), over_tasks]]
+        cells = [spread(values, len(variant.seeds)) for values in [*by_task.values(), over_tasks]]
         cells[-1] = f"**{cells[-1]}**"
         cells.append(MISSING if summary is None else f"{summary['trainable_parameters']:,}")
         cells.append(MISSING if lr is None else f"{lr:g}")
@@ -67,7 +68,7 @@ def method_table(study: "Study") -> list[str]:
 def rate_table(study: "Study") -> list[str]:
     """Validation accuracies that the learning rates were chosen by."""
     lines = [f"## Learning rates, by validation accuracy on {SEARCHED_ON}", "", "| method | rates |", "|---|---|"]
-    for variant in VARIANTS:
+    for variant in BY_NAME.values():
         cells = []
         for lr in variant.rates:
             summary = study.result(Run(variant, SEARCHED_ON, lr, SEEDS[0]))

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from plan import ABLATIONS, BY_NAME, FOLDERS, SEARCHED_ON, SEEDS, VARIANTS, Ablation, Run, Variant
+from plan import ABLATIONS, BY_NAME, FOLDERS, SEARCHED_ON, SEEDS, Ablation, Run, Variant
 from report import write_report
 
 HERE = Path(__file__).parent
@@ -105,13 +105,13 @@ class Study:
 
     def methods(self) -> list[Run]:
         """Every method, task and seed, at the chosen rate."""
-        chosen = [(variant, self.rate(variant)) for variant in VARIANTS]
+        chosen = [(variant, self.rate(variant)) for variant in BY_NAME.values()]
         return [
             Run(variant, task, lr, seed)
             for seed in SEEDS
             for task in FOLDERS
             for variant, lr in chosen
-            if lr is not None
+            if lr is not None and task in variant.tasks and seed in variant.seeds
         ]
 
     def ablation(self, ablation: Ablation) -> dict[str, list[Run]]:
@@ -148,7 +148,7 @@ def main() -> None:
     study = Study(options.data, options.work, options.jobs)
     phases = () if options.report else options.only or PHASES
     if "search" in phases:
-        study.train_all(Run(variant, SEARCHED_ON, lr, SEEDS[0]) for variant in VARIANTS for lr in variant.rates)
+        study.train_all(Run(variant, SEARCHED_ON, lr, SEEDS[0]) for variant in BY_NAME.values() for lr in variant.rates)
     if "methods" in phases:
         study.train_all(study.methods())
     if "ablations" in phases:

@@ -9,28 +9,27 @@ from gpt_serve.train.recipe import PROTOCOLS, Recipe, make_recipe
 
 
 def choose_recipe(
-    name: str, task: str, backbone: Backbone, benchmark: Benchmark | None = None, **overrides: Any
+    name: str, task: str, backbone: Backbone, published: tuple[Benchmark, str] | None = None, **overrides: Any
 ) -> tuple[Recipe, str]:
     """The recipe of a run, and a line that says where it came from.
 
     ``paper`` takes the row of Table 5 for the task and the backbone's family, and values from the middle of the table
-    where there is none. ``auto`` takes that row for gated prompts, except on the bundled backbone, where ``adamw``
-    measured better; full fine-tuning gets ``full`` and everything else ``adamw``.
+    where there is none. ``auto`` takes that row for gated prompts, or ``lda`` where there is none and on the bundled
+    backbone, where it measured better; full fine-tuning gets ``full`` and every other method ``adamw``.
 
     Args:
         name: ``auto`` or a name of `RECIPES`.
-        benchmark: that the data belong to; its preprocessing, augmentation and protocol apply with any recipe.
+        published: the benchmark that the data belong to, whose preprocessing, augmentation and protocol apply with any
+            recipe, and the task's name there, which the row is found by whatever ``task`` is called.
         overrides: fields of the recipe; None for those that are not given.
 
     Raises:
         UsageError: a setting that cannot work.
     """
-    row = None if backbone.family is None else find_row(task, backbone.family)
+    row = None if backbone.family is None else find_row(published[1] if published else task, backbone.family)
     if name == "auto":
-        published = row is not None and backbone.name != BUNDLED and overrides.get("method") in (None, "gated")
-        full = overrides.get("method") == "full"
-        name = "full" if full else "paper" if published else "adamw"
-        why = _why_not(row, task, backbone) if name == "adamw" else ""
+        name = _of_method(overrides.get("method"), published=row is not None and backbone.name != BUNDLED)
+        why = _why_not(row, task, backbone) if name == "lda" else ""
     elif name == "paper" and row is None:
         known = "the backbone is neither MAE nor MoCo v3" if backbone.family is None else f"it has no task {task!r}"
         why = f" without a row of Table 5 ({known})"
@@ -41,15 +40,21 @@ def choose_recipe(
         defaults, why = row.settings(), _taken(row, overrides)
     elif name == "spt" and backbone.family == "mocov3":
         defaults = {"head_init": "tiny"}
-    if benchmark is not None:
-        defaults |= PROTOCOLS[benchmark]
-        why += f"; images as for {benchmark.upper()}"
+    if published is not None:
+        defaults |= PROTOCOLS[published[0]]
+        why += f"; images as for {published[0].upper()}"
     given = {key: value for key, value in overrides.items() if value is not None}
     return make_recipe(name, **defaults | given), f"recipe {name}{why}"
 
 
+def _of_method(method: str | None, *, published: bool) -> str:
+    if method in (None, "gated"):
+        return "paper" if published else "lda"
+    return "full" if method == "full" else "adamw"
+
+
 def _why_not(row: Row | None, task: str, backbone: Backbone) -> str:
-    """What follows ``recipe adamw`` when nothing else was asked for."""
+    """What follows ``recipe lda`` when nothing else was asked for."""
     if row is None:
         return f" (Table 5 has no row for task {task!r} on {backbone.name})"
     return f", the default with {backbone.name} (--recipe paper takes Table 5's row {row})"

@@ -76,14 +76,14 @@ def open_evaluation(source: str, labels: Sequence[str]) -> Split:
     return [replace(sample, target=position[sample.target]) for sample in dataset.test]
 
 
-def find_benchmark(source: str) -> Benchmark | None:
-    """The benchmark whose published preprocessing and protocol ``source`` comes with; None for other data.
+def find_benchmark(source: str) -> tuple[Benchmark, str] | None:
+    """The benchmark whose preprocessing and protocol ``source`` comes with, and its task's name; None for other data.
 
     Raises:
         DataError: there is no data of that name.
     """
-    kind = _resolve(source).kind
-    return kind if kind == "fgvc" or kind == "vtab" else None
+    found = _resolve(source)
+    return (found.kind, found.name) if found.kind == "fgvc" or found.kind == "vtab" else None
 
 
 def _open(source: Source, splits: Collection[str]) -> Dataset:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 
 from gpt_serve.backbone import Backbone
 from gpt_serve.errors import DataError
@@ -17,13 +16,13 @@ from gpt_serve.train.checkpoint import RunCheckpoint
 from gpt_serve.train.data import Dataset, Split, digest, open_dataset
 from gpt_serve.train.distributed import World
 from gpt_serve.train.full import FullModule
-from gpt_serve.train.loop import EpochRecord, Trainer, features_of, predict_all
+from gpt_serve.train.loop import EpochRecord, Trainer, predict_all
 from gpt_serve.train.methods import AdapterModule, find_method
 from gpt_serve.train.modules import TaskModule
 from gpt_serve.train.nmi import nmi_probe
-from gpt_serve.train.prompt_init import images_to_read, prompts_from_tokens
 from gpt_serve.train.publishing import describe, publish_trained
 from gpt_serve.train.recipe import Recipe, prepared
+from gpt_serve.train.start import start_from_data
 from gpt_serve.train.views import Unreadable, View, joined, scan
 
 
@@ -170,13 +169,12 @@ def new_trainer(backbone: Backbone, job: Job, views: Views, reporter: Reporter, 
     recipe = job.recipe
     train, val = (joined(views.train, views.val), None) if recipe.final_fit else (views.train, views.val)
     torch.manual_seed(recipe.seed)
-    module = build_module(backbone, recipe, len(views.labels))
+    module = build_module(backbone, recipe, len(views.labels)).to(backbone.device)
+    if not job.resume:
+        start_from_data(backbone, module, job, train, reporter)
     nmi = None
-    if isinstance(module, AdapterModule):
-        if not job.resume:
-            start_from_data(backbone, module, job, train, reporter)
-        if job.nmi:
-            nmi = nmi_probe(backbone, module, val or train)
+    if job.nmi and isinstance(module, AdapterModule):
+        nmi = nmi_probe(backbone, module, val or train)
     return Trainer(backbone, module, recipe, train=train, val=val, world=world, workers=job.workers, nmi=nmi)
 
 
@@ -197,39 +195,6 @@ def build_module(backbone: Backbone, recipe: Recipe, classes: int) -> TaskModule
         first_block=recipe.first_block,
         norm=recipe.norm,
     )
-
-
-def start_from_data(backbone: Backbone, module: AdapterModule, job: Job, view: View, reporter: Reporter) -> None:
-    """Set what the recipe takes from the training images, not augmented: prompts, then what standard features are.
-
-    Raises:
-        UsageError: there are fewer tokens than prompts.
-    """
-    plain = View(view.samples, view.preprocess, view.scaled, "none", job.recipe.seed)
-    if module.prompt is not None and job.recipe.initialisation != "random":
-        _start_prompts(backbone, module, module.prompt, job, plain, reporter)
-    if module.head_norm is not None and job.recipe.norm == "standard":
-        tick = reporter.scanning(len(plain), "standardising features")
-        module.head_norm.set_standard(features_of(backbone, module, plain, job.workers, tick))
-
-
-def _start_prompts(
-    backbone: Backbone, module: AdapterModule, prompts: nn.Parameter, job: Job, plain: View, reporter: Reporter
-) -> None:
-    recipe = job.recipe
-    total = images_to_read(len(plain), backbone.model.patch_embed.num_patches, recipe.initialisation, recipe.prompts)
-    tokens = prompts_from_tokens(
-        backbone,
-        plain,
-        recipe.initialisation,
-        (prompts.shape[0], prompts.shape[1]),
-        first_block=recipe.first_block,
-        seed=recipe.seed,
-        workers=job.workers,
-        on_image=reporter.scanning(total, "drawing prompts"),
-    )
-    with torch.no_grad():
-        prompts.copy_(tokens)
 
 
 def load_views(dataset: Dataset, backbone: Backbone, job: Job, reporter: Reporter) -> Views:

@@ -23,14 +23,13 @@ class FullModule(TaskModule):
         super().__init__()
         spec = backbone.spec
         self.model = copy.deepcopy(backbone.model).requires_grad_(True)
+        self.head_norm = None
         self.head = make_head(spec.width, classes, head_init)
         self._bare = AdapterBatch.single(depth=spec.depth, width=spec.width, pool=spec.pool, device=backbone.device)
 
-    def forward(self, model: nn.Module, images: Tensor) -> Tensor:
-        """Normalised images (B, 3, H, W) to logits (B, C); ``model`` plays no part."""
-        tokens = embed(self.model, images)
-        logits: Tensor = self.head(prompted_features(self.model, tokens, self._bare))
-        return logits
+    def features(self, model: nn.Module, images: Tensor) -> Tensor:
+        """Normalised images (B, 3, H, W) to what the norm puts out, (B, D); ``model`` plays no part."""
+        return prompted_features(self.model, embed(self.model, images), self._bare)
 
     def weights(self) -> dict[str, Tensor]:
         """float32 copies on the CPU, by timm's names for a model with a classifier."""

@@ -14,7 +14,6 @@ from gpt_serve.backbone import Backbone
 from gpt_serve.errors import DataError
 from gpt_serve.images import normalize
 from gpt_serve.train.distributed import World
-from gpt_serve.train.methods import AdapterModule
 from gpt_serve.train.modules import TaskModule
 from gpt_serve.train.recipe import Recipe, learning_rate
 from gpt_serve.train.views import View, ordered_batches, shuffled_batches
@@ -211,7 +210,7 @@ def forward_logits(backbone: Backbone, module: TaskModule, images: Tensor) -> Te
 
 @torch.no_grad()
 def features_of(
-    backbone: Backbone, module: AdapterModule, view: View, workers: int, on_image: Callable[[], object]
+    backbone: Backbone, module: TaskModule, view: View, workers: int, on_image: Callable[[], object]
 ) -> Iterator[Tensor]:
     """float32 features (B, D) of all images of a split, in order, as evaluation sees them."""
     module.eval()

@@ -226,12 +226,6 @@ class AdapterModule(TaskModule):
             adapter = dataclasses.replace(adapter, prompt=F.dropout(prompt, self.prompt_dropout))
         return adapter
 
-    def forward(self, model: nn.Module, images: Tensor) -> Tensor:
-        """Normalised images (B, 3, H, W) to logits (B, C)."""
-        features = self.features(model, images)
-        logits: Tensor = self.head(features if self.head_norm is None else self.head_norm(features))
-        return logits
-
     def features(self, model: nn.Module, images: Tensor) -> Tensor:
         """Normalised images (B, 3, H, W) to what the backbone's norm puts out, (B, D)."""
         with torch.no_grad():

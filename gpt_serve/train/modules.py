@@ -11,9 +11,9 @@ from gpt_serve.errors import BackboneError
 from gpt_serve.prompted import final_norm
 
 HEAD_BIAS = -math.log(99.0)
-HEAD_STD = {"small": 0.02, "tiny": 0.01}
+HEAD_STD = {"small": 0.02, "tiny": 0.01, "lda": 0.02}
 
-HeadInit = Literal["kaiming", "small", "tiny"]
+HeadInit = Literal["kaiming", "small", "tiny", "lda"]
 Norm = Literal["pretrained", "fresh", "standard"]
 VARIANCE_FLOOR = 1e-6  # of features that hardly vary
 
@@ -23,13 +23,24 @@ class TaskModule(nn.Module):
 
     Attributes:
         head: (C, D) and (C,), the linear classifier.
+        head_norm: before it; None for none.
     """
 
     head: nn.Linear
+    head_norm: "HeadNorm | None"
+
+    def features(self, model: nn.Module, images: Tensor) -> Tensor:
+        """Normalised images (B, 3, H, W) to what the backbone's norm puts out, (B, D); ``model`` is the frozen one."""
+        raise NotImplementedError
+
+    def seen(self, features: Tensor) -> Tensor:
+        """What the head sees of ``features``, (B, D) both."""
+        return features if self.head_norm is None else self.head_norm(features)
 
     def forward(self, model: nn.Module, images: Tensor) -> Tensor:
-        """Normalised images (B, 3, H, W) to logits (B, C); ``model`` is the frozen backbone."""
-        raise NotImplementedError
+        """Normalised images (B, 3, H, W) to logits (B, C)."""
+        logits: Tensor = self.head(self.seen(self.features(model, images)))
+        return logits
 
     def steering(self) -> list[nn.Parameter]:
         """What is learned besides the head."""
@@ -43,7 +54,10 @@ class TaskModule(nn.Module):
 
 
 def make_head(width: int, classes: int, kind: HeadInit) -> nn.Linear:
-    """An untrained classifier: Kaiming-normal (fan-out) with biases of -ln 99, or truncated normal with biases of 0."""
+    """An untrained classifier: Kaiming-normal (fan-out) with biases of -ln 99, or truncated normal with biases of 0.
+
+    One by discriminant analysis is ``small`` until there are features, see `lda_head`.
+    """
     head = nn.Linear(width, classes)
     if kind == "kaiming":
         nn.init.kaiming_normal_(head.weight, a=0, mode="fan_out")

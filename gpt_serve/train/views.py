@@ -1,6 +1,7 @@
 """Samples as tensors: the check that every image can be read, the cache, and the augmentation."""
 
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from gpt_serve.images import LOCAL_LIMITS, center_crop, decode, resize
 from gpt_serve.specs import Preprocess
 from gpt_serve.train.data import Sample, Split
 from gpt_serve.train.recipe import Augment
+from gpt_serve.train.samples import pick
 
 # Scaled images are kept in memory up to this size; larger datasets are decoded again each epoch.
 CACHE_BYTES = 1 << 30
@@ -126,6 +128,14 @@ def joined(first: View, second: View) -> View:
     """The images of both, augmented as the first."""
     scaled = None if first.scaled is None or second.scaled is None else first.scaled + second.scaled
     return View([*first.samples, *second.samples], first.preprocess, scaled, first.augment, first.seed)
+
+
+def thinned(view: View, most: int) -> View:
+    """Every k-th image, so that there are at most ``most``."""
+    step = math.ceil(len(view) / most)
+    samples = pick(view.samples, range(0, len(view), step))
+    scaled = None if view.scaled is None else view.scaled[::step]
+    return View(samples, view.preprocess, scaled, view.augment, view.seed)
 
 
 def _random_crop(image: Tensor, size: tuple[int, int], rng: np.random.Generator, *, flip: bool) -> Tensor:

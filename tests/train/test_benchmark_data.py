@@ -82,7 +82,7 @@ def test_every_task_of_the_paper_opens_by_its_name_and_by_the_usual_folder(data_
     assert {task for task, kind in named.items() if kind == "fgvc"} == set(published("fgvc")["tasks"])
     assert len(named) == 24
     for task, kind in named.items():
-        assert find_benchmark(task) == find_benchmark(f"{kind}/{task}") == kind
+        assert find_benchmark(task) == find_benchmark(f"{kind}/{task}") == (kind, task)
         folder = published(kind)["tasks"][task]["folder"]
         assert find_task(folder) == (task, {"vtab": "VTAB-1K", "fgvc": "FGVC"}[kind])
 

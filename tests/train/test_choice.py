@@ -36,9 +36,10 @@ def test_every_task_of_the_table_takes_its_row(name: str, family: Family) -> Non
 @pytest.mark.parametrize(
     ("name", "task", "family", "method", "expected", "text"),
     [
-        ("auto", "mine", "mae", None, "adamw", "recipe adamw (Table 5 has no row for task 'mine' on vit_base"),
-        ("auto", "cub", None, None, "adamw", "recipe adamw (Table 5 has no row for task 'cub' on vit_base"),
-        ("auto", "cub", "mae", "gated-deep", "adamw", "recipe adamw, the default with vit_base"),
+        ("auto", "mine", "mae", None, "lda", "recipe lda (Table 5 has no row for task 'mine' on vit_base"),
+        ("auto", "cub", None, None, "lda", "recipe lda (Table 5 has no row for task 'cub' on vit_base"),
+        ("auto", "cub", "mae", "gated-deep", "adamw", "recipe adamw"),
+        ("auto", "cub", None, "linear", "adamw", "recipe adamw"),
         ("adamw", "cub", "mae", None, "adamw", "recipe adamw"),
         ("paper", "mine", "mae", None, "paper", "recipe paper without a row of Table 5 (it has no task 'mine')"),
         ("paper", "cub", None, None, "paper", "recipe paper without a row of Table 5 (the backbone is neither MAE nor"),
@@ -56,9 +57,9 @@ def test_what_no_row_decides(
 def test_the_bundled_backbone_keeps_its_own_default_and_names_the_row() -> None:
     model = backbone("mae", BUNDLED)
     recipe, text = choose_recipe("auto", "flowers", model)
-    assert recipe == RECIPES["adamw"]
+    assert recipe == RECIPES["lda"]
     assert text == (
-        "recipe adamw, the default with mae-vit-tiny-32 (--recipe paper takes Table 5's row Flowers, MAE: "
+        "recipe lda, the default with mae-vit-tiny-32 (--recipe paper takes Table 5's row Flowers, MAE: "
         "batch size 64, prompts 100, lr 0.1, gate init 15)"
     )
     assert choose_recipe("paper", "flowers", model)[0].gate_init == 15
@@ -72,6 +73,16 @@ def test_every_flag_overrides_the_row(override: dict[str, Any]) -> None:
     assert row is not None
     assert recipe == dataclasses.replace(RECIPES["paper"], **row.settings() | override)
     assert text.endswith(f"; given instead: {name.replace('_', ' ')} {value:g}")
+
+
+def test_published_data_have_their_row_whatever_the_task_is_called() -> None:
+    recipe, text = choose_recipe("auto", "birds", backbone("mae"), ("fgvc", "cub"))
+    expected, row = choose_recipe("auto", "cub", backbone("mae"))
+    assert (recipe.lr, recipe.gate_init, recipe.prompts) == (expected.lr, expected.gate_init, expected.prompts)
+    assert text == f"{row}; images as for FGVC"
+    other, _ = choose_recipe("auto", "cub", backbone("mae"), ("vtab", "dtd"))
+    row_of_dtd = find_row("dtd", "mae")
+    assert row_of_dtd is not None and other.gate_init == row_of_dtd.gate_init != expected.gate_init
 
 
 def test_spt_starts_the_head_smaller_with_moco() -> None:

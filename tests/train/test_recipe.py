@@ -99,6 +99,21 @@ def test_the_spt_recipe_has_20_deep_or_100_shallow_prompts(method: str | None, p
     assert (recipe.weight_decay, recipe.head_weight_decay, recipe.prompt_dropout) == (0.01, 0.5, 0.0)
 
 
+def test_the_lda_recipe_is_for_adapters() -> None:
+    recipe = make_recipe("lda")
+    assert (recipe.method, recipe.initialisation, recipe.norm, recipe.head_init) == (
+        "gated",
+        "tokens",
+        "standard",
+        "lda",
+    )
+    assert (recipe.prompts, recipe.epochs, recipe.warmup, recipe.batch_size) == (10, 20, 2, 16)
+    assert make_recipe("lda", method="linear").initialisation == "random"
+    assert make_recipe("lda", method="vpt-deep").initialisation == "tokens"
+    with pytest.raises(UsageError, match="--recipe lda is for adapters: .* --recipe full --head-init lda"):
+        make_recipe("lda", method="full")
+
+
 def test_a_stored_recipe_is_read_again() -> None:
     for recipe in (*RECIPES.values(), Recipe(method="linear"), Recipe(temperature=False, gate="hard")):
         again = Recipe(**recipe.to_dict())
@@ -120,10 +135,11 @@ BY_STEP = [k / 6 for k in range(6)] + [1.0, 0.96985, 0.88302, 0.75, 0.58682, 0.4
 
 @pytest.mark.parametrize("batch_size", [4, 5])
 @pytest.mark.parametrize(
-    ("name", "expected", "head"), [("adamw", BY_EPOCH, 2), ("paper", BY_EPOCH, 1), ("spt", BY_STEP, 1)]
+    ("name", "expected", "head"),
+    [("lda", BY_STEP, 0.04), ("adamw", BY_EPOCH, 2), ("paper", BY_EPOCH, 1), ("spt", BY_STEP, 1)],
 )
 def test_every_step_has_the_rate_of_its_recipe(
-    tiny: Backbone, colours: Path, name: str, expected: list[float], head: int, batch_size: int
+    tiny: Backbone, colours: Path, name: str, expected: list[float], head: float, batch_size: int
 ) -> None:
     """As vectors that were written down, whatever the batch; the head's own decay beside."""
     settings = {"prompts": 2, "prompt_init": "random", "epochs": 5, "warmup": 2, "lr": 1.0, "batch_size": batch_size}
@@ -138,4 +154,4 @@ def test_every_step_has_the_rate_of_its_recipe(
     assert [rate for _, rate in rates] == pytest.approx(expected, abs=1e-5)
     assert [rate for rate, _ in rates] == pytest.approx([head * rate for rate in expected], abs=1e-5)
     decays = [group["weight_decay"] for group in trainer.optimizer.param_groups]
-    assert decays == {"adamw": [0.01, 0.01], "paper": [0.0, 0.0], "spt": [0.5, 0.01]}[name]
+    assert decays == {"lda": [0.01, 0.01], "adamw": [0.01, 0.01], "paper": [0.0, 0.0], "spt": [0.5, 0.01]}[name]

@@ -1,0 +1,68 @@
+"""What training starts from: prompts, the norm and the head as the training images have them."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from gpt_serve.backbone import Backbone
+from gpt_serve.train.discriminant import lda_head
+from gpt_serve.train.loop import features_of
+from gpt_serve.train.methods import AdapterModule
+from gpt_serve.train.modules import TaskModule
+from gpt_serve.train.prompt_init import images_to_read, prompts_from_tokens
+from gpt_serve.train.views import View, thinned
+
+if TYPE_CHECKING:
+    from gpt_serve.train.fit import Job, Reporter
+
+MOST_FOR_HEAD = 20_000  # images that discriminant analysis reads: their features are held at once
+
+
+def start_from_data(backbone: Backbone, module: TaskModule, job: "Job", view: View, reporter: "Reporter") -> None:
+    """Set what the recipe takes from the training images, not augmented: prompts, then what is standard, then the head.
+
+    Raises:
+        UsageError: there are fewer tokens than prompts.
+    """
+    plain = View(view.samples, view.preprocess, view.scaled, "none", job.recipe.seed)
+    prompts = module.prompt if isinstance(module, AdapterModule) else None
+    if prompts is not None and job.recipe.initialisation != "random":
+        _start_prompts(backbone, prompts, job, plain, reporter)
+    if job.recipe.head_init == "lda":
+        _start_head(backbone, module, job, thinned(plain, MOST_FOR_HEAD), reporter)
+    elif module.head_norm is not None and job.recipe.norm == "standard":
+        tick = reporter.scanning(len(plain), "standardising features")
+        module.head_norm.set_standard(features_of(backbone, module, plain, job.workers, tick))
+
+
+def _start_head(backbone: Backbone, module: TaskModule, job: "Job", plain: View, reporter: "Reporter") -> None:
+    tick = reporter.scanning(len(plain), "fitting the head")
+    features = list(features_of(backbone, module, plain, job.workers, tick))
+    if module.head_norm is not None and job.recipe.norm == "standard":
+        module.head_norm.set_standard(features)
+    targets = torch.tensor([sample.target for sample in plain.samples])
+    found = lda_head(module.seen(torch.cat(features)).cpu(), targets, module.head.out_features)
+    if found is None:
+        reporter.notice("--head-init lda: no class has two training images, so the head starts small")
+        return
+    with torch.no_grad():
+        module.head.weight.copy_(found[0])
+        module.head.bias.copy_(found[1])
+
+
+def _start_prompts(backbone: Backbone, prompts: nn.Parameter, job: "Job", plain: View, reporter: "Reporter") -> None:
+    recipe = job.recipe
+    total = images_to_read(len(plain), backbone.model.patch_embed.num_patches, recipe.initialisation, recipe.prompts)
+    tokens = prompts_from_tokens(
+        backbone,
+        plain,
+        recipe.initialisation,
+        (prompts.shape[0], prompts.shape[1]),
+        first_block=recipe.first_block,
+        seed=recipe.seed,
+        workers=job.workers,
+        on_image=reporter.scanning(total, "drawing prompts"),
+    )
+    with torch.no_grad():
+        prompts.copy_(tokens)

@@ -1,0 +1,192 @@
+"""The head that training starts from, against scikit-learn's linear discriminant analysis."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from torch import Tensor
+
+from gpt_serve.backbone import Backbone
+from gpt_serve.images import normalize
+from gpt_serve.store import AdapterStore
+from gpt_serve.train import start
+from gpt_serve.train.data import open_dataset
+from gpt_serve.train.discriminant import FOLDS, SCALES, SHRINKAGES, Discriminant, lda_head
+from gpt_serve.train.distributed import World
+from gpt_serve.train.fit import Job, build_module, train_adapter
+from gpt_serve.train.modules import TaskModule
+from gpt_serve.train.recipe import Recipe, make_recipe
+from gpt_serve.train.start import start_from_data
+from gpt_serve.train.views import View, thinned
+from tests.tiny_vit import PREPROCESS
+from tests.train.conftest import Recorder
+
+WIDTH, CLASSES = 7, 3
+
+
+def clouds(counts: tuple[int, ...], apart: float, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Features (n, D) of correlated classes in mixed order, and their classes."""
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.cat([torch.full((count,), index) for index, count in enumerate(counts)])
+    targets = targets[torch.randperm(len(targets), generator=generator)]
+    mixing = torch.randn(WIDTH, WIDTH, generator=generator)
+    means = apart * torch.randn(len(counts), WIDTH, generator=generator)
+    noise = torch.randn(len(targets), WIDTH, generator=generator) @ mixing
+    return 5 + means[targets] + noise, targets
+
+
+def standardised(features: Tensor) -> np.ndarray:
+    rows = features.double().numpy()
+    return np.asarray((rows - rows.mean(0)) / rows.std(0))
+
+
+def analysis(shrinkage: float) -> LinearDiscriminantAnalysis:
+    return LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage)
+
+
+def posterior(fitted: LinearDiscriminantAnalysis, scale: float, rows: np.ndarray, priors: np.ndarray) -> np.ndarray:
+    """Its probabilities, of the classes that it knows, with the evidence, but not the priors, times ``scale``."""
+    evidence = rows @ fitted.coef_.T + fitted.intercept_ - np.log(fitted.priors_)
+    logits = scale * evidence + np.log(priors[fitted.classes_])
+    shares = np.zeros((len(rows), len(priors)))
+    shares[:, fitted.classes_] = np.exp(logits - logits.max(1, keepdims=True))
+    return np.asarray(shares / shares.sum(1, keepdims=True))
+
+
+@pytest.mark.parametrize("shrinkage", SHRINKAGES)
+def test_discriminant_is_scikit_learns(shrinkage: float) -> None:
+    features, targets = clouds((20, 9, 14), apart=1.0)
+    rows = standardised(features)
+    expected = analysis(shrinkage).fit(rows, targets.numpy())
+    found = Discriminant.fit(torch.from_numpy(rows), targets, CLASSES, shrinkage)
+    evidence = rows @ expected.coef_.T + expected.intercept_ - np.log(expected.priors_)
+    np.testing.assert_allclose(found(torch.from_numpy(rows)).numpy(), evidence, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.filterwarnings("ignore:Only one sample available")
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    ("counts", "apart"), [((40, 30, 50), 1.5), ((7, 5, 6), 1.0), ((60, 10, 20), 0.3), ((12, 1, 9), 1.0)]
+)
+def test_head_is_the_one_that_predicts_images_left_out_best(counts: tuple[int, ...], apart: float, seed: int) -> None:
+    """Every shrinkage and scale by scikit-learn, fold by fold; an only image of a class cannot be left out."""
+    features, targets = clouds(counts, apart, seed)
+    rows, labels = standardised(features), targets.numpy()
+    priors = np.bincount(labels) / len(labels)
+    seen = [int((labels[:index] == label).sum()) for index, label in enumerate(labels)]
+    fold = np.array(seen) % FOLDS
+    judged = [np.flatnonzero((fold == index) & np.isin(labels, labels[fold != index])) for index in range(FOLDS)]
+    losses = {}
+    for shrinkage in SHRINKAGES:
+        fitted = [analysis(shrinkage).fit(rows[fold != index], labels[fold != index]) for index in range(FOLDS)]
+        for scale in SCALES:
+            shares = np.concatenate([posterior(fitted[i], scale, rows[judged[i]], priors) for i in range(FOLDS)])
+            right = shares[np.arange(len(shares)), labels[np.concatenate(judged)]]
+            losses[shrinkage, scale] = -np.log(right).mean()
+    shrinkage, scale = min(losses, key=losses.__getitem__)
+    head = lda_head(features, targets, CLASSES)
+    assert head is not None
+    expected = posterior(analysis(shrinkage).fit(rows, labels), scale, rows, priors)
+    actual = (features @ head[0].T + head[1]).softmax(1)
+    np.testing.assert_allclose(actual.numpy(), expected, atol=2e-4)
+
+
+def test_what_says_nothing_is_not_trusted() -> None:
+    """Features without a difference between classes: the probabilities of the head are about the priors."""
+    features, targets = clouds((100, 50, 50), apart=0.0)
+    head = lda_head(features, targets, CLASSES)
+    assert head is not None
+    shares = (features @ head[0].T + head[1]).softmax(1).mean(0)
+    torch.testing.assert_close(shares, torch.tensor([0.5, 0.25, 0.25]), atol=0.05, rtol=0)
+    assert (features @ head[0].T + head[1]).softmax(1).std(0).max() < 0.05
+
+
+def test_head_of_a_class_with_one_image_and_of_a_class_without() -> None:
+    features, targets = clouds((6, 1, 6), apart=2.0)
+    features[:, 3] = 1.0  # never varies
+    head = lda_head(features, targets, CLASSES + 1)
+    assert head is not None and all(part.isfinite().all() for part in head)
+    assert head[0].shape == (CLASSES + 1, WIDTH)
+    right = (features @ head[0].T + head[1]).argmax(1) == targets
+    assert right.double().mean() > 0.9
+
+
+def test_two_images_a_class_are_enough() -> None:
+    """Each of the images left out is judged by the other."""
+    features, targets = clouds((2, 2, 2), apart=9.0)
+    head = lda_head(features, targets, CLASSES)
+    assert head is not None and torch.equal((features @ head[0].T + head[1]).argmax(1), targets)
+
+
+def test_one_image_a_class_gives_no_head() -> None:
+    assert lda_head(*clouds((1, 1, 1), apart=2.0), CLASSES) is None
+
+
+def started(backbone: Backbone, recipe: Recipe, view: View, tmp_path: Path) -> tuple[TaskModule, Recorder]:
+    module, recorder = build_module(backbone, recipe, 3).eval(), Recorder()
+    start_from_data(backbone, module, Job("colours", "", tmp_path, recipe, workers=0), view, recorder)
+    return module, recorder
+
+
+@pytest.fixture
+def view(colours: Path) -> View:
+    return View(open_dataset(str(colours), 0).train, PREPROCESS, None, "crop-flip", 0)
+
+
+@pytest.mark.parametrize(
+    ("method", "norm"),
+    [("gated", "standard"), ("linear", "pretrained"), ("vpt-deep", "fresh"), ("full", "pretrained")],
+)
+def test_training_starts_from_it(tiny: Backbone, view: View, tmp_path: Path, method: str, norm: str) -> None:
+    """By the features of the module as it starts, of images that are not augmented, behind its norm."""
+    recipe = make_recipe("adamw", method=method, norm=norm, head_init="lda", prompts=None if method == "full" else 3)
+    module, _ = started(tiny, recipe, view, tmp_path)
+    plain = View(view.samples, PREPROCESS, None, "none", 0)
+    mean, std = torch.tensor(PREPROCESS.mean), torch.tensor(PREPROCESS.std)
+    images = normalize(torch.stack([plain[index][0] for index in range(len(plain))]), mean, std)
+    targets = torch.tensor([sample.target for sample in view.samples])
+    with torch.no_grad():
+        features = module.features(tiny.model, images)
+        logits = module(tiny.model, images)
+    head = lda_head(features, targets, 3)
+    assert head is not None
+    torch.testing.assert_close(logits, features @ head[0].T + head[1], atol=1e-3, rtol=1e-3)
+    assert (logits.argmax(1) == targets).double().mean() > 0.9
+    if norm == "standard":
+        torch.testing.assert_close(module.seen(features).var(0, unbiased=False), torch.ones(24), atol=1e-2, rtol=0)
+
+
+def test_one_image_a_class_is_said_and_starts_small(tiny: Backbone, view: View, tmp_path: Path) -> None:
+    first = {sample.target: sample for sample in reversed(view.samples)}
+    few = View(list(first.values()), PREPROCESS, None, "none", 0)
+    module, recorder = started(tiny, make_recipe("adamw", method="linear", head_init="lda"), few, tmp_path)
+    assert recorder.notices == ["--head-init lda: no class has two training images, so the head starts small"]
+    assert 0 < module.head.weight.abs().max() < 0.2 and module.head.bias.eq(0).all()
+
+
+def test_of_many_images_some_are_read(
+    tiny: Backbone, view: View, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe("adamw", method="linear", norm="standard", head_init="lda")
+    some = thinned(view, 7)
+    assert [sample.name for sample in some.samples] == [
+        view.samples[index].name for index in range(0, len(view), -(-len(view) // 7))
+    ]
+    expected, _ = started(tiny, recipe, some, tmp_path)
+    monkeypatch.setattr(start, "MOST_FOR_HEAD", 7)
+    module, _ = started(tiny, recipe, view, tmp_path)
+    assert len(some) <= 7 and torch.equal(module.head.weight, expected.head.weight)
+
+
+def test_resuming_keeps_it(tiny: Backbone, colours: Path, tmp_path: Path) -> None:
+    recipe = make_recipe("adamw", epochs=4, norm="standard", head_init="lda", prompts=3)
+    recipe = dataclasses.replace(recipe, batch_size=8)
+    train_adapter(tiny, Job("colours", str(colours), tmp_path / "whole", recipe), Recorder(), World())
+    with pytest.raises(KeyboardInterrupt):
+        train_adapter(tiny, Job("colours", str(colours), tmp_path / "parts", recipe), Recorder(2), World())
+    train_adapter(tiny, Job("colours", str(colours), tmp_path / "parts", recipe, resume=True), Recorder(), World())
+    one, other = (AdapterStore(tmp_path / name).load("colours").adapter for name in ("whole", "parts"))
+    assert torch.equal(one.head_weight, other.head_weight) and torch.equal(one.head_bias, other.head_bias)
