@@ -35,8 +35,8 @@ _method_options = option_group(
         default="auto",
         show_default=True,
         help="Where the options below come from unless they are given. paper: SGD, with the row of the paper's Table 5 "
-        "for task and backbone; auto: that row for gated prompts, lda where there is none and on the bundled backbone, "
-        "full for --method full, adamw for other methods.",
+        "for task and backbone; auto: that row for --method gated, lda where there is none or the backbone is bundled; "
+        "full for --method full; adamw for other methods.",
     ),
 )
 _recipe_options = option_group(
@@ -73,7 +73,7 @@ _recipe_options = option_group(
     click.option(
         "--head-lr-scale",
         type=float,
-        help="The head's rate as a multiple of --lr.  [lda: 0.04; adamw: 2; paper, spt: 1]",
+        help="The head's rate as a multiple of --lr.  [lda: so that it is 0.002; adamw: 2; paper, spt: 1]",
     ),
     click.option(
         "--batch-size", type=int, help="Images per step, over all processes.  [lda, adamw: 16; paper: 64; spt: 32]"
@@ -120,7 +120,9 @@ training_options = option_group(
 sweep_options = option_group(
     _method_options,
     click.option(
-        "--lr", type=Values(click.FLOAT), help="Peak learning rates.  [sgd: 0.05 to 5; adamw: 0.0005 to 0.05]"
+        "--lr",
+        type=Values(click.FLOAT),
+        help="Peak learning rates.  [lda: 0.005 to 0.5; sgd: 0.05 to 5; adamw: 0.0005 to 0.05]",
     ),
     click.option("--gate-init", type=Values(click.FLOAT), help="Gate priors start at minus these.  [Table 5: 1 to 20]"),
     click.option("--prompts", type=Values(click.INT), help="Numbers of prompt tokens.  [Table 5: 1,5,10,100]"),

@@ -46,13 +46,14 @@ def of_method(study: "Study", variant: Variant) -> dict[str, list[float]]:
     """Accuracies by task, a seed each."""
     lr = study.rate(variant)
     if lr is None:
-        return {task: [] for task in FOLDERS}
-    return {task: accuracies(study, [Run(variant, task, lr, seed) for seed in variant.seeds]) for task in FOLDERS}
+        return {task: [] for task in variant.tasks}
+    return {task: accuracies(study, [Run(variant, task, lr, seed) for seed in variant.seeds]) for task in variant.tasks}
 
 
 def method_table(study: "Study", variants: Sequence[Variant]) -> list[str]:
     """Mean and standard deviation over seeds."""
-    lines = [f"| method | {' | '.join(FOLDERS)} | mean | parameters | lr |", "|---|" + "---|" * (len(FOLDERS) + 3)]
+    tasks = variants[0].tasks
+    lines = [f"| method | {' | '.join(tasks)} | mean | parameters | lr |", "|---|" + "---|" * (len(tasks) + 3)]
     for variant in variants:
         by_task, lr = of_method(study, variant), study.rate(variant)
         over_tasks = [mean(values) for values in zip(*by_task.values(), strict=False)]

@@ -14,8 +14,8 @@ def choose_recipe(
     """The recipe of a run, and a line that says where it came from.
 
     ``paper`` takes the row of Table 5 for the task and the backbone's family, and values from the middle of the table
-    where there is none. ``auto`` takes that row for gated prompts, or ``lda`` where there is none and on the bundled
-    backbone, where it measured better; full fine-tuning gets ``full`` and every other method ``adamw``.
+    where there is none. ``auto`` takes that row for the method ``gated``, or ``lda`` where there is none and on the
+    bundled backbone, where it measured better; full fine-tuning gets ``full`` and every other method ``adamw``.
 
     Args:
         name: ``auto`` or a name of `RECIPES`.
@@ -26,7 +26,8 @@ def choose_recipe(
     Raises:
         UsageError: a setting that cannot work.
     """
-    row = None if backbone.family is None else find_row(published[1] if published else task, backbone.family)
+    task = published[1] if published else task
+    row = None if backbone.family is None else find_row(task, backbone.family)
     if name == "auto":
         name = _of_method(overrides.get("method"), published=row is not None and backbone.name != BUNDLED)
         why = _why_not(row, task, backbone) if name == "lda" else ""

@@ -19,79 +19,108 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gpt_serve.train.modules import VARIANCE_FLOOR
+
 FOLDS = 5
-SHRINKAGES = (0.01, 0.03, 0.1, 0.3)
+NEAREST_MEAN = 1.0  # the shrinkage that leaves nothing of the covariance but its level
+SHRINKAGES = (0.01, 0.03, 0.1, 0.3, NEAREST_MEAN)
 SCALES = tuple(2.0**-power for power in range(9))
-VARIANCE_FLOOR = 1e-6  # of features that hardly vary
+LEAST_LEVEL = 0.01  # of the variance within classes; features vary by 1
+ALIKE = 1e-3  # losses that differ by less say nothing: of such settings the least sure is taken
 
 
 @dataclass(frozen=True)
 class Discriminant:
-    """Logits without priors: (D, C) and (C,); those of classes without images are -inf."""
+    """Class means (C, D) and the spectrum of the covariance within classes, (D,) values and (D, D) vectors."""
 
-    weight: Tensor
-    bias: Tensor
+    means: Tensor
+    present: Tensor  # (C,): classes with images
+    values: Tensor
+    vectors: Tensor
 
     @classmethod
-    def fit(cls, rows: Tensor, targets: Tensor, classes: int, shrinkage: float) -> "Discriminant":
+    def fit(cls, rows: Tensor, targets: Tensor, classes: int) -> "Discriminant":
         """From features (n, D) around 0 and their classes (n,)."""
         counts = torch.bincount(targets, minlength=classes)
         sums = rows.new_zeros(classes, rows.shape[1]).index_add_(0, targets, rows)
         means = sums / counts.clamp(min=1)[:, None]
         within = rows - means[targets]
-        covariance = within.T @ within / len(rows)
-        eye = torch.eye(rows.shape[1], dtype=rows.dtype)
-        level = covariance.trace() / len(eye)
-        if level == 0:  # one image a class is left: nothing is known of how a class varies, but features do by 1
-            level = level.new_ones(())
-        weight = torch.linalg.solve((1 - shrinkage) * covariance + shrinkage * level * eye, means.T)
-        bias = -(means * weight.T).sum(1) / 2
-        return cls(weight, bias.masked_fill(counts == 0, -torch.inf))
+        values, vectors = torch.linalg.eigh(within.T @ within / len(rows))
+        if counts.max() == 1:  # nothing is known of how a class varies, but features do by 1
+            values = torch.ones_like(values)
+        return cls(means, counts > 0, values.clamp(min=0), vectors)
 
-    def __call__(self, rows: Tensor) -> Tensor:
-        """(n, D) to logits (n, C)."""
-        return rows @ self.weight + self.bias
+    def head(self, shrinkage: float) -> tuple[Tensor, Tensor]:
+        """Weight (C, D) and bias (C,) without priors; the bias of classes without images is -inf."""
+        level = self.values.mean().clamp(min=LEAST_LEVEL)
+        spectrum = (1 - shrinkage) * self.values + shrinkage * level
+        weight = (self.means @ self.vectors / spectrum) @ self.vectors.T
+        bias = -(self.means * weight).sum(1) / 2
+        return weight, bias.masked_fill(~self.present, -torch.inf)
 
 
-def lda_head(features: Tensor, targets: Tensor, classes: int) -> tuple[Tensor, Tensor] | None:
+def lda_head(features: Tensor, targets: Tensor, classes: int) -> tuple[Tensor, Tensor]:
     """Weight (C, D) and bias (C,), float32, of the head for features (n, D) of classes (n,), on the CPU.
 
-    Returns:
-        None when no class has two images: nothing is known of how a class varies.
+    With one image of each class it is the nearest mean at the least scale. A class without images keeps a weight of 0.
     """
     rows = features.double()
     mean, variance = rows.mean(0), rows.var(0, unbiased=False)
     inverse = (variance + VARIANCE_FLOOR).rsqrt()
     rows = (rows - mean) * inverse
-    counts = torch.bincount(targets, minlength=classes)
-    if counts.max() < 2:
-        return None
-    priors = (counts.clamp(min=1) / counts.clamp(min=1).sum()).log()
-    shrinkage, scale = _settle(rows, targets, classes, priors)
-    found = Discriminant.fit(rows, targets, classes, shrinkage)
-    weight = scale * found.weight.T * inverse
-    bias = scale * found.bias.masked_fill(found.bias.isinf(), 0.0) + priors - weight @ mean
+    counts = torch.bincount(targets, minlength=classes).clamp(min=1)
+    priors = (counts / counts.sum()).log()
+    shrinkage, scale = _settle(rows, targets, priors)
+    weight, bias = Discriminant.fit(rows, targets, classes).head(shrinkage)
+    weight = scale * weight * inverse
+    bias = scale * bias.masked_fill(bias.isinf(), 0.0) + priors - weight @ mean
     return weight.float(), bias.float()
 
 
-def _settle(rows: Tensor, targets: Tensor, classes: int, priors: Tensor) -> tuple[float, float]:
+def _settle(rows: Tensor, targets: Tensor, priors: Tensor) -> tuple[float, float]:
     """The shrinkage and the scale with the least cross-entropy on images that are left out."""
-    folds = _rank_in_class(targets, classes) % FOLDS
-    losses: dict[tuple[float, float], float] = {}
-    for shrinkage in SHRINKAGES:
-        logits = rows.new_zeros(len(rows), classes)
-        for fold in range(min(FOLDS, int(folds.max()) + 1)):
-            kept = folds != fold
-            found = Discriminant.fit(rows[kept], targets[kept], classes, shrinkage)
-            logits[~kept] = found(rows[~kept])
-        known = logits.gather(1, targets[:, None])[:, 0].isfinite()
-        for scale in SCALES:
-            scaled = scale * logits[known] + priors
-            losses[shrinkage, scale] = F.cross_entropy(scaled, targets[known]).item()
-    return min(losses, key=losses.__getitem__)
+    losses = {}
+    for shrinkage, (logits, expected) in _left_out(rows, targets, len(priors)).items():
+        for scale in SCALES if len(logits) else ():
+            losses[shrinkage, scale] = F.cross_entropy(scale * logits + priors, expected).item()
+    if not losses:
+        return NEAREST_MEAN, SCALES[-1]
+    enough = min(losses.values()) + ALIKE
+    return max((setting for setting, loss in losses.items() if loss <= enough), key=lambda setting: _caution(*setting))
 
 
-def _rank_in_class(targets: Tensor, classes: int) -> Tensor:
+def _caution(shrinkage: float, scale: float) -> tuple[float, float]:
+    return shrinkage, -scale
+
+
+def _left_out(rows: Tensor, targets: Tensor, classes: int) -> dict[float, tuple[Tensor, Tensor]]:
+    """Of each shrinkage, logits (k, C) of images that were left out, and their classes; without classes' only images.
+
+    Where no class would keep two images there is no covariance to shrink: the nearest mean alone is tried.
+    """
+    folds = _rank_in_class(targets) % FOLDS
+    shrinkages = SHRINKAGES if torch.bincount(targets).max() > 2 else (NEAREST_MEAN,)
+    logits: dict[float, list[Tensor]] = {shrinkage: [] for shrinkage in shrinkages}
+    expected = []
+    for fold in range(FOLDS):
+        kept = folds != fold
+        judged = ~kept & torch.isin(targets, targets[kept])
+        if not judged.any():
+            continue
+        found = Discriminant.fit(rows[kept], targets[kept], classes)
+        expected.append(targets[judged])
+        for shrinkage in shrinkages:
+            weight, bias = found.head(shrinkage)
+            logits[shrinkage].append(rows[judged] @ weight.T + bias)
+    if not expected:
+        return {}
+    return {shrinkage: (torch.cat(logits[shrinkage]), torch.cat(expected)) for shrinkage in shrinkages}
+
+
+def _rank_in_class(targets: Tensor) -> Tensor:
     """(n,): how many images of its class come before each."""
-    before = F.one_hot(targets, classes).cumsum(0).gather(1, targets[:, None])[:, 0]
-    return before - 1
+    order = targets.argsort(stable=True)
+    starts = torch.bincount(targets).cumsum(0) - torch.bincount(targets)
+    ranks = torch.empty_like(targets)
+    ranks[order] = torch.arange(len(targets)) - starts[targets[order]]
+    return ranks

@@ -49,11 +49,11 @@ class World:
         for gradient, total in zip(gradients, torch.split(flat, sizes), strict=True):
             gradient.copy_(total.view_as(gradient))
 
-    def broadcast(self, parameters: Iterable[Tensor]) -> None:
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Copy the leader's tensors to every process."""
         if self.size > 1:
-            for parameter in parameters:
-                dist.broadcast(parameter.data, src=0)
+            for tensor in tensors:
+                dist.broadcast(tensor.data, src=0)
 
 
 @contextmanager

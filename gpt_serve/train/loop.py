@@ -96,7 +96,7 @@ class Trainer:
         self.nmi = nmi
         self.progress = Progress()
         self.optimizer = _optimizer(module, recipe)
-        world.broadcast(module.parameters())
+        world.broadcast([*module.parameters(), *module.buffers()])
 
     def fit(self, on_batch: OnBatch, on_epoch: Callable[[EpochRecord], object]) -> Progress:
         """Run the epochs that are left. ``on_epoch`` is called after each, when `state` is safe to store.

@@ -11,7 +11,7 @@ from gpt_serve.errors import BackboneError
 from gpt_serve.prompted import final_norm
 
 HEAD_BIAS = -math.log(99.0)
-HEAD_STD = {"small": 0.02, "tiny": 0.01, "lda": 0.02}
+HEAD_STD = {"small": 0.02, "tiny": 0.01}
 
 HeadInit = Literal["kaiming", "small", "tiny", "lda"]
 Norm = Literal["pretrained", "fresh", "standard"]
@@ -56,15 +56,18 @@ class TaskModule(nn.Module):
 def make_head(width: int, classes: int, kind: HeadInit) -> nn.Linear:
     """An untrained classifier: Kaiming-normal (fan-out) with biases of -ln 99, or truncated normal with biases of 0.
 
-    One by discriminant analysis is ``small`` until there are features, see `lda_head`.
+    One by discriminant analysis is 0 until there are features, see `lda_head`.
     """
     head = nn.Linear(width, classes)
     if kind == "kaiming":
         nn.init.kaiming_normal_(head.weight, a=0, mode="fan_out")
         nn.init.constant_(head.bias, HEAD_BIAS)
     else:
-        nn.init.trunc_normal_(head.weight, std=HEAD_STD[kind])
         nn.init.zeros_(head.bias)
+        if kind == "lda":
+            nn.init.zeros_(head.weight)
+        else:
+            nn.init.trunc_normal_(head.weight, std=HEAD_STD[kind])
     return head
 
 

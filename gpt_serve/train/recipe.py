@@ -95,7 +95,7 @@ class Recipe:
             ("momentum", 0.0, 0.9999),
             ("weight_decay", 0.0, 10.0),
             ("gate_init", -100.0, 100.0),
-            ("head_lr_scale", 0.001, 1000.0),
+            ("head_lr_scale", 1e-6, 1e6),
             ("seed", 0, 2**31 - 1),
         ]
         if self.head_weight_decay is not None:
@@ -126,11 +126,20 @@ class Recipe:
         return asdict(self) | {"temperature": self.tempered, "prompt_init": self.initialisation}
 
 
+LDA_HEAD_RATE = 0.002
+
 RECIPES = {
     "adamw": Recipe(),
     # The default for adapters, by the accuracy study in benchmarks/: what it adds costs nothing to serve. As the head
     # starts where discriminant analysis ends, it has a small rate and the prompts have a large one.
-    "lda": Recipe(prompt_init="tokens", norm="standard", head_init="lda", lr=0.05, head_lr_scale=0.04, schedule="step"),
+    "lda": Recipe(
+        prompt_init="tokens",
+        norm="standard",
+        head_init="lda",
+        lr=0.05,
+        head_lr_scale=LDA_HEAD_RATE / 0.05,
+        schedule="step",
+    ),
     # Full fine-tuning: one small rate for everything.
     "full": Recipe(method="full", lr=3e-4, head_lr_scale=1.0, weight_decay=0.05),
     # Yoo et al., Table 5: 100 prompts, batch 64 and the middle of the rates and gate priors of FGVC with MAE.
@@ -179,17 +188,32 @@ def make_recipe(name: str, **overrides: Any) -> Recipe:
         UsageError: a setting that cannot work.
     """
     given = {key: value for key, value in overrides.items() if value is not None}
-    if name == "lda" and "method" in given:
-        method = find_method(given["method"])
-        if method.full:
-            raise UsageError("--recipe lda is for adapters: with --method full choose --recipe full --head-init lda")
-        if not method.prompts:
-            given.setdefault("prompt_init", "random")  # there are none
+    if name == "lda":
+        given = _lda_defaults(given) | given
     if name == "spt" and "method" in given and not find_method(given["method"]).deep:
         given.setdefault("prompts", SPT_SHALLOW_PROMPTS)
     if "epochs" in given:
         given.setdefault("warmup", given["epochs"] // 10)
     return replace(RECIPES[name], **given)
+
+
+def _lda_defaults(given: dict[str, Any]) -> dict[str, Any]:
+    """The head keeps its rate whatever that of the prompts is; without prompts, it is what ``lr`` means."""
+    method = find_method(given.get("method", "gated"))
+    if method.full:
+        raise UsageError("--recipe lda is for adapters: with --method full choose --recipe full --head-init lda")
+    if not method.prompts:
+        return {"prompt_init": "random", "lr": LDA_HEAD_RATE, "head_lr_scale": 1.0}
+    return {"head_lr_scale": LDA_HEAD_RATE / given["lr"]} if given.get("lr", 0) > 0 else {}
+
+
+def at_rate(recipe: Recipe, lr: float) -> Recipe:
+    """``recipe`` at another learning rate, of everything, or without that of a head that starts where it is good."""
+    moved = replace(recipe, lr=lr)
+    if recipe.head_init != "lda" or not find_method(recipe.method).prompts:
+        return moved
+    head_rate = float(f"{recipe.head_lr_scale * recipe.lr:.9g}")  # without the rounding of the product
+    return replace(moved, head_lr_scale=head_rate / lr)
 
 
 def prepared(preprocess: Preprocess, name: Preparation) -> Preprocess:

@@ -42,13 +42,10 @@ def _start_head(backbone: Backbone, module: TaskModule, job: "Job", plain: View,
     if module.head_norm is not None and job.recipe.norm == "standard":
         module.head_norm.set_standard(features)
     targets = torch.tensor([sample.target for sample in plain.samples])
-    found = lda_head(module.seen(torch.cat(features)).cpu(), targets, module.head.out_features)
-    if found is None:
-        reporter.notice("--head-init lda: no class has two training images, so the head starts small")
-        return
+    weight, bias = lda_head(module.seen(torch.cat(features)).cpu(), targets, module.head.out_features)
     with torch.no_grad():
-        module.head.weight.copy_(found[0])
-        module.head.bias.copy_(found[1])
+        module.head.weight.copy_(weight)
+        module.head.bias.copy_(bias)
 
 
 def _start_prompts(backbone: Backbone, prompts: nn.Parameter, job: "Job", plain: View, reporter: "Reporter") -> None:

@@ -31,7 +31,7 @@ from gpt_serve.train.fit import (
 from gpt_serve.train.loop import EpochRecord, Progress
 from gpt_serve.train.methods import find_method
 from gpt_serve.train.paper_table import selected_values
-from gpt_serve.train.recipe import Recipe
+from gpt_serve.train.recipe import Recipe, at_rate
 from gpt_serve.train.sweep_report import write_report
 from gpt_serve.train.sweep_trials import Outcome, Trial, TrialStore, best_trial
 from gpt_serve.train.views import Unreadable
@@ -40,6 +40,8 @@ from gpt_serve.train.views import Unreadable
 PAPER_RATES = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 # AdamW's steps do not shrink with the gradient: the same grid, a hundredth of it.
 ADAMW_RATES = tuple(rate / 100 for rate in PAPER_RATES)
+# Of prompts, gates and temperatures alone, beside a head that has a small rate of its own.
+LDA_RATES = tuple(rate / 10 for rate in PAPER_RATES)
 
 Axes = Mapping[str, Sequence[float]]  # field of a recipe -> its values
 
@@ -107,7 +109,8 @@ def make_axes(recipe: Recipe, given: Mapping[str, Sequence[float] | None]) -> di
         UsageError: values are given for what the method does not learn.
     """
     method = find_method(recipe.method)
-    defaults: dict[str, Sequence[float]] = {"lr": ADAMW_RATES if recipe.optimizer == "adamw" else PAPER_RATES}
+    adaptive = LDA_RATES if recipe.head_init == "lda" and method.prompts else ADAMW_RATES
+    defaults: dict[str, Sequence[float]] = {"lr": adaptive if recipe.optimizer == "adamw" else PAPER_RATES}
     if method.gated:
         defaults["gate_init"] = selected_values("gate_init")
     if method.prompts:
@@ -132,7 +135,7 @@ def make_grid(recipe: Recipe, axes: Axes, samples: int | None = None) -> list[Re
         chosen = random.Random(recipe.seed).sample(range(len(points)), samples)
         points = [points[index] for index in sorted(chosen)]
     settings: list[dict[str, Any]] = [dict(zip(axes, point, strict=True)) for point in points]
-    return [replace(recipe, final_fit=False, **setting) for setting in settings]
+    return [replace(at_rate(recipe, setting["lr"]), final_fit=False, **setting) for setting in settings]
 
 
 def run_trial(work: Work, recipe: Recipe, report: Callable[[Outcome], object]) -> None:

@@ -1,7 +1,6 @@
 """Samples as tensors: the check that every image can be read, the cache, and the augmentation."""
 
 import hashlib
-import math
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -131,11 +130,19 @@ def joined(first: View, second: View) -> View:
 
 
 def thinned(view: View, most: int) -> View:
-    """Every k-th image, so that there are at most ``most``."""
-    step = math.ceil(len(view) / most)
-    samples = pick(view.samples, range(0, len(view), step))
-    scaled = None if view.scaled is None else view.scaled[::step]
-    return View(samples, view.preprocess, scaled, view.augment, view.seed)
+    """At most ``most`` images, drawn by the view's seed: of each class in proportion, and one at least."""
+    if len(view) <= most:
+        return view
+    order = np.random.default_rng(view.seed).permutation(len(view))
+    targets = np.array([sample.target for sample in view.samples])[order]
+    counts = np.bincount(targets)
+    by_class = np.argsort(targets, kind="stable")
+    ranks = np.empty(len(view))
+    ranks[by_class] = np.arange(len(view)) - (np.cumsum(counts) - counts)[targets[by_class]]
+    # The first of each class come first, then the others evenly: half of every class before the other half.
+    chosen = np.sort(order[np.argsort(ranks / counts[targets], kind="stable")[:most]]).tolist()
+    scaled = None if view.scaled is None else [view.scaled[index] for index in chosen]
+    return View(pick(view.samples, chosen), view.preprocess, scaled, view.augment, view.seed)
 
 
 def _random_crop(image: Tensor, size: tuple[int, int], rng: np.random.Generator, *, flip: bool) -> Tensor:

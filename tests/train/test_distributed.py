@@ -30,6 +30,7 @@ def train_as(rank: int, size: int, port: int, data: str, adapters: str) -> None:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     # A small rate keeps rounding from growing; batches of 7 leave unequal shares; dropout differs by process: off.
     recipe = dataclasses.replace(RECIPE, epochs=3, batch_size=7, prompt_dropout=0.0, lr=0.001)
+    recipe = dataclasses.replace(recipe, norm="standard", head_init="lda")
     with join_world("cpu") as (world, device):
         assert device == "cpu"
         summary = train_adapter(tiny_backbone(), Job("colours", data, Path(adapters), recipe), Recorder(), world)

@@ -108,7 +108,12 @@ def test_the_lda_recipe_is_for_adapters() -> None:
         "lda",
     )
     assert (recipe.prompts, recipe.epochs, recipe.warmup, recipe.batch_size) == (10, 20, 2, 16)
-    assert make_recipe("lda", method="linear").initialisation == "random"
+    for lr in (0.05, 0.005, 0.3):
+        assert make_recipe("lda", lr=lr).head_lr_scale * lr == pytest.approx(0.002)
+    assert make_recipe("lda", lr=0.01, head_lr_scale=3.0).head_lr_scale == 3
+    linear = make_recipe("lda", method="linear")
+    assert (linear.initialisation, linear.lr, linear.head_lr_scale) == ("random", 0.002, 1)
+    assert make_recipe("lda", method="linear", lr=0.1).head_lr_scale == 1
     assert make_recipe("lda", method="vpt-deep").initialisation == "tokens"
     with pytest.raises(UsageError, match="--recipe lda is for adapters: .* --recipe full --head-init lda"):
         make_recipe("lda", method="full")
@@ -136,7 +141,7 @@ BY_STEP = [k / 6 for k in range(6)] + [1.0, 0.96985, 0.88302, 0.75, 0.58682, 0.4
 @pytest.mark.parametrize("batch_size", [4, 5])
 @pytest.mark.parametrize(
     ("name", "expected", "head"),
-    [("lda", BY_STEP, 0.04), ("adamw", BY_EPOCH, 2), ("paper", BY_EPOCH, 1), ("spt", BY_STEP, 1)],
+    [("lda", BY_STEP, 0.002), ("adamw", BY_EPOCH, 2), ("paper", BY_EPOCH, 1), ("spt", BY_STEP, 1)],
 )
 def test_every_step_has_the_rate_of_its_recipe(
     tiny: Backbone, colours: Path, name: str, expected: list[float], head: float, batch_size: int

@@ -90,6 +90,19 @@ def test_the_default_rates_are_those_that_the_paper_searched() -> None:
     assert make_axes(make_recipe("adamw"), {})["lr"] == pytest.approx([rate / 100 for rate in rates])
 
 
+def test_beside_a_head_from_lda_the_rate_of_prompts_alone_is_searched() -> None:
+    base = make_recipe("lda")
+    axes = make_axes(base, {})
+    assert axes["lr"] == pytest.approx([0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5])
+    for recipe in make_grid(base, axes | {"gate_init": [1.0], "prompts": [10]}):
+        assert recipe == make_recipe("lda", lr=recipe.lr)
+    linear = make_recipe("lda", method="linear")
+    assert make_axes(linear, {})["lr"] == make_axes(make_recipe("adamw"), {})["lr"]
+    assert {recipe.head_lr_scale for recipe in make_grid(linear, make_axes(linear, {}))} == {1}
+    with pytest.raises(UsageError, match="--lr must be above 0"):
+        make_grid(base, {"lr": [0.0]})
+
+
 def test_default_gates_and_prompts_are_those_of_table_5() -> None:
     axes = make_axes(make_recipe("paper"), {})
     assert axes["gate_init"] == [1, 3, 4, 5, 7, 10, 15, 20] and axes["prompts"] == [1, 5, 10, 100]

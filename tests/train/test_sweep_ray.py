@@ -67,7 +67,7 @@ def test_an_interrupted_sweep_resumes_and_publishes_what_train_would(
     assert not (tmp_path / ".train").exists()
 
     best = trials[report["sweep"]["best"]]
-    recipe = make_recipe("adamw", epochs=1, lr=best["lr"], gate_init=5.0, prompts=2)
+    recipe = make_recipe("lda", epochs=1, lr=best["lr"], gate_init=5.0, prompts=2)
     summary = train_adapter(bundled, Job("colours", str(colours), tmp_path / "trained", recipe), Recorder(), World())
     assert summary is not None and best["val_loss"] == pytest.approx(summary["metrics"]["val_loss"], rel=1e-4)
     swept, trained = (AdapterStore(folder).load("colours").adapter for folder in (tmp_path, tmp_path / "trained"))
