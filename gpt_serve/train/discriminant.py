@@ -96,11 +96,10 @@ def _caution(shrinkage: float, scale: float) -> tuple[float, float]:
 def _left_out(rows: Tensor, targets: Tensor, classes: int) -> dict[float, tuple[Tensor, Tensor]]:
     """Of each shrinkage, logits (k, C) of images that were left out, and their classes; without classes' only images.
 
-    Where no class would keep two images there is no covariance to shrink: the nearest mean alone is tried.
+    Where no class keeps two images there is no covariance to shrink: all give the nearest mean.
     """
     folds = _rank_in_class(targets) % FOLDS
-    shrinkages = SHRINKAGES if torch.bincount(targets).max() > 2 else (NEAREST_MEAN,)
-    logits: dict[float, list[Tensor]] = {shrinkage: [] for shrinkage in shrinkages}
+    logits: dict[float, list[Tensor]] = {shrinkage: [] for shrinkage in SHRINKAGES}
     expected = []
     for fold in range(FOLDS):
         kept = folds != fold
@@ -109,12 +108,12 @@ def _left_out(rows: Tensor, targets: Tensor, classes: int) -> dict[float, tuple[
             continue
         found = Discriminant.fit(rows[kept], targets[kept], classes)
         expected.append(targets[judged])
-        for shrinkage in shrinkages:
+        for shrinkage in SHRINKAGES:
             weight, bias = found.head(shrinkage)
             logits[shrinkage].append(rows[judged] @ weight.T + bias)
     if not expected:
         return {}
-    return {shrinkage: (torch.cat(logits[shrinkage]), torch.cat(expected)) for shrinkage in shrinkages}
+    return {shrinkage: (torch.cat(logits[shrinkage]), torch.cat(expected)) for shrinkage in SHRINKAGES}
 
 
 def _rank_in_class(targets: Tensor) -> Tensor:
