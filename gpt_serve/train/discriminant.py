@@ -60,27 +60,32 @@ class Discriminant:
 
 
 def lda_head(features: Tensor, targets: Tensor, classes: int) -> tuple[Tensor, Tensor]:
-    """Weight (C, D) and bias (C,), float32, of the head for features (n, D) of classes (n,), on the CPU.
+    """Weight (C, D) and bias (C,), float32, of the head for features (V, n, D) of images of classes (n,), on the CPU.
 
     With one image of each class it is the nearest mean at the least scale. A class without images keeps a weight of 0.
+
+    Args:
+        features: of ``V`` views of each image; they count alike, and are left out together.
     """
-    rows = features.double()
+    folds = (_rank_in_class(targets) % FOLDS).repeat(len(features))
+    targets = targets.repeat(len(features))
+    rows = features.flatten(0, 1).double()
     mean, variance = rows.mean(0), rows.var(0, unbiased=False)
     inverse = (variance + VARIANCE_FLOOR).rsqrt()
     rows = (rows - mean) * inverse
     counts = torch.bincount(targets, minlength=classes).clamp(min=1)
     priors = (counts / counts.sum()).log()
-    shrinkage, scale = _settle(rows, targets, priors)
+    shrinkage, scale = _settle(rows, targets, folds, priors)
     weight, bias = Discriminant.fit(rows, targets, classes).head(shrinkage)
     weight = scale * weight * inverse
     bias = scale * bias.masked_fill(bias.isinf(), 0.0) + priors - weight @ mean
     return weight.float(), bias.float()
 
 
-def _settle(rows: Tensor, targets: Tensor, priors: Tensor) -> tuple[float, float]:
+def _settle(rows: Tensor, targets: Tensor, folds: Tensor, priors: Tensor) -> tuple[float, float]:
     """The shrinkage and the scale with the least cross-entropy on images that are left out."""
     losses = {}
-    for shrinkage, (logits, expected) in _left_out(rows, targets, len(priors)).items():
+    for shrinkage, (logits, expected) in _left_out(rows, targets, folds, len(priors)).items():
         for scale in SCALES if len(logits) else ():
             losses[shrinkage, scale] = F.cross_entropy(scale * logits + priors, expected).item()
     if not losses:
@@ -93,12 +98,11 @@ def _caution(shrinkage: float, scale: float) -> tuple[float, float]:
     return shrinkage, -scale
 
 
-def _left_out(rows: Tensor, targets: Tensor, classes: int) -> dict[float, tuple[Tensor, Tensor]]:
+def _left_out(rows: Tensor, targets: Tensor, folds: Tensor, classes: int) -> dict[float, tuple[Tensor, Tensor]]:
     """Of each shrinkage, logits (k, C) of images that were left out, and their classes; without classes' only images.
 
     Where no class keeps two images there is no covariance to shrink: all give the nearest mean.
     """
-    folds = _rank_in_class(targets) % FOLDS
     logits: dict[float, list[Tensor]] = {shrinkage: [] for shrinkage in SHRINKAGES}
     expected = []
     for fold in range(FOLDS):

@@ -16,33 +16,41 @@ from gpt_serve.train.views import View, thinned
 if TYPE_CHECKING:
     from gpt_serve.train.fit import Job, Reporter
 
-MOST_FOR_HEAD = 20_000  # images that discriminant analysis reads: their features are held at once
+MOST_FEATURES = 40_000  # that discriminant analysis takes: they are held at once
+AUGMENTED = 3  # augmented views of each image that it takes
 
 
 def start_from_data(backbone: Backbone, module: TaskModule, job: "Job", view: View, reporter: "Reporter") -> None:
-    """Set what the recipe takes from the training images, not augmented: prompts, then what is standard, then the head.
+    """Set what the recipe takes from the training images: prompts and what is standard, not augmented, then the head.
 
     Raises:
         UsageError: there are fewer tokens than prompts.
     """
-    plain = View(view.samples, view.preprocess, view.scaled, "none", job.recipe.seed)
+    plain = view.drawn("none")
     prompts = module.prompt if isinstance(module, AdapterModule) else None
     if prompts is not None and job.recipe.initialisation != "random":
         _start_prompts(backbone, prompts, job, plain, reporter)
     if job.recipe.head_init == "lda":
-        _start_head(backbone, module, job, thinned(plain, MOST_FOR_HEAD), reporter)
+        _start_head(backbone, module, job, view, reporter)
     elif module.head_norm is not None and job.recipe.norm == "standard":
         tick = reporter.scanning(len(plain), "standardising features")
         module.head_norm.set_standard(features_of(backbone, module, plain, job.workers, tick))
 
 
-def _start_head(backbone: Backbone, module: TaskModule, job: "Job", plain: View, reporter: "Reporter") -> None:
-    tick = reporter.scanning(len(plain), "fitting the head")
-    features = list(features_of(backbone, module, plain, job.workers, tick))
-    if module.head_norm is not None and job.recipe.norm == "standard":
-        module.head_norm.set_standard(features)
-    targets = torch.tensor([sample.target for sample in plain.samples])
-    weight, bias = lda_head(module.seen(torch.cat(features)).cpu(), targets, module.head.out_features)
+def _start_head(backbone: Backbone, module: TaskModule, job: "Job", view: View, reporter: "Reporter") -> None:
+    """By each image as it is and, where training augments, by as many others of its views as `AUGMENTED`."""
+    recipe = job.recipe
+    others = 0 if recipe.augment == "none" else AUGMENTED
+    some = thinned(view, MOST_FEATURES // (1 + others))
+    # Epochs that training does not come to.
+    views = [some.drawn("none"), *(some.drawn(recipe.augment, recipe.epochs + index) for index in range(others))]
+    tick = reporter.scanning(len(some) * len(views), "fitting the head")
+    features = [list(features_of(backbone, module, each, job.workers, tick)) for each in views]
+    if module.head_norm is not None and recipe.norm == "standard":
+        module.head_norm.set_standard(features[0])
+    seen = torch.stack([module.seen(torch.cat(rows)) for rows in features]).cpu()
+    targets = torch.tensor([sample.target for sample in some.samples])
+    weight, bias = lda_head(seen, targets, module.head.out_features)
     with torch.no_grad():
         module.head.weight.copy_(weight)
         module.head.bias.copy_(bias)

@@ -110,6 +110,12 @@ class View(Dataset[tuple[Tensor, int]]):
         rng = np.random.default_rng((self.seed, self.epoch, index))
         return _random_crop(image, self.preprocess.input_size, rng, flip=self.augment == "crop-flip"), sample.target
 
+    def drawn(self, augment: Augment, epoch: int = 0) -> "View":
+        """The same images, augmented in another way."""
+        view = View(self.samples, self.preprocess, self.scaled, augment, self.seed)
+        view.epoch = epoch
+        return view
+
     def batches(self, indices: list[list[int]], workers: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield ``(uint8 (B, 3, H, W), int64 (B,))`` for each list of indices.
 

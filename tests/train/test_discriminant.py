@@ -69,17 +69,22 @@ def test_discriminant_is_scikit_learns(shrinkage: float) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Only one sample available")
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("views", [1, 3])
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize(
     ("counts", "apart"), [((40, 30, 50), 1.5), ((7, 5, 6), 1.0), ((60, 10, 20), 0.3), ((12, 1, 9), 1.0)]
 )
-def test_head_is_the_one_that_predicts_images_left_out_best(counts: tuple[int, ...], apart: float, seed: int) -> None:
-    """Every shrinkage and scale by scikit-learn, fold by fold; an only image of a class cannot be left out."""
-    features, targets = clouds(counts, apart, seed)
-    rows, labels = standardised(features), targets.numpy()
+def test_head_is_the_one_that_predicts_images_left_out_best(
+    counts: tuple[int, ...], apart: float, seed: int, views: int
+) -> None:
+    """Every shrinkage and scale by scikit-learn, fold by fold; all views of an image at once, never a class's only."""
+    features, one = clouds(counts, apart, seed)
+    noise = torch.randn(views, *features.shape, generator=torch.Generator().manual_seed(seed))
+    stacked = features + 0.3 * noise
+    rows, labels = standardised(stacked.flatten(0, 1)), np.tile(one.numpy(), views)
     priors = np.bincount(labels) / len(labels)
-    seen = [int((labels[:index] == label).sum()) for index, label in enumerate(labels)]
-    fold = np.array(seen) % FOLDS
+    seen = [int((one[:index] == label).sum()) for index, label in enumerate(one)]
+    fold = np.tile(np.array(seen) % FOLDS, views)
     judged = [np.flatnonzero((fold == index) & np.isin(labels, labels[fold != index])) for index in range(FOLDS)]
     losses = {}
     for shrinkage in SHRINKAGES:
@@ -90,9 +95,9 @@ def test_head_is_the_one_that_predicts_images_left_out_best(counts: tuple[int, .
             losses[shrinkage, scale] = -np.log(right).mean()
     good = [setting for setting, loss in losses.items() if loss <= min(losses.values()) + ALIKE]
     shrinkage, scale = sorted(good, key=lambda setting: (setting[0], -setting[1]))[-1]
-    head = lda_head(features, targets, CLASSES)
+    weight, bias = lda_head(stacked, one, CLASSES)
     expected = posterior(analysis(shrinkage).fit(rows, labels), scale, rows, priors)
-    actual = (features @ head[0].T + head[1]).softmax(1)
+    actual = (stacked.flatten(0, 1) @ weight.T + bias).softmax(1)
     np.testing.assert_allclose(actual.numpy(), expected, atol=2e-4)
 
 
@@ -103,7 +108,7 @@ def probabilities(head: tuple[Tensor, Tensor], features: Tensor) -> Tensor:
 def test_what_says_nothing_is_not_trusted() -> None:
     """Features without a difference between classes: the probabilities of the head are about the priors."""
     features, targets = clouds((100, 50, 50), apart=0.0)
-    shares = probabilities(lda_head(features, targets, CLASSES), features)
+    shares = probabilities(lda_head(features[None], targets, CLASSES), features)
     torch.testing.assert_close(shares.mean(0), torch.tensor([0.5, 0.25, 0.25]), atol=0.05, rtol=0)
     assert shares.std(0).max() < 0.05
 
@@ -119,7 +124,8 @@ def test_a_few_images_that_are_told_apart_do_not_make_it_sure(each: int) -> None
         targets = torch.arange(classes).repeat(count)
         return means[targets] + torch.randn(len(targets), width, generator=generator), targets
 
-    head = lda_head(*draw(each), classes)
+    features, targets = draw(each)
+    head = lda_head(features[None], targets, classes)
     features, targets = draw(40)
     right = probabilities(head, features).gather(1, targets[:, None])
     assert -right.log().mean() < 1.0 and (right > 0.5).double().mean() > 0.8
@@ -131,7 +137,7 @@ def test_copies_of_an_image_do_not_make_it_sure(noise: float) -> None:
     features, targets = clouds((1, 1, 1), apart=2.0)
     features, targets = features.repeat(3, 1), targets.repeat(3)
     features += noise * torch.randn(features.shape, generator=torch.Generator().manual_seed(1))
-    head = lda_head(features, targets, CLASSES)
+    head = lda_head(features[None], targets, CLASSES)
     assert torch.equal(probabilities(head, features).argmax(1), targets)
     assert head[0].abs().max() < 50
 
@@ -139,7 +145,7 @@ def test_copies_of_an_image_do_not_make_it_sure(noise: float) -> None:
 def test_head_of_a_class_with_one_image_and_of_a_class_without() -> None:
     features, targets = clouds((6, 1, 6), apart=2.0)
     features[:, 3] = 1.0  # never varies
-    head = lda_head(features, targets, CLASSES + 1)
+    head = lda_head(features[None], targets, CLASSES + 1)
     assert all(part.isfinite().all() for part in head)
     assert head[0].shape == (CLASSES + 1, WIDTH) and head[0][CLASSES].eq(0).all()
     assert (probabilities(head, features).argmax(1) == targets).double().mean() > 0.9
@@ -148,7 +154,7 @@ def test_head_of_a_class_with_one_image_and_of_a_class_without() -> None:
 def test_two_images_a_class_are_enough() -> None:
     """Each of the images left out is judged by the other, by its distance."""
     features, targets = clouds((2, 2, 2), apart=9.0)
-    head = lda_head(features, targets, CLASSES)
+    head = lda_head(features[None], targets, CLASSES)
     assert torch.equal(probabilities(head, features).argmax(1), targets)
     rows = torch.from_numpy(standardised(features))
     means = torch.stack([rows[targets == index].mean(0) for index in range(CLASSES)])
@@ -158,7 +164,7 @@ def test_two_images_a_class_are_enough() -> None:
 
 def test_one_image_a_class_gives_the_nearest() -> None:
     features, targets = clouds((1, 1, 1), apart=2.0)
-    shares = probabilities(lda_head(features, targets, CLASSES), features)
+    shares = probabilities(lda_head(features[None], targets, CLASSES), features)
     assert torch.equal(shares.argmax(1), targets) and shares.max() < 0.6
 
 
@@ -174,25 +180,39 @@ def view(colours: Path) -> View:
 
 
 @pytest.mark.parametrize(
-    ("method", "norm"),
-    [("gated", "standard"), ("linear", "pretrained"), ("vpt-deep", "fresh"), ("full", "pretrained")],
+    ("method", "norm", "augment"),
+    [
+        ("gated", "standard", "crop-flip"),
+        ("linear", "pretrained", "none"),
+        ("vpt-deep", "fresh", "crop"),
+        ("full", "pretrained", "crop-flip"),
+    ],
 )
-def test_training_starts_from_it(tiny: Backbone, view: View, tmp_path: Path, method: str, norm: str) -> None:
-    """By the features of the module as it starts, of images that are not augmented, behind its norm."""
-    recipe = make_recipe("adamw", method=method, norm=norm, head_init="lda", prompts=None if method == "full" else 3)
+def test_training_starts_from_it(
+    tiny: Backbone, view: View, tmp_path: Path, method: str, norm: str, augment: str
+) -> None:
+    """By the module as it starts, behind its norm, from each image and views of it that training does not come to."""
+    prompts = None if method == "full" else 3
+    recipe = make_recipe("adamw", method=method, norm=norm, head_init="lda", prompts=prompts, augment=augment, epochs=4)
     module, _ = started(tiny, recipe, view, tmp_path)
     plain = View(view.samples, PREPROCESS, None, "none", 0)
+    views = [plain]
+    for epoch in range(4, 7) if augment != "none" else ():
+        views.append(View(view.samples, PREPROCESS, None, "crop" if augment == "crop" else "crop-flip", 0))
+        views[-1].epoch = epoch
     mean, std = torch.tensor(PREPROCESS.mean), torch.tensor(PREPROCESS.std)
-    images = normalize(torch.stack([plain[index][0] for index in range(len(plain))]), mean, std)
     targets = torch.tensor([sample.target for sample in view.samples])
     with torch.no_grad():
-        features = module.features(tiny.model, images)
-        logits = module(tiny.model, images)
-    head = lda_head(features, targets, 3)
-    torch.testing.assert_close(logits, features @ head[0].T + head[1], atol=1e-3, rtol=1e-3)
+        features = []
+        for each in views:
+            images = torch.stack([each[index][0] for index in range(len(each))])
+            features.append(module.features(tiny.model, normalize(images, mean, std)))
+        logits = module.head(module.seen(features[0]))
+    weight, bias = lda_head(torch.stack(features), targets, 3)
+    torch.testing.assert_close(logits, features[0] @ weight.T + bias, atol=1e-3, rtol=1e-3)
     assert (logits.argmax(1) == targets).double().mean() > 0.9
     if norm == "standard":
-        torch.testing.assert_close(module.seen(features).var(0, unbiased=False), torch.ones(24), atol=1e-2, rtol=0)
+        torch.testing.assert_close(module.seen(features[0]).var(0, unbiased=False), torch.ones(24), atol=1e-2, rtol=0)
 
 
 def numbered(targets: list[int]) -> View:
@@ -218,7 +238,7 @@ def test_of_many_images_some_are_read(
 ) -> None:
     recipe = make_recipe("adamw", method="linear", norm="standard", head_init="lda")
     expected, _ = started(tiny, recipe, thinned(view, 7), tmp_path)
-    monkeypatch.setattr(start, "MOST_FOR_HEAD", 7)
+    monkeypatch.setattr(start, "MOST_FEATURES", 28)
     module, _ = started(tiny, recipe, view, tmp_path)
     assert torch.equal(module.head.weight, expected.head.weight)
 
