@@ -4,7 +4,8 @@
 
 Each run is ``gpt-serve train`` in a process of its own. What it printed is kept in ``runs/`` beside this file and not
 made again: a study that was stopped goes on. For each method the learning rate is chosen on validation images of one
-task, the same number of rates for all; then three seeds on every task. Test images select nothing. Writes ``tables.md``
+task, the same number of rates for all; then three seeds on every task, but one for what was only tried on the way to
+the default. Test images select nothing. Writes ``tables.md``
 and plots, also of a part of the runs (``--report``).
 """
 
