@@ -99,6 +99,11 @@ _recipe_options = option_group(
         help="Scaling and crop: the backbone's own, or as a benchmark has it.  [that of --data, else backbone]",
     ),
     click.option(
+        "--select",
+        type=click.Choice(["accuracy", "loss"]),
+        help="What the published epoch is best in, on validation images; loss where these are few.  [accuracy]",
+    ),
+    click.option(
         "--final-fit/--no-final-fit",
         default=None,
         help="Train on validation images, too, and publish the last epoch, to report on test.  [VTAB-1K: --final-fit]",

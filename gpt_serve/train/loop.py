@@ -15,7 +15,7 @@ from gpt_serve.errors import DataError
 from gpt_serve.images import normalize
 from gpt_serve.train.distributed import World
 from gpt_serve.train.modules import TaskModule
-from gpt_serve.train.recipe import Recipe, learning_rate
+from gpt_serve.train.recipe import Recipe, Select, learning_rate
 from gpt_serve.train.views import View, ordered_batches, shuffled_batches
 
 EVAL_BATCH = 128
@@ -29,9 +29,10 @@ class Score:
     accuracy: float
     loss: float
 
-    def better_than(self, other: "Score") -> bool:
-        """By accuracy, then by loss."""
-        return (self.accuracy, -self.loss) > (other.accuracy, -other.loss)
+    def better_than(self, other: "Score", select: Select = "accuracy") -> bool:
+        """By accuracy, then by loss; or the other way round."""
+        mine, its = (self.accuracy, -self.loss), (other.accuracy, -other.loss)
+        return mine > its if select == "accuracy" else mine[::-1] > its[::-1]
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class Trainer:
             if (
                 self.val_view is None
                 or self.progress.best_epoch < 0
-                or record.val.better_than(self.progress.best_record.val)
+                or record.val.better_than(self.progress.best_record.val, self.recipe.select)
             ):
                 self.progress.best_epoch = epoch
                 self.progress.best = {

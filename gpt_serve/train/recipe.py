@@ -13,6 +13,7 @@ from gpt_serve.train.modules import HeadInit, Norm
 Augment = Literal["crop-flip", "crop", "none"]
 Optimizer = Literal["sgd", "adamw"]
 Schedule = Literal["epoch", "step"]
+Select = Literal["accuracy", "loss"]
 Preparation = Literal["backbone", "fgvc", "vtab"]
 
 
@@ -45,6 +46,7 @@ class Recipe:
         head_init: of the head, see `make_head` and `lda_head`.
         augment: random crop and horizontal flip, crop only, or the evaluation transform.
         preprocess: the backbone's own evaluation transform, or that of a benchmark, see `prepared`.
+        select: what the best epoch is best in, on validation images; the other breaks ties.
         final_fit: train on validation images as well and publish the last epoch, instead of selecting the best.
         seed: of initialisation, order, augmentation, dropout and the validation split.
     """
@@ -72,6 +74,7 @@ class Recipe:
     head_init: HeadInit = "small"
     augment: Augment = "crop-flip"
     preprocess: Preparation = "backbone"
+    select: Select = "accuracy"
     final_fit: bool = False
     seed: int = 0
 

@@ -18,7 +18,7 @@ from gpt_serve.train.fit import Job, build_module, load_views, train_adapter
 from gpt_serve.train.loop import Score, Trainer, forward_logits
 from gpt_serve.train.methods import METHODS
 from gpt_serve.train.modules import TaskModule
-from gpt_serve.train.recipe import learning_rate, make_recipe
+from gpt_serve.train.recipe import Select, learning_rate, make_recipe
 from gpt_serve.train.views import View, shuffled_batches
 from tests.tiny_vit import PREPROCESS, tiny_backbone
 from tests.train.conftest import Recorder
@@ -183,19 +183,22 @@ def test_the_best_epoch_is_chosen_on_validation_and_recorded(tiny: Backbone, col
     assert stored["recipe"] == RECIPE.to_dict()
 
 
+@pytest.mark.parametrize(("select", "best"), [("accuracy", 2), ("loss", 5)])
 def test_the_best_epoch_is_published_not_the_last(
-    tiny: Backbone, colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Backbone, colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, select: Select, best: int
 ) -> None:
     heads: list[Tensor] = []
 
     def evaluate(_: Backbone, module: TaskModule, *__: object) -> Score:
         heads.append(module.head.weight.detach().clone())
-        return Score(accuracy=[0.2, 0.5, 0.9, 0.9, 0.4, 0.8, 0.7, 0.6][len(heads) - 1], loss=len(heads))
+        epoch = len(heads) - 1
+        return Score([0.2, 0.5, 0.9, 0.9, 0.4, 0.8, 0.7, 0.6][epoch], [9.0, 8.0, 6.0, 7.0, 5.0, 4.0, 4.0, 6.0][epoch])
 
     monkeypatch.setattr("gpt_serve.train.loop.evaluate", evaluate)
-    assert train(tiny, job(colours, tmp_path))["metrics"]["best_epoch"] == 2  # type: ignore[index]
+    work = dataclasses.replace(job(colours, tmp_path), recipe=dataclasses.replace(RECIPE, select=select))
+    assert train(tiny, work)["metrics"]["best_epoch"] == best  # type: ignore[index]
     published = AdapterStore(tmp_path).load("colours").adapter.head_weight
-    assert [torch.equal(published, head) for head in heads] == [epoch == 2 for epoch in range(8)]
+    assert [torch.equal(published, head) for head in heads] == [epoch == best for epoch in range(8)]
 
 
 def test_training_images_are_augmented_and_no_others(tiny: Backbone, colours: Path, tmp_path: Path) -> None:
