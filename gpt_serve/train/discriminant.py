@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gpt_serve.train.modules import VARIANCE_FLOOR
+from gpt_serve.train.samples import rank_in_class
 
 FOLDS = 5
 NEAREST_MEAN = 1.0  # the shrinkage that leaves nothing of the covariance but its level
@@ -67,7 +68,7 @@ def lda_head(features: Tensor, targets: Tensor, classes: int) -> tuple[Tensor, T
     Args:
         features: of ``V`` views of each image; they count alike, and are left out together.
     """
-    folds = (_rank_in_class(targets) % FOLDS).repeat(len(features))
+    folds = torch.from_numpy(rank_in_class(targets.numpy()) % FOLDS).repeat(len(features))
     targets = targets.repeat(len(features))
     rows = features.flatten(0, 1).double()
     mean, variance = rows.mean(0), rows.var(0, unbiased=False)
@@ -86,16 +87,13 @@ def _settle(rows: Tensor, targets: Tensor, folds: Tensor, priors: Tensor) -> tup
     """The shrinkage and the scale with the least cross-entropy on images that are left out."""
     losses = {}
     for shrinkage, (logits, expected) in _left_out(rows, targets, folds, len(priors)).items():
-        for scale in SCALES if len(logits) else ():
+        for scale in SCALES:
             losses[shrinkage, scale] = F.cross_entropy(scale * logits + priors, expected).item()
     if not losses:
         return NEAREST_MEAN, SCALES[-1]
     enough = min(losses.values()) + ALIKE
-    return max((setting for setting, loss in losses.items() if loss <= enough), key=lambda setting: _caution(*setting))
-
-
-def _caution(shrinkage: float, scale: float) -> tuple[float, float]:
-    return shrinkage, -scale
+    alike = [setting for setting, loss in losses.items() if loss <= enough]
+    return max(alike, key=lambda setting: (setting[0], -setting[1]))
 
 
 def _left_out(rows: Tensor, targets: Tensor, folds: Tensor, classes: int) -> dict[float, tuple[Tensor, Tensor]]:
@@ -118,12 +116,3 @@ def _left_out(rows: Tensor, targets: Tensor, folds: Tensor, classes: int) -> dic
     if not expected:
         return {}
     return {shrinkage: (torch.cat(logits[shrinkage]), torch.cat(expected)) for shrinkage in SHRINKAGES}
-
-
-def _rank_in_class(targets: Tensor) -> Tensor:
-    """(n,): how many images of its class come before each."""
-    order = targets.argsort(stable=True)
-    starts = torch.bincount(targets).cumsum(0) - torch.bincount(targets)
-    ranks = torch.empty_like(targets)
-    ranks[order] = torch.arange(len(targets)) - starts[targets[order]]
-    return ranks

@@ -77,6 +77,15 @@ def pick(samples: Split, indices: Sequence[int]) -> Split:
     return [samples[index] for index in indices]
 
 
+def rank_in_class(targets: np.ndarray) -> np.ndarray:
+    """(n,): how many of the targets before each are the same, for integers from 0."""
+    counts = np.bincount(targets)
+    by_class = np.argsort(targets, kind="stable")
+    ranks = np.empty_like(targets)
+    ranks[by_class] = np.arange(len(targets)) - (np.cumsum(counts) - counts)[targets[by_class]]
+    return ranks
+
+
 def hold_out(
     samples: Split, labels: Sequence[str], seed: int, source: str, what: str = "validation"
 ) -> tuple[Split, Split]:

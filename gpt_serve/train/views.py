@@ -16,7 +16,7 @@ from gpt_serve.images import LOCAL_LIMITS, center_crop, decode, resize
 from gpt_serve.specs import Preprocess
 from gpt_serve.train.data import Sample, Split
 from gpt_serve.train.recipe import Augment
-from gpt_serve.train.samples import pick
+from gpt_serve.train.samples import pick, rank_in_class
 
 # Scaled images are kept in memory up to this size; larger datasets are decoded again each epoch.
 CACHE_BYTES = 1 << 30
@@ -141,12 +141,9 @@ def thinned(view: View, most: int) -> View:
         return view
     order = np.random.default_rng(view.seed).permutation(len(view))
     targets = np.array([sample.target for sample in view.samples])[order]
-    counts = np.bincount(targets)
-    by_class = np.argsort(targets, kind="stable")
-    ranks = np.empty(len(view))
-    ranks[by_class] = np.arange(len(view)) - (np.cumsum(counts) - counts)[targets[by_class]]
     # The first of each class come first, then the others evenly: half of every class before the other half.
-    chosen = np.sort(order[np.argsort(ranks / counts[targets], kind="stable")[:most]]).tolist()
+    place = rank_in_class(targets) / np.bincount(targets)[targets]
+    chosen = np.sort(order[np.argsort(place, kind="stable")[:most]]).tolist()
     scaled = None if view.scaled is None else [view.scaled[index] for index in chosen]
     return View(pick(view.samples, chosen), view.preprocess, scaled, view.augment, view.seed)
 

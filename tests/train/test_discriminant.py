@@ -1,6 +1,5 @@
 """The head that training starts from, against scikit-learn's linear discriminant analysis."""
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +11,10 @@ from torch.nn import functional as F
 
 from gpt_serve.backbone import Backbone
 from gpt_serve.images import normalize
-from gpt_serve.store import AdapterStore
 from gpt_serve.train import start
 from gpt_serve.train.data import open_dataset
 from gpt_serve.train.discriminant import ALIKE, FOLDS, SCALES, SHRINKAGES, Discriminant, lda_head
-from gpt_serve.train.distributed import World
-from gpt_serve.train.fit import Job, build_module, train_adapter
+from gpt_serve.train.fit import Job, build_module
 from gpt_serve.train.modules import TaskModule
 from gpt_serve.train.recipe import Recipe, make_recipe
 from gpt_serve.train.samples import Sample
@@ -241,14 +238,3 @@ def test_of_many_images_some_are_read(
     monkeypatch.setattr(start, "MOST_FEATURES", 28)
     module, _ = started(tiny, recipe, view, tmp_path)
     assert torch.equal(module.head.weight, expected.head.weight)
-
-
-def test_resuming_keeps_it(tiny: Backbone, colours: Path, tmp_path: Path) -> None:
-    recipe = make_recipe("adamw", epochs=4, norm="standard", head_init="lda", prompts=3)
-    recipe = dataclasses.replace(recipe, batch_size=8)
-    train_adapter(tiny, Job("colours", str(colours), tmp_path / "whole", recipe), Recorder(), World())
-    with pytest.raises(KeyboardInterrupt):
-        train_adapter(tiny, Job("colours", str(colours), tmp_path / "parts", recipe), Recorder(2), World())
-    train_adapter(tiny, Job("colours", str(colours), tmp_path / "parts", recipe, resume=True), Recorder(), World())
-    one, other = (AdapterStore(tmp_path / name).load("colours").adapter for name in ("whole", "parts"))
-    assert torch.equal(one.head_weight, other.head_weight) and torch.equal(one.head_bias, other.head_bias)
