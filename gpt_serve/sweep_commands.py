@@ -90,4 +90,4 @@ def sweep(
         click.echo(json.dumps(report))
     else:
         echo_trained(report, adapters)
-        echo_sweep(*report_table(report["sweep"]), adapters / task)
+        echo_sweep(*report_table(report["sweep"], report["recipe"]["select"]), adapters / task)

@@ -101,7 +101,7 @@ _recipe_options = option_group(
     click.option(
         "--select",
         type=click.Choice(["accuracy", "loss"]),
-        help="What the published epoch is best in, on validation images; loss where these are few.  [accuracy]",
+        help="What the published epoch is best in, on validation images; loss for few.  [accuracy; lda: loss]",
     ),
     click.option(
         "--final-fit/--no-final-fit",

@@ -10,6 +10,9 @@ COMMON = ("--batch-size", "16", "--schedule", "step", "--warmup", "1")
 OF_TASK: dict[str, tuple[str, ...]] = {"digits": ("--augment", "crop")}  # mirrored digits are other digits
 HEAD_RATE = 0.02  # of every method with prompts and a random head; their own rate is searched
 LDA_HEAD_RATE = 0.002  # of those whose head starts from discriminant analysis
+STANDARD = ("--norm", "standard")
+TOKENS = ("--prompt-init", "tokens")
+LDA = (*STANDARD, "--head-init", "lda", "--select", "loss")
 
 
 @dataclass(frozen=True)
@@ -74,15 +77,13 @@ def adamw(name: str, *flags: str) -> Variant:
 
 
 def lda(name: str, *flags: str) -> Variant:
-    return Variant(name, (*flags, "--norm", "standard", "--head-init", "lda"), (0.01, 0.05), LDA_HEAD_RATE)
+    return Variant(name, (*flags, *LDA), (0.01, 0.05), LDA_HEAD_RATE)
 
 
 def tried(name: str, *flags: str) -> Variant:
     return replace(adamw(name, *flags), seeds=SEEDS[:1], tasks=("flowers", "caltech101"))
 
 
-STANDARD = ("--norm", "standard")
-TOKENS = ("--prompt-init", "tokens")
 VARIANTS = [
     Variant("linear", ("--method", "linear"), (0.02, 0.1), None),
     adamw("vpt-shallow", "--method", "vpt-shallow"),
@@ -91,7 +92,7 @@ VARIANTS = [
     adamw("spt-deep", "--method", "spt-deep"),
     adamw("gated", "--method", "gated"),
     Variant("full", ("--method", "full"), (3e-4, 1e-3), None),
-    Variant("linear, LDA", ("--method", "linear", *STANDARD, "--head-init", "lda"), (0.002, 0.01), None),
+    Variant("linear, LDA", ("--method", "linear", *LDA), (0.002, 0.01), None),
     lda("gated, LDA", "--method", "gated", *TOKENS),
 ]
 ON_THE_WAY = [

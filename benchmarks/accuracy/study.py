@@ -99,7 +99,7 @@ class Study:
         return target
 
     def rate(self, variant: Variant) -> float | None:
-        """The learning rate with the best validation accuracy, then loss; None while rates are still to be tried."""
+        """The learning rate with the best validation score; None while rates are still to be tried."""
         tried = {lr: self.result(Run(variant, SEARCHED_ON, lr, SEEDS[0])) for lr in variant.rates}
         scores = {lr: _validation(summary) for lr, summary in tried.items() if summary is not None}
         return max(scores, key=scores.__getitem__) if len(scores) == len(variant.rates) else None
@@ -133,9 +133,10 @@ class Study:
 
 
 def _validation(summary: dict[str, Any]) -> tuple[float, float]:
-    """What a learning rate is chosen by. Test accuracy plays no part."""
+    """What a learning rate is chosen by: as its epochs are. Test accuracy plays no part."""
     metrics = summary["metrics"]
-    return metrics["val_accuracy"], -metrics["val_loss"]
+    score = metrics["val_accuracy"], -metrics["val_loss"]
+    return score if summary["recipe"].get("select", "accuracy") == "accuracy" else score[::-1]
 
 
 def main() -> None:

@@ -144,4 +144,6 @@ def _check(adapter: Adapter, job: ClosingJob) -> tuple[Recipe, str]:
             f"{job.task!r} was trained on the validation images, which decide: train it with --no-final-fit"
         )
     epochs = max(LEAST_EPOCHS, math.ceil(recipe.epochs / 4)) if job.epochs is None else job.epochs
-    return replace(recipe, epochs=epochs, warmup=0, lr=recipe.lr / 4 if job.lr is None else job.lr), sha256
+    lr = recipe.lr / 4 if job.lr is None else job.lr
+    # The tolerance is of accuracy, so that is what an epoch must be good in, whatever it was while training.
+    return replace(recipe, epochs=epochs, warmup=0, lr=lr, select="accuracy"), sha256

@@ -114,7 +114,7 @@ class GateSearch:
         self.reporter.training(len(views.train), 0, recipe.epochs)
         progress = trainer.fit(self.reporter.batch, self.reporter.epoch)
         candidate = replace(start, epochs=recipe.epochs)
-        if progress.best_record.val.better_than(start.val):
+        if progress.best_record.val.rank(recipe.select) > start.val.rank(recipe.select):
             module.load_state_dict(progress.best)
             candidate = replace(
                 candidate,

@@ -29,10 +29,9 @@ class Score:
     accuracy: float
     loss: float
 
-    def better_than(self, other: "Score", select: Select = "accuracy") -> bool:
-        """By accuracy, then by loss; or the other way round."""
-        mine, its = (self.accuracy, -self.loss), (other.accuracy, -other.loss)
-        return mine > its if select == "accuracy" else mine[::-1] > its[::-1]
+    def rank(self, select: Select) -> tuple[float, float]:
+        """Larger is better: by accuracy, then by loss; or the other way round."""
+        return (self.accuracy, -self.loss) if select == "accuracy" else (-self.loss, self.accuracy)
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ class Trainer:
             if (
                 self.val_view is None
                 or self.progress.best_epoch < 0
-                or record.val.better_than(self.progress.best_record.val, self.recipe.select)
+                or record.val.rank(self.recipe.select) > self.progress.best_record.val.rank(self.recipe.select)
             ):
                 self.progress.best_epoch = epoch
                 self.progress.best = {

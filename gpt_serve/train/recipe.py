@@ -142,6 +142,7 @@ RECIPES = {
         lr=0.05,
         head_lr_scale=LDA_HEAD_RATE / 0.05,
         schedule="step",
+        select="loss",
     ),
     # Full fine-tuning: one small rate for everything.
     "full": Recipe(method="full", lr=3e-4, head_lr_scale=1.0, weight_decay=0.05),

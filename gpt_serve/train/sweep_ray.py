@@ -30,6 +30,7 @@ ENVIRONMENT = {
 OBJECT_STORE_BYTES = 80 * 2**20  # little more than the least that Ray takes
 CPUS_PER_TRIAL = 4
 REDUCTION = 3
+FAILED = -1e9  # the score of a failed trial; finite, as percentiles are taken of scores
 
 
 def require_ray() -> None:
@@ -110,8 +111,8 @@ class RayRunner:
 
         def train(config: dict[str, Any]) -> None:
             def report(outcome: Outcome) -> None:
-                score = 0.0 if outcome.score is None else outcome.score.accuracy
-                tune.report({"val_accuracy": score, "outcome": asdict(outcome)})
+                score = FAILED if outcome.score is None else outcome.score.rank(recipes[0].select)[0]
+                tune.report({"score": score, "outcome": asdict(outcome)})
 
             torch.set_num_threads(int(resources["cpu"]))
             run_trial(work, recipes[config["index"]], report)
@@ -126,7 +127,7 @@ class RayRunner:
             tune.with_resources(train, resources),
             param_space={"index": tune.grid_search(list(range(len(recipes))))},
             tune_config=tune.TuneConfig(
-                metric="val_accuracy", mode="max", scheduler=scheduler, max_concurrent_trials=jobs, reuse_actors=True
+                metric="score", mode="max", scheduler=scheduler, max_concurrent_trials=jobs, reuse_actors=True
             ),
             run_config=tune.RunConfig(name="sweep", storage_path=folder, verbose=0, callbacks=[Watch()]),
         )

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt_serve.errors import UsageError
+from gpt_serve.train.loop import Score
+from gpt_serve.train.recipe import Select
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,14 +43,19 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
         raise UsageError(f"the adapter is published, but the sweep's report cannot be written: {error}") from error
 
 
-def report_table(sweep: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+def report_table(sweep: dict[str, Any], select: Select) -> tuple[list[str], list[list[str]]]:
     """Header and rows, the best trial first and those that failed last.
 
     Args:
         sweep: the ``sweep`` of a report.
+        select: what trials are ranked by.
     """
     axes = list(sweep["axes"])
-    trials = sorted((trial for trial in sweep["trials"] if trial["status"] != "failed"), key=_rank)
+
+    def rank(trial: dict[str, Any]) -> tuple[float, float]:
+        return Score(trial["val_accuracy"], trial["val_loss"]).rank(select)
+
+    trials = sorted((trial for trial in sweep["trials"] if trial["status"] != "failed"), key=rank, reverse=True)
     trials += [trial for trial in sweep["trials"] if trial["status"] == "failed"]
     rows = []
     for trial in trials:
@@ -62,14 +69,12 @@ def report_table(sweep: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return [*(NAMES[name] for name in axes), "val accuracy", "val loss", "best epoch", "seconds", "trial"], rows
 
 
-def _rank(trial: dict[str, Any]) -> tuple[float, float]:
-    return -trial["val_accuracy"], trial["val_loss"]
-
-
 def report_text(report: dict[str, Any]) -> str:
     """The report in Markdown."""
     sweep, metrics = report["sweep"], report["metrics"]
-    header, rows = report_table(sweep)
+    select: Select = report["recipe"]["select"]
+    judged = "accuracy and then loss" if select == "accuracy" else "loss and then accuracy"
+    header, rows = report_table(sweep, select)
     best = sweep["trials"][sweep["best"]]
     chosen = ", ".join(f"{NAMES[name]} {best[name]:g}" for name in sweep["axes"])
     splits = (("validation", "val_accuracy"), ("test", "test_accuracy"))  # a final fit has no validation images
@@ -77,8 +82,8 @@ def report_text(report: dict[str, Any]) -> str:
     lines = [
         f"# Sweep of {report['task']}",
         "",
-        f"The method `{report['method']}` on `{report['backbone']}`; trials: {len(rows)}, judged by accuracy and then "
-        f"loss on {report['data']['val']} validation images. The best, {chosen}, was trained and published as revision "
+        f"The method `{report['method']}` on `{report['backbone']}`; trials: {len(rows)}, judged by {judged} "
+        f"on {report['data']['val']} validation images. The best, {chosen}, was trained and published as revision "
         f"`{report['revision']}`: {', '.join(accuracies)}.",
         "",
         "![validation accuracy of the trials](sweep.png)",

@@ -63,13 +63,9 @@ class Trial:
 
 
 def best_trial(trials: Sequence[Trial]) -> Trial | None:
-    """By validation accuracy, then loss, then order; None when all failed."""
-    best, best_score = None, None
-    for trial in trials:
-        score = trial.outcome.score
-        if score is not None and (best_score is None or score.better_than(best_score)):
-            best, best_score = trial, score
-    return best
+    """By the validation score that the recipes select epochs by, then by order; None when all failed."""
+    scored = [(trial, score) for trial in trials if (score := trial.outcome.score) is not None]
+    return max(scored, key=lambda pair: pair[1].rank(pair[0].recipe.select))[0] if scored else None
 
 
 class TrialStore:

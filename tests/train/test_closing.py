@@ -126,6 +126,18 @@ def test_a_tolerance_allows_worse_accuracy_up_to_that_many_points(
     assert close_gates(deep_enough, job, Recorder())["closing"]["closed"] == [1, 2, 3, 4]
 
 
+def test_a_fine_tune_keeps_the_most_accurate_epoch_whatever_the_adapter_was_trained_by(
+    deep_enough: Backbone, colours: Path, adapters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = stored(adapters).training
+    republish(adapters, training=training | {"recipe": training["recipe"] | {"select": "loss"}})
+    pretend(monkeypatch, lambda shut: Score(0.8 if shut else 0.9, 1.0))
+    epochs = iter([Score(0.9, 3.0), Score(0.8, 0.5)])
+    monkeypatch.setattr(loop, "evaluate", lambda *_: next(epochs))
+    summary = close_gates(deep_enough, ClosingJob("colours", str(colours), adapters, epochs=2), Recorder())
+    assert summary["closing"]["closed"] == [1, 2, 3, 4, 5] and summary["closing"]["best_epoch"] == 1
+
+
 @pytest.mark.parametrize(("low", "high", "limit"), [(0, 23, 23), (0, 23, 0), (3, 11, 3), (0, 11, 7), (11, 11, 11)])
 def test_the_search_tries_the_most_first_then_halves(low: int, high: int, limit: int) -> None:
     asked: list[int] = []

@@ -108,6 +108,7 @@ def test_the_lda_recipe_is_for_adapters() -> None:
         "lda",
     )
     assert (recipe.prompts, recipe.epochs, recipe.warmup, recipe.batch_size) == (10, 20, 2, 16)
+    assert (recipe.select, make_recipe("adamw").select) == ("loss", "accuracy")
     for lr in (0.05, 0.005, 0.3):
         assert make_recipe("lda", lr=lr).head_lr_scale * lr == pytest.approx(0.002)
     assert make_recipe("lda", lr=0.01, head_lr_scale=3.0).head_lr_scale == 3

@@ -21,7 +21,7 @@ from gpt_serve.store import AdapterStore
 from gpt_serve.train import sweep as module
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import Job, train_adapter
-from gpt_serve.train.recipe import Recipe, make_recipe
+from gpt_serve.train.recipe import Recipe, Select, make_recipe
 from gpt_serve.train.sweep import BackboneSource, Sweep, Work, make_axes, make_grid, run_sweep, run_trial
 from gpt_serve.train.sweep_ray import RayRunner
 from gpt_serve.train.sweep_report import plot_sweep, report_table
@@ -147,12 +147,13 @@ def test_samples_are_points_of_the_grid_drawn_by_seed() -> None:
     assert make_grid(base, axes, 10_000) == grid
 
 
-def test_the_best_is_by_accuracy_then_loss_then_order() -> None:
-    def best(*values: tuple[float, float] | str) -> int | None:
+def test_the_best_is_by_what_epochs_are_selected_by_then_by_order() -> None:
+    def best(*values: tuple[float, float] | str, select: Select = "accuracy") -> int | None:
         trials = [
-            Trial(dataclasses.replace(RECIPE, seed=index), Outcome(failure=value))
-            if isinstance(value, str)
-            else Trial(dataclasses.replace(RECIPE, seed=index), Outcome(1.0, 2, 1, *value))
+            Trial(
+                dataclasses.replace(RECIPE, seed=index, select=select),
+                Outcome(failure=value) if isinstance(value, str) else Outcome(1.0, 2, 1, *value),
+            )
             for index, value in enumerate(values)
         ]
         found = best_trial(trials)
@@ -162,6 +163,22 @@ def test_the_best_is_by_accuracy_then_loss_then_order() -> None:
     assert best((0.9, 0.3), (0.9, 0.2), (0.9, 0.4)) == 1
     assert best("boom", (0.5, 1.0), (0.5, 1.0)) == 1
     assert best("boom", "bang") is None
+    assert best((0.8, 0.1), (0.9, 5.0), (0.7, 0.01), select="loss") == 2
+    assert best((0.9, 0.2), (0.95, 0.2), (0.95, 0.2), select="loss") == 1
+    assert best("boom", (0.5, 1.0), select="loss") == 1
+
+
+def test_the_report_ranks_trials_by_what_epochs_are_selected_by() -> None:
+    def trial(lr: float, accuracy: float, loss: float) -> dict[str, Any]:
+        outcome = Outcome(1.0, 2, 1, accuracy, loss)
+        return {"lr": lr, **outcome.to_dict(2)}
+
+    def order(select: Select) -> list[str]:
+        return [row[0] for row in report_table(tried, select)[1]]
+
+    trials = [trial(1, 0.8, 0.1), trial(2, 0.9, 5.0), trial(3, 0.9, 0.2), trial(4, 0.8, 0.1)]
+    tried = {"axes": {"lr": [1, 2, 3, 4]}, "trials": trials}
+    assert (order("accuracy"), order("loss")) == (["3", "2", "1", "4"], ["1", "4", "3", "2"])
 
 
 # a sweep
@@ -280,7 +297,7 @@ def test_a_trial_that_fails_is_recorded_and_the_others_go_on(tiny: Backbone, col
     failed, good = report["sweep"]["trials"]
     assert failed["status"] == "failed" and "4000" in failed["failure"] and failed["val_accuracy"] is None
     assert good["status"] == "finished" and report["sweep"]["best"] == 1
-    assert report_table(report["sweep"])[1][-1][-1] == f"failed: {failed['failure']}"
+    assert report_table(report["sweep"], "accuracy")[1][-1][-1] == f"failed: {failed['failure']}"
 
 
 def test_when_all_trials_fail_one_line_says_why(tiny: Backbone, colours: Path, tmp_path: Path) -> None:
