@@ -1,6 +1,7 @@
 """What the accuracy study runs: methods, tasks, learning rates, ablations."""
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 SEEDS = (0, 1, 2)
 EPOCHS = {"flowers": 10, "caltech101": 7, "digits": 5}  # about 360 steps of 16 images each
@@ -35,6 +36,7 @@ class Variant:
     tasks: tuple[str, ...] = tuple(FOLDERS)
 
     def rate_flags(self, lr: float) -> tuple[str, ...]:
+        """The learning rate, with the head's own where it has one."""
         scale = 1.0 if self.head_rate is None else self.head_rate / lr
         return ("--lr", f"{lr:g}", "--head-lr-scale", f"{scale:g}")
 
@@ -52,18 +54,28 @@ class Run:
 
     @property
     def name(self) -> str:
+        """Of its file: unlike that of any other run."""
         parts = [self.task, self.variant.name.replace(", ", "-"), f"lr{self.lr:g}", f"seed{self.seed}", *self.more]
         if self.share < 1:
             parts.append(f"share{self.share:g}")
         return "-".join(part.strip("-").replace(" ", "-") for part in parts)
 
     @property
+    def method(self) -> str:
+        """A name of ``--method``."""
+        return self.variant.flags[self.variant.flags.index("--method") + 1]
+
+    @property
+    def epochs(self) -> int:
+        """As many steps from fewer images."""
+        return round(EPOCHS[self.task] / self.share)
+
+    @property
     def arguments(self) -> tuple[str, ...]:
         """Of ``gpt-serve train``, without data and output."""
-        epochs = round(EPOCHS[self.task] / self.share)  # as many steps from fewer images
         return (
-            *("--task", self.task, "--recipe", "full" if "full" in self.variant.flags else "adamw"),
-            *("--epochs", str(epochs), "--seed", str(self.seed)),
+            *("--task", self.task, "--recipe", "full" if self.method == "full" else "adamw"),
+            *("--epochs", str(self.epochs), "--seed", str(self.seed)),
             *COMMON,
             *OF_TASK.get(self.task, ()),
             *self.variant.flags,
@@ -72,15 +84,27 @@ class Run:
         )
 
 
+def selects_by_loss(summary: dict[str, Any]) -> bool:
+    """Whether a run's epochs, and so its learning rates, are compared by validation loss."""
+    return bool(summary["recipe"].get("select") == "loss")
+
+
 def adamw(name: str, *flags: str) -> Variant:
+    """By AdamW, with a small random head.
+
+    Args:
+        flags: of ``gpt-serve train``.
+    """
     return Variant(name, flags, (0.01, 0.05))
 
 
 def lda(name: str, *flags: str) -> Variant:
+    """With prompts beside a head from discriminant analysis."""
     return Variant(name, (*flags, *LDA), (0.01, 0.05), LDA_HEAD_RATE)
 
 
 def tried(name: str, *flags: str) -> Variant:
+    """As `adamw`, with a single seed on two tasks."""
     return replace(adamw(name, *flags), seeds=SEEDS[:1], tasks=("flowers", "caltech101"))
 
 
@@ -103,6 +127,7 @@ ON_THE_WAY = [
     ),
     replace(tried("linear, standard", "--method", "linear", *STANDARD), rates=(0.02, 0.1), head_rate=None),
     tried("gated, standard", "--method", "gated", *TOKENS, *STANDARD),
+    tried("gated, k-means, standard", "--method", "gated", "--prompt-init", "kmeans", *STANDARD),
     tried("spt-deep, standard", "--method", "spt-deep", *STANDARD),
     tried("gated-deep, standard", "--method", "gated-deep", *TOKENS, *STANDARD),
     replace(
@@ -130,8 +155,17 @@ class Ablation:
     shares: tuple[float, ...] = ()
 
 
+NMI = ("vpt-deep", "spt-deep", "gated")  # whose prompts' mutual information with patch tokens is recorded
+
+
+def _prompts(count: str) -> tuple[str, ...]:
+    """No flag for the 10 that all runs have, so that these are not run twice."""
+    return () if count == "10" else ("--prompts", count)
+
+
 PROMPTS = ("1", "10", "50", "100")
-SHARED = ("linear", "gated", "gated, LDA", "full")
+DEEP_PROMPTS = ("1", "10", "50")
+SHARED = ("linear", "vpt-deep", "spt-deep", "gated", "gated, LDA", "full")
 ABLATIONS = [
     Ablation(
         "components",
@@ -174,7 +208,13 @@ ABLATIONS = [
     Ablation(
         "prompts",
         "Prompts (Fig. 7, Table 7)",
-        {count: ("gated", ("--prompts", count) if count != "10" else ()) for count in PROMPTS},
+        {count: ("gated", _prompts(count)) for count in PROMPTS},
+    ),
+    Ablation(
+        "deep-prompts",
+        "Prompts in every block (SPT)",
+        {f"{name}, {count}": (name, _prompts(count)) for name in ("vpt-deep", "spt-deep") for count in DEEP_PROMPTS},
+        seeds=SEEDS[:1],
     ),
     Ablation(
         "share",

@@ -4,9 +4,21 @@ from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
 from statistics import mean, stdev
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from plan import ABLATIONS, BY_NAME, FOLDERS, ON_THE_WAY, SEARCHED_ON, SEEDS, VARIANTS, Ablation, Run, Variant
+from plan import (
+    ABLATIONS,
+    BY_NAME,
+    FOLDERS,
+    ON_THE_WAY,
+    SEARCHED_ON,
+    SEEDS,
+    VARIANTS,
+    Ablation,
+    Run,
+    Variant,
+    selects_by_loss,
+)
 
 if TYPE_CHECKING:
     from study import Study
@@ -23,6 +35,7 @@ def write_report(study: "Study", folder: Path) -> None:
         if found:
             lines += ["", f"## {ablation.title}", "", *ablation_table(ablation, found)]
             plot_ablation(ablation, found, folder / f"{ablation.name}.png")
+    lines += nmi_table(study)
     (folder / "tables.md").write_text("\n".join(lines) + "\n")
     plot_methods(study, folder / "methods.png")
     print("\n".join(lines))
@@ -53,7 +66,8 @@ def of_method(study: "Study", variant: Variant) -> dict[str, list[float]]:
 def method_table(study: "Study", variants: Sequence[Variant]) -> list[str]:
     """Mean and standard deviation over seeds."""
     tasks = variants[0].tasks
-    lines = [f"| method | {' | '.join(tasks)} | mean | parameters | lr |", "|---|" + "---|" * (len(tasks) + 3)]
+    header = ["method", *tasks, "mean", "parameters", "lr"]
+    lines = [f"| {' | '.join(header)} |", "|---|" + "---|" * (len(header) - 1)]
     for variant in variants:
         by_task, lr = of_method(study, variant), study.rate(variant)
         over_tasks = [mean(values) for values in zip(*by_task.values(), strict=False)]
@@ -67,16 +81,39 @@ def method_table(study: "Study", variants: Sequence[Variant]) -> list[str]:
 
 
 def rate_table(study: "Study") -> list[str]:
-    """Validation accuracies that the learning rates were chosen by."""
-    lines = [f"## Learning rates, by validation accuracy on {SEARCHED_ON}", "", "| method | rates |", "|---|---|"]
+    """What the learning rates were chosen by."""
+    lines = [
+        f"## Learning rates, by validation accuracy (%) on {SEARCHED_ON}; with a head from LDA, by validation loss",
+        *("", "| method | rates |", "|---|---|"),
+    ]
     for variant in BY_NAME.values():
         cells = []
         for lr in variant.rates:
             summary = study.result(Run(variant, SEARCHED_ON, lr, SEEDS[0]))
-            shown = MISSING if summary is None else f"{100 * summary['metrics']['val_accuracy']:.1f}"
+            shown = MISSING if summary is None else _score(summary)
             cells.append(f"{lr:g}: {shown}")
         lines.append(f"| {variant.name} | {'; '.join(cells)} |")
     return lines
+
+
+def _score(summary: dict[str, Any]) -> str:
+    metrics = summary["metrics"]
+    by_loss = selects_by_loss(summary)
+    return f"{metrics['val_loss']:.3f}" if by_loss else f"{100 * metrics['val_accuracy']:.1f}"
+
+
+def nmi_table(study: "Study") -> list[str]:
+    """Mutual information between prompts and patch tokens, mean of the blocks, after the first and the last epoch."""
+    rows = []
+    for name, run in study.nmi().items():
+        summary = study.result(run)
+        if summary is not None:
+            first, last = (mean(summary["nmi"][epoch]) for epoch in (0, -1))
+            rows.append(f"| {name} | {first:.3f} | {last:.3f} |")
+    title = (
+        f"## Normalised mutual information between prompts and patch tokens, mean of the blocks, {SEARCHED_ON} (SPT)"
+    )
+    return ["", title, "", "| method | first epoch | last epoch |", "|---|---|---|", *rows] if rows else []
 
 
 def ablation_results(study: "Study", ablation: Ablation) -> dict[str, dict[str, list[float]]]:

@@ -5,8 +5,7 @@
 Each run is ``gpt-serve train`` in a process of its own. What it printed is kept in ``runs/`` beside this file and not
 made again: a study that was stopped goes on. For each method the learning rate is chosen on validation images of one
 task, the same number of rates for all; then three seeds on every task, but one for what was only tried on the way to
-the default. Test images select nothing. Writes ``tables.md``
-and plots, also of a part of the runs (``--report``).
+the default. Test images select nothing. Writes ``tables.md`` and plots, also of a part of the runs (``--report``).
 """
 
 import argparse
@@ -19,12 +18,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from plan import ABLATIONS, BY_NAME, FOLDERS, SEARCHED_ON, SEEDS, Ablation, Run, Variant
+from plan import ABLATIONS, BY_NAME, FOLDERS, NMI, SEARCHED_ON, SEEDS, Ablation, Run, Variant, selects_by_loss
 from report import write_report
 
 HERE = Path(__file__).parent
 RUNS = HERE / "runs"
-PHASES = ("search", "methods", "ablations")
+PHASES = ("search", "methods", "ablations", "nmi")
 
 
 class Study:
@@ -40,9 +39,20 @@ class Study:
         self.data, self.work, self.jobs = data, work, jobs
 
     def result(self, run: Run) -> dict[str, Any] | None:
-        """What ``gpt-serve train --json`` printed; None when the run is still to be made."""
+        """What ``gpt-serve train --json`` printed; None when the run is still to be made.
+
+        Raises:
+            SystemExit: it was made by another plan.
+        """
         path = RUNS / f"{run.name}.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        if not path.exists():
+            return None
+        summary: dict[str, Any] = json.loads(path.read_text())
+        recipe = summary["recipe"]
+        planned = {"method": run.method, "epochs": run.epochs, "lr": run.lr, "seed": run.seed}
+        if changed := [key for key, value in planned.items() if recipe[key] != value]:
+            raise SystemExit(f"{path} was made with another {', '.join(changed)} than the plan has: delete it")
+        return summary
 
     def train(self, run: Run) -> None:
         """Make the run unless it is there."""
@@ -74,8 +84,11 @@ class Study:
 
     def train_all(self, runs: Iterable[Run]) -> None:
         """Make all runs, ``jobs`` at a time."""
+        runs = list(dict.fromkeys(runs))
+        for run in runs:
+            self.images(run)  # here, since two runs may take the same share
         with ThreadPoolExecutor(self.jobs) as pool:
-            list(pool.map(self.train, dict.fromkeys(runs)))
+            list(pool.map(self.train, runs))
 
     def images(self, run: Run) -> Path | str:
         """The run's image folder; of links to the first images of each class for a share of them."""
@@ -115,6 +128,15 @@ class Study:
             if lr is not None and task in variant.tasks and seed in variant.seeds
         ]
 
+    def nmi(self) -> dict[str, Run]:
+        """Runs by method that record the mutual information between prompts and patch tokens."""
+        chosen = {name: self.rate(BY_NAME[name]) for name in NMI}
+        return {
+            name: Run(BY_NAME[name], SEARCHED_ON, lr, SEEDS[0], ("--nmi",))
+            for name, lr in chosen.items()
+            if lr is not None
+        }
+
     def ablation(self, ablation: Ablation) -> dict[str, list[Run]]:
         """Runs by what is varied."""
         runs: dict[str, list[Run]] = {}
@@ -136,7 +158,7 @@ def _validation(summary: dict[str, Any]) -> tuple[float, float]:
     """What a learning rate is chosen by: as its epochs are. Test accuracy plays no part."""
     metrics = summary["metrics"]
     score = metrics["val_accuracy"], -metrics["val_loss"]
-    return score if summary["recipe"].get("select", "accuracy") == "accuracy" else score[::-1]
+    return score[::-1] if selects_by_loss(summary) else score
 
 
 def main() -> None:
@@ -155,6 +177,8 @@ def main() -> None:
         study.train_all(study.methods())
     if "ablations" in phases:
         study.train_all(run for ablation in ABLATIONS for runs in study.ablation(ablation).values() for run in runs)
+    if "nmi" in phases:
+        study.train_all(study.nmi().values())
     write_report(study, HERE)
 
 
