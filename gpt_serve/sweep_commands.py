@@ -67,19 +67,26 @@ def sweep(
     from gpt_serve.train.choice import choose_recipe
     from gpt_serve.train.data import find_benchmark
     from gpt_serve.train.fit import Job
-    from gpt_serve.train.sweep import BackboneSource, Sweep, make_axes, make_grid, run_sweep
+    from gpt_serve.train.methods import find_method
+    from gpt_serve.train.recipe import Recipe
+    from gpt_serve.train.sweep import Sweep, make_axes, make_grid, run_sweep
     from gpt_serve.train.sweep_report import report_table
+    from gpt_serve.train.trial import BackboneSource
 
     source = BackboneSource(backbone, checkpoint and checkpoint.resolve(), input_size, pool)
     model = source.load(resolve_device(device))
     given = {"lr": lr, "gate_init": gate_init, "prompts": prompts}
     first = {name: values and values[0] for name, values in given.items()}
     published = find_benchmark(data or task)
-    if hyperparameters.get("method") == "full":
+
+    def choose(rate: float | None) -> tuple[Recipe, str]:
+        return choose_recipe(recipe, task, model, published, **first | {"lr": rate}, **hyperparameters)
+
+    settings, taken = choose(lr[0] if lr else None)
+    if find_method(settings.method).full:
         raise UsageError("--method full: a sweep publishes an adapter: choose another method")
-    settings, taken = choose_recipe(recipe, task, model, published, **first, **hyperparameters)
     axes = make_axes(settings, given)
-    recipes = make_grid(settings, axes, samples)
+    recipes = make_grid(lambda rate: choose(rate)[0], axes, samples)
     job = Job(task, data or task, adapters, settings, resume, skip_unreadable, workers)
     with closing(Terminal()) as terminal:
         terminal.notice(taken)

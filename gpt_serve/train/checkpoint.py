@@ -76,6 +76,14 @@ class RunCheckpoint:
             raise UsageError(f"--resume: the interrupted run had other settings ({values}); repeat them or train anew")
         return dict(state)
 
+    def holds(self, identity: dict[str, Any]) -> bool:
+        """Whether a run is stored that `load` would continue."""
+        try:
+            self.load(identity)
+        except UsageError:
+            return False
+        return True
+
     def delete(self) -> None:
         """Forget the run; called once its adapter is published."""
         self.path.unlink(missing_ok=True)

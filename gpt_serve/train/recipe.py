@@ -211,15 +211,6 @@ def _lda_defaults(given: dict[str, Any]) -> dict[str, Any]:
     return {"head_lr_scale": LDA_HEAD_RATE / given["lr"]} if given.get("lr", 0) > 0 else {}
 
 
-def at_rate(recipe: Recipe, lr: float) -> Recipe:
-    """``recipe`` at another learning rate, of everything, or without that of a head that starts where it is good."""
-    moved = replace(recipe, lr=lr)
-    if recipe.head_init != "lda" or not find_method(recipe.method).prompts:
-        return moved
-    head_rate = float(f"{recipe.head_lr_scale * recipe.lr:.9g}")  # without the rounding of the product
-    return replace(moved, head_lr_scale=head_rate / lr)
-
-
 def prepared(preprocess: Preprocess, name: Preparation) -> Preprocess:
     """The backbone's preprocessing as a benchmark has it; normalisation stays the backbone's.
 

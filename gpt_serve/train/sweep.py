@@ -3,38 +3,25 @@
 What is tried is fixed before anything trains; how trials are run (`sweep_ray`) is the caller's choice.
 """
 
-import math
 import random
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Any, Protocol
 
 from gpt_serve.backbone import Backbone
-from gpt_serve.errors import DataError, GPTServeError, UsageError
-from gpt_serve.specs import Pool, check_task_name
+from gpt_serve.errors import DataError, UsageError
+from gpt_serve.specs import check_task_name
 from gpt_serve.train.checkpoint import RunCheckpoint
 from gpt_serve.train.distributed import World
-from gpt_serve.train.fit import (
-    Job,
-    Reporter,
-    Views,
-    make_deterministic,
-    new_trainer,
-    prepare,
-    run_identity,
-    train_adapter,
-)
-from gpt_serve.train.loop import EpochRecord, Progress
+from gpt_serve.train.fit import Job, Reporter, prepare, run_identity, train_adapter
 from gpt_serve.train.methods import find_method
 from gpt_serve.train.paper_table import selected_values
-from gpt_serve.train.recipe import Recipe, at_rate
+from gpt_serve.train.recipe import Recipe
 from gpt_serve.train.sweep_report import write_report
 from gpt_serve.train.sweep_trials import Outcome, Trial, TrialStore, best_trial
-from gpt_serve.train.views import Unreadable
+from gpt_serve.train.trial import BackboneSource, Work
 
 # Yoo et al., Appendix A.2: the rates that were searched with SGD.
 PAPER_RATES = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
@@ -44,40 +31,6 @@ ADAMW_RATES = tuple(rate / 100 for rate in PAPER_RATES)
 LDA_RATES = tuple(rate / 10 for rate in PAPER_RATES)
 
 Axes = Mapping[str, Sequence[float]]  # field of a recipe -> its values
-
-
-@dataclass(frozen=True)
-class BackboneSource:
-    """How another process loads the same backbone; see `Backbone.load`."""
-
-    name: str
-    checkpoint: Path | None = None
-    input_size: int | None = None
-    pool: Pool | None = None
-
-    def load(self, device: str) -> Backbone:
-        """The backbone on ``device``."""
-        return Backbone.load(
-            self.name, checkpoint=self.checkpoint, input_size=self.input_size, pool=self.pool, device=device
-        )
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a process that runs trials needs besides their recipes: small, and equal for all trials.
-
-    Attributes:
-        job: where the images are, by absolute path; its recipe is not used but for the split.
-        device: ``cpu`` or ``cuda``.
-        fingerprint: the backbone's.
-        digest: the images'.
-    """
-
-    source: BackboneSource
-    job: Job
-    device: str
-    fingerprint: str
-    digest: str
 
 
 class Runner(Protocol):
@@ -122,72 +75,23 @@ def make_axes(recipe: Recipe, given: Mapping[str, Sequence[float] | None]) -> di
     return {name: list(dict.fromkeys(given.get(name) or values)) for name, values in defaults.items()}
 
 
-def make_grid(recipe: Recipe, axes: Axes, samples: int | None = None) -> list[Recipe]:
-    """``recipe`` at every point of the grid, or at ``samples`` of them, drawn by its seed; in the grid's order.
+def make_grid(at_rate: Callable[[float], Recipe], axes: Axes, samples: int | None = None) -> list[Recipe]:
+    """A recipe for every point of the grid, or for ``samples`` of them, drawn by the seed; in the grid's order.
 
     Trials keep validation images apart, whatever a final fit does with them afterwards.
+
+    Args:
+        at_rate: the recipe at a learning rate, other axes aside.
 
     Raises:
         UsageError: a value that no recipe can have.
     """
     points = list(product(*axes.values()))
     if samples is not None and samples < len(points):
-        chosen = random.Random(recipe.seed).sample(range(len(points)), samples)
+        chosen = random.Random(at_rate(axes["lr"][0]).seed).sample(range(len(points)), samples)
         points = [points[index] for index in sorted(chosen)]
     settings: list[dict[str, Any]] = [dict(zip(axes, point, strict=True)) for point in points]
-    return [replace(at_rate(recipe, setting["lr"]), final_fit=False, **setting) for setting in settings]
-
-
-def run_trial(work: Work, recipe: Recipe, report: Callable[[Outcome], object]) -> None:
-    """Train one recipe and ``report`` what it has come to after each epoch; an error of this package is an outcome."""
-    started = time.perf_counter()
-    try:
-        backbone, views = _open(work)
-        trainer = new_trainer(backbone, replace(work.job, recipe=recipe), views, Silent(), World())
-        trainer.fit(Silent().batch, lambda _: report(_outcome(trainer.progress, time.perf_counter() - started)))
-    except GPTServeError as error:
-        report(Outcome(seconds=time.perf_counter() - started, failure=str(error)))
-
-
-@lru_cache(maxsize=1)
-def _open(work: Work) -> tuple[Backbone, Views]:
-    """Backbone and images, once for all trials of a process."""
-    backbone = work.source.load(work.device)
-    make_deterministic(backbone)
-    backbone, views = prepare(backbone, work.job, Silent())
-    for what, same in (("images", views.digest == work.digest), ("weights", backbone.fingerprint == work.fingerprint)):
-        if not same:
-            raise DataError(f"the {what} on this machine are not those of the machine that runs the sweep")
-    return backbone, views
-
-
-def _outcome(progress: Progress, seconds: float) -> Outcome:
-    best = progress.best_record
-    if not math.isfinite(best.val_loss):
-        raise DataError(f"the validation loss is not finite in epoch {best.epoch}: lower --lr")
-    return Outcome(seconds, progress.epoch, best.epoch, best.val_accuracy, best.val_loss)
-
-
-class Silent:
-    """A `Reporter` that says nothing: the machine that runs the sweep has checked the images and counts the trials."""
-
-    def scanning(self, total: int, what: str = "checking images") -> Callable[[], object]:
-        return lambda: None
-
-    def unreadable(self, images: list[Unreadable]) -> None:
-        pass
-
-    def notice(self, text: str) -> None:
-        pass
-
-    def batch(self, epoch: int, loss: float, accuracy: float, images: int) -> None:
-        pass
-
-    def epoch(self, record: EpochRecord) -> None:
-        pass
-
-    def training(self, images: int, first_epoch: int, epochs: int) -> None:
-        pass
+    return [replace(at_rate(setting["lr"]), final_fit=False, **setting) for setting in settings]
 
 
 @dataclass(frozen=True)
@@ -228,6 +132,7 @@ def run_sweep(
     digest = prepare(backbone, job, reporter)[1].digest
     identities = [run_identity(backbone, replace(job, recipe=recipe), digest) for recipe in sweep.recipes]
     known = store.load(identities, stopped=sweep.early_stop)
+    checkpoint = RunCheckpoint(job.adapters, job.task)
     work = Work(source, _anywhere(job), backbone.device.type, backbone.fingerprint, digest)
     store.prepare()
     try:
@@ -236,11 +141,11 @@ def run_sweep(
         if best is None:
             store.delete()
             raise DataError(f"all {len(trials)} trials failed; the first: {trials[0].outcome.failure}")
-        # With all trials known, it may be this training that was interrupted.
-        again = len(known) == len(trials) and RunCheckpoint(job.adapters, job.task).exists()
         reporter.notice(f"best: {describe(best.recipe, sweep.axes)}; training it")
-        winner = replace(best.recipe, final_fit=job.recipe.final_fit)
-        summary = train_adapter(backbone, replace(job, recipe=winner, resume=again), reporter, World())
+        winner = replace(job, recipe=replace(best.recipe, final_fit=job.recipe.final_fit))
+        # With all trials known, it may be this training that was interrupted.
+        again = len(known) == len(trials) and checkpoint.holds(run_identity(backbone, winner, digest))
+        summary = train_adapter(backbone, replace(winner, resume=again), reporter, World())
     except KeyboardInterrupt:
         reporter.notice(f"{store.count()} of {len(identities)} trials are done: add --resume to continue")
         raise
@@ -292,9 +197,11 @@ def describe(recipe: Recipe, axes: Axes) -> str:
 
 
 def _tried(axes: Axes, trials: Sequence[Trial], best: Trial) -> dict[str, Any]:
-    """Axes and trials as plain JSON values."""
+    """Axes, what all trials share and the trials, as plain JSON values."""
+    recipes = [trial.recipe.to_dict() for trial in trials]
     return {
         "axes": {name: list(values) for name, values in axes.items()},
+        "shared": {key: value for key, value in recipes[0].items() if all(r[key] == value for r in recipes)},
         "best": trials.index(best),
         "trials": [
             {name: getattr(trial.recipe, name) for name in axes} | trial.outcome.to_dict(trial.recipe.epochs)

@@ -15,8 +15,8 @@ import torch
 
 from gpt_serve.errors import UsageError
 from gpt_serve.train.recipe import Recipe
-from gpt_serve.train.sweep import Work, run_trial
 from gpt_serve.train.sweep_trials import Outcome
+from gpt_serve.train.trial import Work, run_trial
 
 # Read when Ray is imported or started. Metrics alone pass through it, and an interrupt is this package's to handle.
 ENVIRONMENT = {

@@ -94,7 +94,7 @@ def report_text(report: dict[str, Any]) -> str:
         "",
         "| | |",
         "|---|---|",
-        *[f"| {key} | {value} |" for key, value in report["recipe"].items() if key not in sweep["axes"]],
+        *[f"| {key} | {value} |" for key, value in sweep["shared"].items() if key not in sweep["axes"]],
         "",
     ]
     return "\n".join(lines)

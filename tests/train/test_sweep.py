@@ -18,14 +18,15 @@ from gpt_serve.backbone import Backbone
 from gpt_serve.cli import main
 from gpt_serve.errors import DataError, GPTServeError, UsageError
 from gpt_serve.store import AdapterStore
-from gpt_serve.train import sweep as module
+from gpt_serve.train import trial as module
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import Job, train_adapter
 from gpt_serve.train.recipe import Recipe, Select, make_recipe
-from gpt_serve.train.sweep import BackboneSource, Sweep, Work, make_axes, make_grid, run_sweep, run_trial
+from gpt_serve.train.sweep import Sweep, make_axes, make_grid, run_sweep
 from gpt_serve.train.sweep_ray import RayRunner
 from gpt_serve.train.sweep_report import plot_sweep, report_table
 from gpt_serve.train.sweep_trials import Outcome, Trial, TrialStore, best_trial
+from gpt_serve.train.trial import BackboneSource, Work, run_trial
 from tests.train.conftest import Recorder
 
 RECIPE = make_recipe("adamw", prompts=2, epochs=2, warmup=0, batch_size=8)
@@ -65,7 +66,12 @@ def loads_tiny(tiny: Backbone, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
 def plan(data: Path, adapters: Path, axes: dict[str, list[Any]] | None = None, **changes: Any) -> Sweep:
     recipe = dataclasses.replace(RECIPE, **changes)
     axes = axes or AXES
-    return Sweep(Job("colours", str(data), adapters, recipe), axes, make_grid(recipe, axes))
+    return Sweep(Job("colours", str(data), adapters, recipe), axes, make_grid(rates(recipe), axes))
+
+
+def rates(recipe: Recipe) -> Callable[[float], Recipe]:
+    """``recipe`` at any rate."""
+    return lambda lr: dataclasses.replace(recipe, lr=lr)
 
 
 def resumed(sweep: Sweep) -> Sweep:
@@ -94,13 +100,12 @@ def test_beside_a_head_from_lda_the_rate_of_prompts_alone_is_searched() -> None:
     base = make_recipe("lda")
     axes = make_axes(base, {})
     assert axes["lr"] == pytest.approx([0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5])
-    for recipe in make_grid(base, axes | {"gate_init": [1.0], "prompts": [10]}):
-        assert recipe == make_recipe("lda", lr=recipe.lr)
+    grid = make_grid(lambda lr: make_recipe("lda", lr=lr), axes | {"gate_init": [1.0], "prompts": [10]})
+    assert [recipe.lr * recipe.head_lr_scale for recipe in grid] == pytest.approx([0.002] * 7)
     linear = make_recipe("lda", method="linear")
     assert make_axes(linear, {})["lr"] == make_axes(make_recipe("adamw"), {})["lr"]
-    assert {recipe.head_lr_scale for recipe in make_grid(linear, make_axes(linear, {}))} == {1}
     with pytest.raises(UsageError, match="--lr must be above 0"):
-        make_grid(base, {"lr": [0.0]})
+        make_grid(lambda lr: make_recipe("lda", lr=lr), {"lr": [0.0]})
 
 
 def test_default_gates_and_prompts_are_those_of_table_5() -> None:
@@ -115,7 +120,7 @@ def test_default_gates_and_prompts_are_those_of_table_5() -> None:
 def test_methods_have_the_axes_of_what_they_learn(method: str, names: list[str]) -> None:
     axes = make_axes(make_recipe("adamw", method=method), {})
     assert list(axes) == names
-    assert all(recipe.method == method for recipe in make_grid(make_recipe("adamw", method=method), axes))
+    assert all(recipe.method == method for recipe in make_grid(rates(make_recipe("adamw", method=method)), axes))
 
 
 @pytest.mark.parametrize(
@@ -129,7 +134,7 @@ def test_values_for_what_is_not_learned_are_refused(method: str, name: str) -> N
 def test_the_grid_is_every_combination_once() -> None:
     base = make_recipe("adamw", epochs=7)
     axes = make_axes(base, {"lr": (0.1, 0.2, 0.1), "gate_init": (5.0,), "prompts": (3, 4)})
-    recipes = make_grid(base, axes)
+    recipes = make_grid(rates(base), axes)
     assert [(r.lr, r.gate_init, r.prompts) for r in recipes] == [(0.1, 5, 3), (0.1, 5, 4), (0.2, 5, 3), (0.2, 5, 4)]
     assert {dataclasses.replace(r, lr=base.lr, gate_init=base.gate_init, prompts=base.prompts) for r in recipes} == {
         base
@@ -139,12 +144,12 @@ def test_the_grid_is_every_combination_once() -> None:
 def test_samples_are_points_of_the_grid_drawn_by_seed() -> None:
     base = make_recipe("adamw")
     axes = make_axes(base, {})
-    grid, some = make_grid(base, axes), make_grid(base, axes, 9)
+    grid, some = make_grid(rates(base), axes), make_grid(rates(base), axes, 9)
     assert len(set(some)) == 9 and some == [recipe for recipe in grid if recipe in set(some)]
-    assert some == make_grid(base, axes, 9)
-    other = make_grid(dataclasses.replace(base, seed=1), axes, 9)
+    assert some == make_grid(rates(base), axes, 9)
+    other = make_grid(rates(dataclasses.replace(base, seed=1)), axes, 9)
     assert [r.lr for r in other] != [r.lr for r in some]
-    assert make_grid(base, axes, 10_000) == grid
+    assert make_grid(rates(base), axes, 10_000) == grid
 
 
 def test_the_best_is_by_what_epochs_are_selected_by_then_by_order() -> None:
@@ -190,7 +195,7 @@ def test_the_published_adapter_is_what_train_gives_with_the_best_recipe(
     report = sweep(tiny, plan(colours, tmp_path / "swept"))
     trials = report["sweep"]["trials"]
     assert [(t["lr"], t["gate_init"], t["prompts"]) for t in trials] == [
-        (r.lr, r.gate_init, r.prompts) for r in make_grid(RECIPE, AXES)
+        (r.lr, r.gate_init, r.prompts) for r in make_grid(rates(RECIPE), AXES)
     ]
     assert all(t["status"] == "finished" and t["epochs"] == 2 for t in trials)
     chosen = min(trials, key=lambda trial: (-trial["val_accuracy"], trial["val_loss"]))
@@ -214,6 +219,15 @@ def test_the_published_adapter_is_what_train_gives_with_the_best_recipe(
     assert not (tmp_path / "swept" / ".train").exists() and not list(folder.glob(".*"))
     AdapterStore(tmp_path / "swept").remove("colours")
     assert not folder.exists()
+
+
+def test_the_report_lists_what_all_trials_share(tiny: Backbone, colours: Path, tmp_path: Path) -> None:
+    what = plan(colours, tmp_path, {"lr": [0.01, 0.02]}, final_fit=True)
+    scaled = [dataclasses.replace(recipe, head_lr_scale=1 / recipe.lr) for recipe in what.recipes]
+    shared = sweep(tiny, dataclasses.replace(what, recipes=scaled))["sweep"]["shared"]
+    assert shared["final_fit"] is False and shared["epochs"] == RECIPE.epochs
+    assert "lr" not in shared and "head_lr_scale" not in shared
+    assert "| final_fit | False |" in (tmp_path / "colours" / "sweep.md").read_text()
 
 
 def test_a_final_fit_is_the_winners_alone(tiny: Backbone, colours: Path, tmp_path: Path) -> None:
@@ -273,6 +287,21 @@ def test_an_interrupt_while_the_best_is_trained_costs_no_epoch(tiny: Backbone, c
     runner, recorder = InProcess(), Recorder()
     sweep(tiny, resumed(what), runner, recorder)
     assert runner.seen == [] and [record.epoch for record in recorder.epochs] == [1]
+
+
+def test_an_interrupted_training_of_other_settings_is_not_continued(
+    tiny: Backbone, colours: Path, tmp_path: Path
+) -> None:
+    what = plan(colours, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(tiny, what, None, Recorder(interrupt_at=1))
+    other = Job("colours", str(colours), tmp_path, dataclasses.replace(RECIPE, lr=0.3))
+    with pytest.raises(KeyboardInterrupt):
+        train_adapter(tiny, other, Recorder(interrupt_at=1), World())
+    recorder = Recorder()
+    report = sweep(tiny, resumed(what), None, recorder)
+    assert any("an interrupted run of 'colours' is replaced" in notice for notice in recorder.notices)
+    assert report["recipe"]["lr"] == 0.02
 
 
 def test_trials_that_were_stopped_early_run_again_when_none_are_to_be(tmp_path: Path) -> None:
@@ -351,7 +380,7 @@ def test_every_shape_of_grid_is_plotted(tmp_path: Path, varying: tuple[str, ...]
     axes = {name: both if name in varying else both[:1] for name, both in values.items()}
     trials = [
         {name: getattr(recipe, name) for name in axes} | Outcome(1.0, 2, 1, 0.1 * index, 1.0).to_dict(2)
-        for index, recipe in enumerate(make_grid(RECIPE, axes))
+        for index, recipe in enumerate(make_grid(rates(RECIPE), axes))
     ]
     trials[0] |= {"status": "stopped"}
     report = {"task": "t", "method": "gated", "backbone": "b", "sweep": {"axes": axes, "trials": trials, "best": 0}}
@@ -402,6 +431,7 @@ def fake_ray(monkeypatch: pytest.MonkeyPatch, machines: list[dict[str, float]]) 
     [
         (["--lr", "0.1;0.2"], "'0.1;0.2' is not a valid float"),
         (["--prompts", "3,"], "'' is not a valid integer"),
+        (["--data", "digits", "--recipe", "full"], "--method full: a sweep publishes an adapter"),
         (["--device", "cuda:1"], "use cuda, and CUDA_VISIBLE_DEVICES"),
         (["--ray-address", "ray://head:10001"], "run the command on a machine of the cluster"),
     ],
@@ -409,6 +439,27 @@ def fake_ray(monkeypatch: pytest.MonkeyPatch, machines: list[dict[str, float]]) 
 def test_bad_options_end_with_one_line(args: list[str], message: str) -> None:
     result = CliRunner().invoke(main, ["sweep", "--task", "t", *args])
     assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "head_rates"),
+    [(["--recipe", "lda"], [0.002, 0.002]), (["--recipe", "lda", "--head-lr-scale", "3"], [0.03, 0.3])],
+)
+def test_each_trial_has_the_recipe_that_train_would_take_at_its_rate(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, args: list[str], head_rates: list[float]
+) -> None:
+    asked: list[Sweep] = []
+
+    def stop(_: Backbone, __: BackboneSource, what: Sweep, *___: Any) -> None:
+        asked.append(what)
+        raise UsageError("enough")
+
+    monkeypatch.setattr("gpt_serve.train.sweep.run_sweep", stop)
+    flags = ["sweep", "--task", "t", "--data", str(colours), "--adapters", str(tmp_path)]
+    result = CliRunner().invoke(main, [*flags, "--lr", "0.01,0.1", "--gate-init", "1", "--prompts", "10", *args])
+    assert result.stderr.endswith("enough\n")
+    assert [recipe.lr for recipe in asked[0].recipes] == [0.01, 0.1]
+    assert [recipe.lr * recipe.head_lr_scale for recipe in asked[0].recipes] == pytest.approx(head_rates)
 
 
 def test_without_ray_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
