@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from gpt_serve.adapter import Adapter
+from gpt_serve.train.figures import save_figure
+from gpt_serve.train.files import replacing
 from gpt_serve.train.inspection import Inspection, inspect_adapter, plot_inspection
 
 
@@ -17,11 +19,19 @@ def confusion_matrix(predictions: Tensor, targets: Tensor, classes: int) -> Tens
 
 
 def write_card(folder: Path, adapter: Adapter, revision: str, confusion: Tensor, split: str) -> None:
-    """Write ``README.md``, ``gates.png`` and ``confusion.png`` into the adapter's folder."""
+    """Write ``README.md``, ``gates.png`` and ``confusion.png`` into the adapter's folder, each as a whole.
+
+    Args:
+        confusion: (C, C) on the images of ``split``.
+
+    Raises:
+        OSError: the disk refuses.
+    """
     inspection = inspect_adapter(adapter)
     plot_inspection(inspection, f"{adapter.task} ({adapter.method})", folder / "gates.png")
     plot_confusion(confusion, adapter.labels, f"{adapter.task}: {split} images", folder / "confusion.png")
-    (folder / "README.md").write_text(card_text(adapter, revision, inspection, split), encoding="utf-8")
+    with replacing(folder / "README.md") as temporary:
+        temporary.write_text(card_text(adapter, revision, inspection, split), encoding="utf-8")
 
 
 def plot_confusion(confusion: Tensor, labels: Sequence[str], title: str, path: Path) -> None:
@@ -40,7 +50,7 @@ def plot_confusion(confusion: Tensor, labels: Sequence[str], title: str, path: P
         size = 8 if len(labels) <= 30 else 4
         axes.set_xticks(range(len(labels)), [_plain(label) for label in labels], rotation=90, fontsize=size)
         axes.set_yticks(range(len(labels)), [_plain(label) for label in labels], fontsize=size)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path, dpi=120)
 
 
 def _plain(label: str) -> str:

@@ -1,14 +1,15 @@
 """What an interrupted run leaves behind: one file per task, replaced after each epoch."""
 
 import contextlib
-import os
 import pickle
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
 
 from gpt_serve.errors import UsageError
+from gpt_serve.train.files import replacing
 
 
 class RunCheckpoint:
@@ -30,12 +31,15 @@ class RunCheckpoint:
         """Make the folder, so that one that cannot be written to is known before anything trains.
 
         Raises:
-            UsageError: it cannot be made.
+            UsageError: it cannot be made or written to.
         """
+        folder = self.path.parent
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=folder):
+                pass
         except OSError as error:
-            raise UsageError(f"the folder {self.path.parent} cannot be made: {error.strerror}") from error
+            raise UsageError(f"the folder {folder} cannot be made or written to: {error.strerror}") from error
 
     def save(self, identity: dict[str, Any], state: dict[str, Any]) -> None:
         """Replace the stored state; a crash leaves the old one.
@@ -44,14 +48,12 @@ class RunCheckpoint:
             identity: what must be equal for a run to continue (recipe, backbone, data), as plain JSON values.
             state: tensors and plain data.
         """
-        temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
         try:
-            torch.save({"identity": identity, "state": state}, temporary)
-            os.replace(temporary, self.path)
-        except OSError as error:
-            raise UsageError(f"the checkpoint {self.path} cannot be written: {error.strerror}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
+            with replacing(self.path) as temporary:
+                torch.save({"identity": identity, "state": state}, temporary)
+        except (OSError, RuntimeError) as error:  # torch's writer raises the latter
+            reason = getattr(error, "strerror", None) or "is the disk full?"
+            raise UsageError(f"the checkpoint {self.path} cannot be written: {reason}") from error
 
     def require(self) -> None:
         """Raise `UsageError` when there is no stored run."""

@@ -1,10 +1,10 @@
 """Figures as files."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt_serve.errors import UsageError
+from gpt_serve.train.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,9 +20,5 @@ def save_figure(figure: "Figure", path: Path, dpi: int) -> None:
     kind = path.suffix[1:] or "png"
     if kind.lower() not in (known := figure.canvas.get_supported_filetypes()):
         raise UsageError(f"the plot cannot be written to {path}: {kind!r} is none of {', '.join(sorted(known))}")
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
+    with replacing(path) as temporary:
         figure.savefig(temporary, dpi=dpi, format=kind)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -1,11 +1,11 @@
 """What a finished run leaves: a published adapter with its card, or a fine-tuned model."""
 
 import json
-import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -14,6 +14,7 @@ from gpt_serve.backbone import Backbone
 from gpt_serve.errors import UsageError
 from gpt_serve.store import AdapterStore
 from gpt_serve.train.card import confusion_matrix, write_card
+from gpt_serve.train.files import replacing
 from gpt_serve.train.full import FullModule
 from gpt_serve.train.loop import Progress
 from gpt_serve.train.methods import AdapterModule
@@ -57,16 +58,14 @@ def store_model(path: Path, module: FullModule, labels: tuple[str, ...], summary
     Raises:
         UsageError: the disk refuses.
     """
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    metadata = {"labels": json.dumps(labels, ensure_ascii=False), "training": json.dumps(summary)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        metadata = {"labels": json.dumps(labels, ensure_ascii=False), "training": json.dumps(summary)}
-        save_file(module.weights(), temporary, metadata)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UsageError(f"the fine-tuned model {path} cannot be written: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        with replacing(path) as temporary:
+            save_file(module.weights(), temporary, metadata)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UsageError(f"the fine-tuned model {path} cannot be written: {reason}") from error
 
 
 def publish(adapters: Path, adapter: Adapter, confusion: Tensor, split: str) -> str:

@@ -1,12 +1,12 @@
 """What a sweep tried, beside the adapter that it found: ``sweep.json``, ``sweep.md`` and ``sweep.png``."""
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt_serve.errors import UsageError
+from gpt_serve.train.files import replacing
 from gpt_serve.train.loop import Score
 from gpt_serve.train.recipe import Select
 
@@ -33,12 +33,8 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
     }
     try:
         for name, write in writers.items():
-            temporary = folder / f".{name}.{os.getpid()}.tmp"
-            try:
+            with replacing(folder / name) as temporary:
                 write(temporary)
-                os.replace(temporary, folder / name)
-            finally:
-                temporary.unlink(missing_ok=True)
     except OSError as error:
         raise UsageError(f"the adapter is published, but the sweep's report cannot be written: {error}") from error
 

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt_serve.errors import UsageError
+from gpt_serve.train.files import replacing
 from gpt_serve.train.loop import Score
 from gpt_serve.train.recipe import Recipe
 
@@ -115,14 +115,12 @@ class TrialStore:
             identity: what tells it from others (recipe, backbone, data), as plain JSON values.
         """
         name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
-        temporary = self.path / f"{name}.{os.getpid()}.tmp"
+        text = json.dumps({"identity": identity, "outcome": asdict(outcome)})
         try:
-            temporary.write_text(json.dumps({"identity": identity, "outcome": asdict(outcome)}), encoding="utf-8")
-            os.replace(temporary, self.path / f"{name}.json")
+            with replacing(self.path / f"{name}.json") as temporary:
+                temporary.write_text(text, encoding="utf-8")
         except OSError as error:
             raise UsageError(f"the trial cannot be written to {self.path}: {error.strerror}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def load(self, identities: Sequence[dict[str, Any]], *, stopped: bool) -> dict[int, Outcome]:
         """Outcomes of those of ``identities`` that are finished, by index.

@@ -293,9 +293,13 @@ def test_the_first_steps_follow_the_optimizer_of_the_recipe(tiny: Backbone, colo
 def test_a_folder_that_cannot_be_written_is_known_before_training(
     tiny: Backbone, colours: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "adapters").write_text("a file in the way")
     recorder = Recorder()
-    with pytest.raises(UsageError, match=r"cannot be made: (Not a directory|File exists)"):
+    (tmp_path / "held").mkdir()
+    (tmp_path / "held" / ".train").symlink_to("/proc")  # a folder that even root cannot write to
+    with pytest.raises(UsageError, match=r"\.train cannot be made or written to: "):
+        train(tiny, job(colours, tmp_path / "held"), recorder)
+    (tmp_path / "adapters").write_text("a file in the way")
+    with pytest.raises(UsageError, match=r"cannot be made or written to: (Not a directory|File exists)"):
         train(tiny, job(colours, tmp_path / "adapters"), recorder)
     assert recorder.epochs == []
 
