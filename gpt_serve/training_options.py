@@ -36,7 +36,7 @@ _method_options = option_group(
         show_default=True,
         help="Where the options below come from unless they are given. paper: SGD, with the row of the paper's Table 5 "
         "for task and backbone; auto: that row for --method gated, lda where there is none or the backbone is bundled; "
-        "full for --method full; adamw for other methods.",
+        "full for --method full; spt for spt-* on published backbones; adamw for other methods.",
     ),
 )
 _recipe_options = option_group(

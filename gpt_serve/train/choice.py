@@ -3,7 +3,9 @@
 from typing import Any
 
 from gpt_serve.backbone import BUNDLED, Backbone
+from gpt_serve.errors import UsageError
 from gpt_serve.train.data import Benchmark
+from gpt_serve.train.methods import find_method
 from gpt_serve.train.paper_table import Row, find_row
 from gpt_serve.train.recipe import PROTOCOLS, Recipe, make_recipe
 
@@ -15,7 +17,8 @@ def choose_recipe(
 
     ``paper`` takes the row of Table 5 for the task and the backbone's family, and values from the middle of the table
     where there is none. ``auto`` takes that row for the method ``gated``, or ``lda`` where there is none and on the
-    bundled backbone, where it measured better; full fine-tuning gets ``full`` and every other method ``adamw``.
+    bundled backbone, where it measured better; the SPT methods get ``spt`` on other MAE and MoCo v3 backbones, full
+    fine-tuning ``full`` and every other method ``adamw``.
 
     Args:
         name: ``auto`` or a name of `RECIPES`.
@@ -24,12 +27,12 @@ def choose_recipe(
         overrides: fields of the recipe; None for those that are not given.
 
     Raises:
-        UsageError: a setting that cannot work.
+        UsageError: a setting that cannot work, or one of something that the method does not learn.
     """
     task = published[1] if published else task
     row = None if backbone.family is None else find_row(task, backbone.family)
     if name == "auto":
-        name = _of_method(overrides.get("method"), published=row is not None and backbone.name != BUNDLED)
+        name = _of_method(overrides.get("method"), row, backbone)
         why = _why_not(row, task, backbone) if name == "lda" else ""
     elif name == "paper" and row is None:
         known = "the backbone is neither MAE nor MoCo v3" if backbone.family is None else f"it has no task {task!r}"
@@ -39,18 +42,29 @@ def choose_recipe(
     defaults: dict[str, Any] = {}
     if name == "paper" and row is not None:
         defaults, why = row.settings(), _taken(row, overrides)
-    elif name == "spt" and backbone.family == "mocov3":
-        defaults = {"head_init": "tiny"}
+    elif name == "spt":
+        defaults = {"head_init": "tiny"} if backbone.family == "mocov3" else {}
+        why = " (Wang et al., MAE on CUB)"
     if published is not None:
         defaults |= PROTOCOLS[published[0]]
         why += f"; images as for {published[0].upper()}"
     given = {key: value for key, value in overrides.items() if value is not None}
-    return make_recipe(name, **defaults | given), f"recipe {name}{why}"
+    recipe = make_recipe(name, **defaults | given)
+    method = find_method(recipe.method)
+    for field, what, learned in (("prompts", "prompts", method.prompts), ("gate_init", "gates", method.gated)):
+        if field in given and not learned:
+            flag = field.replace("_", "-")
+            raise UsageError(f"--{flag}: the method {recipe.method} learns no {what}: leave it out")
+    return recipe, f"recipe {name}{why}"
 
 
-def _of_method(method: str | None, *, published: bool) -> str:
+def _of_method(method: str | None, row: Row | None, backbone: Backbone) -> str:
+    """What ``auto`` means."""
+    published = backbone.name != BUNDLED
     if method in (None, "gated"):
-        return "paper" if published else "lda"
+        return "paper" if published and row is not None else "lda"
+    if method in ("spt-shallow", "spt-deep") and published and backbone.family is not None:
+        return "spt"
     return "full" if method == "full" else "adamw"
 
 

@@ -146,4 +146,4 @@ def _check(adapter: Adapter, job: ClosingJob) -> tuple[Recipe, str]:
     epochs = max(LEAST_EPOCHS, math.ceil(recipe.epochs / 4)) if job.epochs is None else job.epochs
     lr = recipe.lr / 4 if job.lr is None else job.lr
     # The tolerance is of accuracy, so that is what an epoch must be good in, whatever it was while training.
-    return replace(recipe, epochs=epochs, warmup=0, lr=lr, select="accuracy"), sha256
+    return replace(recipe, epochs=epochs, warmup=0, lr=lr, min_lr=min(recipe.min_lr, lr), select="accuracy"), sha256

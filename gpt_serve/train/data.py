@@ -108,7 +108,11 @@ def _resolve(source: str) -> Source:
     Raises:
         DataError: neither.
     """
-    if Path(source).exists():
+    try:
+        there = Path(source).exists()
+    except OSError as error:
+        raise DataError(f"--data {source[:100]} cannot be read: {error.strerror}") from error
+    if there:
         if not Path(source).is_dir():
             raise DataError(f"--data {source} is a file: give an image folder or the name of a data set")
         return Source("folder", source)

@@ -13,6 +13,7 @@ images that are left out: `FOLDS`-fold, without a look at validation images.
 Shapes: images ``n``, classes ``C``, width ``D``.
 """
 
+from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
@@ -85,10 +86,7 @@ def lda_head(features: Tensor, targets: Tensor, classes: int) -> tuple[Tensor, T
 
 def _settle(rows: Tensor, targets: Tensor, folds: Tensor, priors: Tensor) -> tuple[float, float]:
     """The shrinkage and the scale with the least cross-entropy on images that are left out."""
-    losses = {}
-    for shrinkage, (logits, expected) in _left_out(rows, targets, folds, len(priors)).items():
-        for scale in SCALES:
-            losses[shrinkage, scale] = F.cross_entropy(scale * logits + priors, expected).item()
+    losses = _left_out(rows, targets, folds, priors)
     if not losses:
         return NEAREST_MEAN, SCALES[-1]
     enough = min(losses.values()) + ALIKE
@@ -96,23 +94,25 @@ def _settle(rows: Tensor, targets: Tensor, folds: Tensor, priors: Tensor) -> tup
     return max(alike, key=lambda setting: (setting[0], -setting[1]))
 
 
-def _left_out(rows: Tensor, targets: Tensor, folds: Tensor, classes: int) -> dict[float, tuple[Tensor, Tensor]]:
-    """Of each shrinkage, logits (k, C) of images that were left out, and their classes; without classes' only images.
+def _left_out(rows: Tensor, targets: Tensor, folds: Tensor, priors: Tensor) -> dict[tuple[float, float], float]:
+    """Mean cross-entropy of images that were left out, by (shrinkage, scale); without classes' only images.
 
     Where no class keeps two images there is no covariance to shrink: all give the nearest mean.
     """
-    logits: dict[float, list[Tensor]] = {shrinkage: [] for shrinkage in SHRINKAGES}
-    expected = []
+    losses: defaultdict[tuple[float, float], float] = defaultdict(float)
+    judged_in_all = 0
     for fold in range(FOLDS):
         kept = folds != fold
         judged = ~kept & torch.isin(targets, targets[kept])
         if not judged.any():
             continue
-        found = Discriminant.fit(rows[kept], targets[kept], classes)
-        expected.append(targets[judged])
+        judged_in_all += int(judged.sum())
+        found = Discriminant.fit(rows[kept], targets[kept], len(priors))
         for shrinkage in SHRINKAGES:
             weight, bias = found.head(shrinkage)
-            logits[shrinkage].append(rows[judged] @ weight.T + bias)
-    if not expected:
-        return {}
-    return {shrinkage: (torch.cat(logits[shrinkage]), torch.cat(expected)) for shrinkage in SHRINKAGES}
+            logits = rows[judged] @ weight.T + bias
+            for scale in SCALES:
+                losses[shrinkage, scale] += F.cross_entropy(
+                    scale * logits + priors, targets[judged], reduction="sum"
+                ).item()
+    return {setting: loss / judged_in_all for setting, loss in losses.items()}

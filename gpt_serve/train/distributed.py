@@ -10,6 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from gpt_serve.errors import UsageError
+
+TORCHRUN = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what it sets beside WORLD_SIZE
 Item = TypeVar("Item")
 
 
@@ -58,11 +61,17 @@ class World:
 
 @contextmanager
 def join_world(device: str) -> Iterator[tuple[World, str]]:
-    """The world that torchrun set up and this process's device; a world of one without torchrun."""
+    """The world that torchrun set up and this process's device; a world of one without torchrun.
+
+    Raises:
+        UsageError: only a part of what torchrun sets is set.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield World(), device
         return
+    if missing := [name for name in TORCHRUN if name not in os.environ]:
+        raise UsageError(f"WORLD_SIZE is {size}, but {', '.join(missing)} not set: start with torchrun, or unset it")
     on_cuda = device.startswith("cuda")
     if on_cuda:
         device = f"cuda:{os.environ['LOCAL_RANK']}"

@@ -23,7 +23,7 @@ from gpt_serve.train.nmi import nmi_probe
 from gpt_serve.train.publishing import describe, publish_trained
 from gpt_serve.train.recipe import Recipe, prepared
 from gpt_serve.train.start import start_from_data
-from gpt_serve.train.views import Unreadable, View, joined, scan
+from gpt_serve.train.views import CACHE_BYTES, Scan, Unreadable, View, joined, scan
 
 
 class Reporter(Protocol):
@@ -174,7 +174,7 @@ def new_trainer(backbone: Backbone, job: Job, views: Views, reporter: Reporter, 
         start_from_data(backbone, module, job, train, reporter)
     nmi = None
     if job.nmi and isinstance(module, AdapterModule):
-        nmi = nmi_probe(backbone, module, val or train)
+        nmi = nmi_probe(backbone, module, val or train.drawn("none"))
     return Trainer(backbone, module, recipe, train=train, val=val, world=world, workers=job.workers, nmi=nmi)
 
 
@@ -206,7 +206,9 @@ def load_views(dataset: Dataset, backbone: Backbone, job: Job, reporter: Reporte
     splits: dict[str, Split] = {"train": dataset.train, "val": dataset.val, "test": dataset.test}
     preprocess = backbone.spec.preprocess
     tick = reporter.scanning(sum(len(split) for split in splits.values()))
-    scans = {name: scan(split, preprocess, tick) for name, split in splits.items()}
+    scans: dict[str, Scan] = {}
+    for name, split in splits.items():
+        scans[name] = scan(split, preprocess, tick, CACHE_BYTES - sum(done.cached for done in scans.values()))
     bad = [image for result in scans.values() for image in result.unreadable]
     if bad:
         reporter.unreadable(bad)

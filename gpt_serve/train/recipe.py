@@ -129,6 +129,7 @@ class Recipe:
         return asdict(self) | {"temperature": self.tempered, "prompt_init": self.initialisation}
 
 
+HEAD_RATE = 0.02  # of a random head, by the recipe adamw
 LDA_HEAD_RATE = 0.002
 
 RECIPES = {
@@ -206,9 +207,11 @@ def _lda_defaults(given: dict[str, Any]) -> dict[str, Any]:
     method = find_method(given.get("method", "gated"))
     if method.full:
         raise UsageError("--recipe lda is for adapters: with --method full choose --recipe full --head-init lda")
+    rate = LDA_HEAD_RATE if given.get("head_init", "lda") == "lda" else HEAD_RATE
     if not method.prompts:
-        return {"prompt_init": "random", "lr": LDA_HEAD_RATE, "head_lr_scale": 1.0}
-    return {"head_lr_scale": LDA_HEAD_RATE / given["lr"]} if given.get("lr", 0) > 0 else {}
+        return {"prompt_init": "random", "lr": rate, "head_lr_scale": 1.0}
+    lr = given.get("lr", RECIPES["lda"].lr)
+    return {"head_lr_scale": rate / lr} if lr > 0 else {}
 
 
 def prepared(preprocess: Preprocess, name: Preparation) -> Preprocess:

@@ -159,13 +159,16 @@ def readable(data: bytes) -> bytes:
     """The file itself if it is JPEG, PNG or WebP, which is all that `decode` takes; else its pixels as PNG.
 
     Raises:
-        OSError: Pillow cannot read it.
+        OSError: Pillow cannot read it, or has too many pixels to.
     """
     try:
         identify(data)
     except UnsupportedImage:
-        with Image.open(io.BytesIO(data)) as image:
-            return png(image)
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                return png(image)
+        except Image.DecompressionBombError as error:
+            raise OSError(str(error)) from error
     return data
 
 

@@ -18,7 +18,7 @@ from gpt_serve.train.data import Sample, Split
 from gpt_serve.train.recipe import Augment
 from gpt_serve.train.samples import pick, rank_in_class
 
-# Scaled images are kept in memory up to this size; larger datasets are decoded again each epoch.
+# Scaled images of a data set are kept in memory up to this size; splits that exceed it are decoded again each epoch.
 CACHE_BYTES = 1 << 30
 
 
@@ -36,7 +36,7 @@ class Scan:
 
     Attributes:
         hashes: SHA-256 of each sample's bytes, in order; empty where unreadable.
-        scaled: uint8 (3, h, w) of each sample, before the crop; None when they exceed the cache.
+        scaled: uint8 (3, h, w) of each sample, before the crop; None when they exceed their room.
         unreadable: the images that failed.
     """
 
@@ -44,9 +44,18 @@ class Scan:
     scaled: list[Tensor] | None
     unreadable: list[Unreadable]
 
+    @property
+    def cached(self) -> int:
+        """Bytes of ``scaled``."""
+        return sum(image.numel() for image in self.scaled or ())
 
-def scan(samples: Split, preprocess: Preprocess, on_image: Callable[[], object]) -> Scan:
-    """Decode every sample once, in parallel; ``on_image`` is called after each."""
+
+def scan(samples: Split, preprocess: Preprocess, on_image: Callable[[], object], room: int = CACHE_BYTES) -> Scan:
+    """Decode every sample once, in parallel; ``on_image`` is called after each.
+
+    Args:
+        room: bytes that scaled images may take.
+    """
     hashes: list[str] = []
     unreadable: list[Unreadable] = []
     scaled: list[Tensor] | None = []
@@ -64,7 +73,7 @@ def scan(samples: Split, preprocess: Preprocess, on_image: Callable[[], object])
                 image, name = result
                 hashes.append(name)
                 used += image.numel()
-                if used > CACHE_BYTES:
+                if used > room:
                     scaled = None
                 if scaled is not None:
                     scaled.append(image)

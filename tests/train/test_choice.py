@@ -40,6 +40,8 @@ def test_every_task_of_the_table_takes_its_row(name: str, family: Family) -> Non
         ("auto", "cub", None, None, "lda", "recipe lda (Table 5 has no row for task 'cub' on vit_base"),
         ("auto", "cub", "mae", "gated-deep", "adamw", "recipe adamw"),
         ("auto", "cub", None, "linear", "adamw", "recipe adamw"),
+        ("auto", "mine", "mae", "spt-deep", "spt", "recipe spt (Wang et al., MAE on CUB)"),
+        ("auto", "cub", None, "spt-deep", "adamw", "recipe adamw"),
         ("adamw", "cub", "mae", None, "adamw", "recipe adamw"),
         ("paper", "mine", "mae", None, "paper", "recipe paper without a row of Table 5 (it has no task 'mine')"),
         ("paper", "cub", None, None, "paper", "recipe paper without a row of Table 5 (the backbone is neither MAE nor"),
@@ -89,6 +91,27 @@ def test_spt_starts_the_head_smaller_with_moco() -> None:
     assert choose_recipe("spt", "cub", backbone("mocov3"))[0].head_init == "tiny"
     assert choose_recipe("spt", "cub", backbone("mocov3"), head_init="small")[0].head_init == "small"
     assert choose_recipe("spt", "cub", backbone("mae"))[0].head_init == "small"
+
+
+def test_the_spt_recipe_is_the_default_of_its_methods_on_published_backbones() -> None:
+    recipe, text = choose_recipe("auto", "cub", backbone("mocov3"), method="spt-shallow", lr=0.1)
+    assert text == "recipe spt (Wang et al., MAE on CUB)"
+    assert (recipe.prompts, recipe.head_weight_decay, recipe.head_init, recipe.lr) == (100, 0.5, "tiny", 0.1)
+    assert choose_recipe("auto", "cub", backbone("mae", BUNDLED), method="spt-deep")[1] == "recipe adamw"
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "words"),
+    [
+        ("linear", {"prompts": 50}, "--prompts: the method linear learns no prompts"),
+        ("linear", {"gate_init": 3.0}, "--gate-init: the method linear learns no gates"),
+        ("vpt-deep", {"gate_init": 3.0}, "--gate-init: the method vpt-deep learns no gates"),
+        ("full", {"prompts": 1}, "--prompts: the method full learns no prompts"),
+    ],
+)
+def test_values_for_what_is_not_learned_are_refused(method: str, given: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        choose_recipe("auto", "cub", backbone("mae"), method=method, **given)
 
 
 def test_a_setting_that_cannot_work_is_refused() -> None:

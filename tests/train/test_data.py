@@ -115,6 +115,11 @@ def test_an_unknown_name_gets_a_suggestion(source: str, words: str) -> None:
     assert "\n" not in str(caught.value) and str(caught.value).startswith(f"--data {source}")
 
 
+def test_a_name_that_the_disk_refuses_is_one_line() -> None:
+    with pytest.raises(DataError, match="^--data (x/)+.* cannot be read: File name too long$"):
+        open_dataset("x/" * 3000, seed=0)
+
+
 def test_a_file_is_no_data_set(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(DataError, match="is a file"):

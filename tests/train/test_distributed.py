@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 
+from gpt_serve.errors import UsageError
 from gpt_serve.train.distributed import World, join_world
 
 
@@ -54,3 +55,11 @@ def test_a_world_of_one_needs_no_process_group() -> None:
         assert (world, device) == (World(0, 1), "cpu")
         assert world.leader
         assert world.share([1, 2, 3]) == [1, 2, 3]
+
+
+def test_half_an_environment_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    missing = "LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set: start with torchrun"
+    with pytest.raises(UsageError, match=missing), join_world("cpu"):
+        pass

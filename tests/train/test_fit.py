@@ -12,6 +12,7 @@ from gpt_serve.backbone import Backbone
 from gpt_serve.engine import Engine, Prediction
 from gpt_serve.errors import DataError, InvalidTaskName, UsageError
 from gpt_serve.store import AdapterStore
+from gpt_serve.train import fit
 from gpt_serve.train.data import open_dataset
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import Job, build_module, load_views, train_adapter
@@ -209,6 +210,22 @@ def test_training_images_are_augmented_and_no_others(tiny: Backbone, colours: Pa
         view.epoch = 1
         second = [view[index][0] for index in range(len(view))]
         assert any(not torch.equal(one, other) for one, other in zip(first, second, strict=True)) is augmented
+
+
+def test_splits_share_the_room_for_scaled_images(
+    tiny: Backbone, colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cached(room: int) -> list[bool]:
+        monkeypatch.setattr(fit, "CACHE_BYTES", room)
+        views = load_views(open_dataset(str(colours), 0), tiny, job(colours, tmp_path), Recorder())
+        assert views.test is not None
+        return [view.scaled is not None for view in (views.train, views.val, views.test)]
+
+    views = load_views(open_dataset(str(colours), 0), tiny, job(colours, tmp_path), Recorder())
+    assert views.train.scaled is not None and views.val.scaled is not None
+    train, val = (sum(image.numel() for image in images) for images in (views.train.scaled, views.val.scaled))
+    assert cached(train + val) == [True, True, False]
+    assert cached(train - 1) == [False, True, True]
 
 
 def test_nothing_is_selected_on_test_images(tiny: Backbone, colours: Path, tmp_path: Path) -> None:

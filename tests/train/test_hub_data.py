@@ -12,6 +12,8 @@ from PIL import Image
 from gpt_serve.errors import DataError
 from gpt_serve.images import decode
 from gpt_serve.train.data import Dataset, open_dataset, open_evaluation
+from gpt_serve.train.views import scan
+from tests.tiny_vit import PREPROCESS
 
 datasets = pytest.importorskip("datasets")
 
@@ -115,10 +117,28 @@ def test_images_without_a_class_are_refused(tmp_path: Path) -> None:
         open_dataset(f"hf:{folder}", 0)
 
 
-def test_a_column_that_holds_no_classes_is_refused(tmp_path: Path) -> None:
-    folder = write(tmp_path / "set", {"train": [0.5, 0.25]}, datasets.Value("float64"))
+@pytest.mark.parametrize("kind", ["float64", "list"])
+def test_a_column_that_holds_no_classes_is_refused(tmp_path: Path, kind: str) -> None:
+    feature = datasets.Sequence(datasets.Value("int64")) if kind == "list" else datasets.Value(kind)
+    folder = write(tmp_path / "set", {"train": [[1], [2]] if kind == "list" else [0.5, 0.25]}, feature)
     with pytest.raises(DataError, match="the column 'label' holds no classes"):
         open_dataset(f"hf:{folder}?label=label", 0)
+
+
+def test_rows_without_an_image_and_images_of_too_many_pixels_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "set" / "data"
+    folder.mkdir(parents=True)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=CLASSES)})
+    images = [None, {"bytes": picture(0, "BMP"), "path": None}, *({"bytes": picture(i), "path": None} for i in (1, 2))]
+    table = datasets.Dataset.from_dict({"image": images, "label": [0, 1, 0, 1]}, features=features)
+    table.to_parquet(str(folder / "train-00000-of-00001.parquet"))
+    table.to_parquet(str(folder / "test-00000-of-00001.parquet"))
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 30)
+    found = scan(open_dataset(f"hf:{folder.parent}", 0).test, PREPROCESS, lambda: None)
+    assert [image.reason.split(" (")[0] for image in found.unreadable[:1]] == ["the row holds no image"]
+    assert "exceeds limit" in found.unreadable[1].reason and len(found.unreadable) == 2
 
 
 def test_images_that_the_decoder_does_not_take_become_png(tmp_path: Path) -> None:

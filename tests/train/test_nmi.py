@@ -1,5 +1,6 @@
 """NMI against scikit-learn, and what training records of it."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from gpt_serve.backbone import Backbone
 from gpt_serve.errors import UsageError
 from gpt_serve.prompted import embed
 from gpt_serve.store import AdapterStore
+from gpt_serve.train import fit as fitting
 from gpt_serve.train.attention_maps import adapter_rows, by_block
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import Job, train_adapter
 from gpt_serve.train.nmi import normalized_mutual_information, plot_nmi, prompt_nmi, recorded_nmi
 from gpt_serve.train.recipe import make_recipe
+from gpt_serve.train.views import View
 from tests.factories import make_adapter
 from tests.tiny_vit import METHODS, random_images
 from tests.train.conftest import Recorder
@@ -106,6 +109,16 @@ def test_training_records_a_row_per_epoch(measured: Any) -> None:
     assert nmi.shape == (3, 3)
     assert ((nmi > 0) & (nmi <= 1)).all()
     assert not torch.equal(nmi[0], nmi[2])
+
+
+def test_without_validation_images_the_training_images_are_measured_as_they_are(
+    tiny: Backbone, colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probed: list[View] = []
+    monkeypatch.setattr(fitting, "nmi_probe", lambda backbone, module, view: probed.append(view))
+    recipe = dataclasses.replace(RECIPE, final_fit=True)
+    train_adapter(tiny, Job("colours", str(colours), tmp_path, recipe, nmi=True, workers=0), Recorder(), World())
+    assert [view.augment for view in probed] == ["none"]
 
 
 def test_measuring_changes_nothing(tiny: Backbone, colours: Path, tmp_path: Path, measured: Any) -> None:

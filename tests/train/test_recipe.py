@@ -112,6 +112,8 @@ def test_the_lda_recipe_is_for_adapters() -> None:
     for lr in (0.05, 0.005, 0.3):
         assert make_recipe("lda", lr=lr).head_lr_scale * lr == pytest.approx(0.002)
     assert make_recipe("lda", lr=0.01, head_lr_scale=3.0).head_lr_scale == 3
+    random_head = make_recipe("lda", head_init="small")
+    assert random_head.head_lr_scale * random_head.lr == pytest.approx(0.02) == RECIPES["adamw"].head_lr_scale * 0.01
     linear = make_recipe("lda", method="linear")
     assert (linear.initialisation, linear.lr, linear.head_lr_scale) == ("random", 0.002, 1)
     assert make_recipe("lda", method="linear", lr=0.1).head_lr_scale == 1

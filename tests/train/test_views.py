@@ -1,7 +1,6 @@
 import torch
 
 from gpt_serve.specs import Preprocess
-from gpt_serve.train import views
 from gpt_serve.train.data import open_dataset
 from gpt_serve.train.views import View, ordered_batches, scan, shuffled_batches
 from tests.tiny_vit import PREPROCESS
@@ -59,11 +58,10 @@ def test_crops_lie_anywhere_in_the_image() -> None:
     assert corners == {(top, left) for top in range(5) for left in range(3)}
 
 
-def test_images_beyond_the_cache_are_decoded_again_to_the_same_pixels(monkeypatch) -> None:  # type: ignore[no-untyped-def]
+def test_images_beyond_the_cache_are_decoded_again_to_the_same_pixels() -> None:
     samples = open_dataset("digits", seed=0).test[:5]
     cached = scan(samples, CROPPED, lambda: None)
-    monkeypatch.setattr(views, "CACHE_BYTES", 100)
-    streamed = scan(samples, CROPPED, lambda: None)
+    streamed = scan(samples, CROPPED, lambda: None, room=100)
     assert cached.scaled is not None
     assert streamed.scaled is None
     assert cached.hashes == streamed.hashes

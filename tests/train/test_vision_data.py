@@ -217,6 +217,17 @@ def test_damaged_files_are_one_line(data_root: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_opening_decodes_nothing_where_the_class_lists_its_samples(data_root: Path) -> None:
+    folder = data_root / "gtsrb" / "GTSRB"
+    pictures = [folder / "Training" / f"{label:05d}" / f"{index}.ppm" for label in range(2) for index in range(3)]
+    pictures += [folder / "Final_Test" / "Images" / f"{index}.ppm" for index in range(2)]
+    write_pictures(pictures)
+    (data_root / "gtsrb" / "GT-final_test.csv").write_text("Filename;ClassId\n0.ppm;1\n1.ppm;0\n")
+    pictures[0].write_bytes(b"no picture")
+    dataset = open_dataset("GTSRB", 0)
+    assert sizes(dataset) == [4, 2, 2] and [sample.target for sample in dataset.test] == [1, 0]
+
+
 def test_images_without_a_class_are_refused(data_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What Kaggle's competition calls test.csv has no labels."""
     trust_files(monkeypatch, "fer2013")

@@ -99,10 +99,10 @@ def _classes(name: str, label: str, table: Any, targets: Mapping[str, list[Any]]
     feature = table.features[label]
     if names := getattr(feature, "names", None):
         return dict(enumerate(names))
-    values = {value for split in targets.values() for value in split}
+    values = [value for split in targets.values() for value in split]
     if not all(isinstance(value, str | int) for value in values):
         raise DataError(f"--data hf:{name}: the column {label!r} holds no classes: append ?label=COLUMN")
-    return {value: value for value in sorted(values, key=lambda value: (str(type(value)), value))}
+    return {value: value for value in sorted(set(values), key=lambda value: (str(type(value)), value))}
 
 
 def _split(name: str, table: Any, image: str, values: list[Any], position: Mapping[Any, int]) -> Split:
@@ -120,4 +120,6 @@ def _split(name: str, table: Any, image: str, values: list[Any], position: Mappi
 
 def _read(files: Any, image: str, index: int) -> bytes:
     stored = files[index][image]
+    if stored is None:
+        raise OSError("the row holds no image")
     return readable(stored["bytes"] if stored["bytes"] is not None else Path(stored["path"]).read_bytes())

@@ -87,7 +87,11 @@ def _targets(name: str, data: Any) -> list[int]:
     for attribute in ("targets", "labels", "y", "_labels"):
         if (found := getattr(data, attribute, None)) is not None:
             return [int(target) for target in found]
-    targets = [data[index][1] for index in range(len(data))]
+    try:
+        pairs = getattr(data, "_samples", None) or (data[index] for index in range(len(data)))
+        targets = [target for _, target in pairs]
+    except Exception as error:  # those of the class and of its file format
+        raise DataError(f"--data torchvision:{name}: cannot be read in {data_root()}: {_reason(error)}") from error
     if None in targets:
         raise DataError(f"--data torchvision:{name}: the files hold images without a class: get those that have them")
     return [int(target) for target in targets]
