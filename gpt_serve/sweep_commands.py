@@ -66,7 +66,7 @@ def sweep(
     from gpt_serve.terminal import Terminal, echo_sweep, echo_trained
     from gpt_serve.train.choice import choose_recipe
     from gpt_serve.train.data import find_benchmark
-    from gpt_serve.train.fit import Job
+    from gpt_serve.train.job import Job
     from gpt_serve.train.methods import find_method
     from gpt_serve.train.recipe import Recipe
     from gpt_serve.train.sweep import Sweep, make_axes, make_grid, run_sweep

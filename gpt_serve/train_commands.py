@@ -63,7 +63,8 @@ def train(
     from gpt_serve.train.closing import ClosingJob
     from gpt_serve.train.data import find_benchmark
     from gpt_serve.train.distributed import join_world
-    from gpt_serve.train.fit import Job, train_adapter
+    from gpt_serve.train.fit import train_adapter
+    from gpt_serve.train.job import Job
     from gpt_serve.train.methods import find_method
 
     published = find_benchmark(data or task)

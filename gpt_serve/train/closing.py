@@ -15,9 +15,10 @@ from gpt_serve.errors import DataError, UsageError
 from gpt_serve.store import AdapterStore
 from gpt_serve.train.card import card_text, confusion_matrix
 from gpt_serve.train.data import open_dataset
-from gpt_serve.train.fit import Job, Reporter, Views, load_views, make_deterministic
+from gpt_serve.train.fit import load_views, make_deterministic
 from gpt_serve.train.gate_search import GateSearch
 from gpt_serve.train.inspection import inspect_adapter
+from gpt_serve.train.job import Job, Reporter, Views
 from gpt_serve.train.loop import predict_all
 from gpt_serve.train.methods import AdapterModule
 from gpt_serve.train.publishing import publish, utc_now

@@ -2,10 +2,8 @@
 
 import os
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -16,6 +14,7 @@ from gpt_serve.train.checkpoint import RunCheckpoint
 from gpt_serve.train.data import Dataset, Split, digest, open_dataset
 from gpt_serve.train.distributed import World
 from gpt_serve.train.full import FullModule
+from gpt_serve.train.job import Job, Reporter, Views
 from gpt_serve.train.loop import EpochRecord, Trainer, predict_all
 from gpt_serve.train.methods import AdapterModule, find_method
 from gpt_serve.train.modules import TaskModule
@@ -23,70 +22,7 @@ from gpt_serve.train.nmi import nmi_probe
 from gpt_serve.train.publishing import describe, publish_trained
 from gpt_serve.train.recipe import Recipe, prepared
 from gpt_serve.train.start import start_from_data
-from gpt_serve.train.views import CACHE_BYTES, Scan, Unreadable, View, joined, scan
-
-
-class Reporter(Protocol):
-    """Where progress goes."""
-
-    def scanning(self, total: int, what: str = "checking images") -> Callable[[], object]:
-        """So many images are about to be read; call the result after each."""
-
-    def unreadable(self, images: list[Unreadable]) -> None:
-        """These images cannot be read."""
-
-    def notice(self, text: str) -> None:
-        """One line worth knowing."""
-
-    def batch(self, epoch: int, loss: float, accuracy: float, images: int) -> None:
-        """A step was made: running loss and accuracy of the epoch, images in the step."""
-
-    def epoch(self, record: EpochRecord) -> None:
-        """An epoch is done and stored."""
-
-    def training(self, images: int, first_epoch: int, epochs: int) -> None:
-        """Training begins: images per epoch."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """What to train and where to put it.
-
-    Attributes:
-        task: name of the task.
-        data: image folder or name of a data set, see `open_dataset`.
-        adapters: folder of the adapter store.
-        recipe: hyperparameters.
-        resume: continue the interrupted run of this task.
-        skip_unreadable: train without the images that cannot be read instead of stopping.
-        workers: processes that decode when the images exceed the cache.
-        nmi: record the mutual information between prompts and patch tokens after each epoch.
-    """
-
-    task: str
-    data: str
-    adapters: Path
-    recipe: Recipe
-    resume: bool = False
-    skip_unreadable: bool = False
-    workers: int = 2
-    nmi: bool = False
-
-
-@dataclass(frozen=True)
-class Views:
-    """The splits as tensors; ``test`` is None when there is none."""
-
-    labels: tuple[str, ...]
-    train: View
-    val: View
-    test: View | None
-    digest: str
-
-    @property
-    def unseen(self) -> tuple[View, str]:
-        """Test images, validation images when there are none, and what they are called. Nothing is selected by them."""
-        return (self.val, "validation") if self.test is None else (self.test, "test")
+from gpt_serve.train.views import CACHE_BYTES, Scan, View, joined, scan
 
 
 def train_adapter(backbone: Backbone, job: Job, reporter: Reporter, world: World) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ import torch
 from gpt_serve.adapter import Adapter
 from gpt_serve.backbone import Backbone
 from gpt_serve.train.distributed import World
-from gpt_serve.train.fit import Job, Reporter, Views
+from gpt_serve.train.job import Job, Reporter, Views
 from gpt_serve.train.loop import Score, Trainer, evaluate
 from gpt_serve.train.methods import AdapterModule
 

@@ -3,7 +3,7 @@
 import json
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -16,18 +16,16 @@ from gpt_serve.store import AdapterStore
 from gpt_serve.train.card import confusion_matrix, write_card
 from gpt_serve.train.files import replacing
 from gpt_serve.train.full import FullModule
+from gpt_serve.train.job import Job, Views
 from gpt_serve.train.loop import Progress
 from gpt_serve.train.methods import AdapterModule
 from gpt_serve.train.modules import TaskModule
 
-if TYPE_CHECKING:
-    from gpt_serve.train.fit import Job, Views
-
 
 def publish_trained(
     backbone: Backbone,
-    job: "Job",
-    views: "Views",
+    job: Job,
+    views: Views,
     module: TaskModule,
     training: dict[str, Any],
     answers: tuple[Tensor, Tensor],
@@ -88,7 +86,7 @@ def publish(adapters: Path, adapter: Adapter, confusion: Tensor, split: str) -> 
     return revision
 
 
-def describe(job: "Job", views: "Views", module: TaskModule, progress: Progress, seconds: float) -> dict[str, Any]:
+def describe(job: Job, views: Views, module: TaskModule, progress: Progress, seconds: float) -> dict[str, Any]:
     """What the adapter's metadata and card tell about its training."""
     best = progress.best_record
     nmi = {"nmi": [record.nmi for record in progress.history]} if job.nmi else {}
@@ -112,7 +110,7 @@ def describe(job: "Job", views: "Views", module: TaskModule, progress: Progress,
 
 
 def to_adapter(
-    backbone: Backbone, job: "Job", labels: tuple[str, ...], module: AdapterModule, training: dict[str, Any]
+    backbone: Backbone, job: Job, labels: tuple[str, ...], module: AdapterModule, training: dict[str, Any]
 ) -> Adapter:
     """The module's tensors as a storable adapter."""
     return Adapter(

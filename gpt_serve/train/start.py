@@ -1,26 +1,22 @@
 """What training starts from: prompts, the norm and the head as the training images have them."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import nn
 
 from gpt_serve.backbone import Backbone
 from gpt_serve.train.discriminant import lda_head
+from gpt_serve.train.job import Job, Reporter
 from gpt_serve.train.loop import features_of
 from gpt_serve.train.methods import AdapterModule
 from gpt_serve.train.modules import TaskModule
 from gpt_serve.train.prompt_init import images_to_read, prompts_from_tokens
 from gpt_serve.train.views import View, thinned
 
-if TYPE_CHECKING:
-    from gpt_serve.train.fit import Job, Reporter
-
 MOST_FEATURES = 40_000  # that discriminant analysis takes: they are held at once
 AUGMENTED = 3  # augmented views of each image that it takes
 
 
-def start_from_data(backbone: Backbone, module: TaskModule, job: "Job", view: View, reporter: "Reporter") -> None:
+def start_from_data(backbone: Backbone, module: TaskModule, job: Job, view: View, reporter: Reporter) -> None:
     """Set what the recipe takes from the training images: prompts and what is standard, not augmented, then the head.
 
     Raises:
@@ -37,7 +33,7 @@ def start_from_data(backbone: Backbone, module: TaskModule, job: "Job", view: Vi
         module.head_norm.set_standard(features_of(backbone, module, plain, job.workers, tick))
 
 
-def _start_head(backbone: Backbone, module: TaskModule, job: "Job", view: View, reporter: "Reporter") -> None:
+def _start_head(backbone: Backbone, module: TaskModule, job: Job, view: View, reporter: Reporter) -> None:
     """By each image as it is and, where training augments, by as many others of its views as `AUGMENTED`."""
     recipe = job.recipe
     others = 0 if recipe.augment == "none" else AUGMENTED
@@ -56,7 +52,7 @@ def _start_head(backbone: Backbone, module: TaskModule, job: "Job", view: View, 
         module.head.bias.copy_(bias)
 
 
-def _start_prompts(backbone: Backbone, prompts: nn.Parameter, job: "Job", plain: View, reporter: "Reporter") -> None:
+def _start_prompts(backbone: Backbone, prompts: nn.Parameter, job: Job, plain: View, reporter: Reporter) -> None:
     recipe = job.recipe
     total = images_to_read(len(plain), backbone.model.patch_embed.num_patches, recipe.initialisation, recipe.prompts)
     tokens = prompts_from_tokens(

@@ -15,7 +15,8 @@ from gpt_serve.errors import DataError, UsageError
 from gpt_serve.specs import check_task_name
 from gpt_serve.train.checkpoint import RunCheckpoint
 from gpt_serve.train.distributed import World
-from gpt_serve.train.fit import Job, Reporter, prepare, run_identity, train_adapter
+from gpt_serve.train.fit import prepare, run_identity, train_adapter
+from gpt_serve.train.job import Job, Reporter
 from gpt_serve.train.methods import find_method
 from gpt_serve.train.paper_table import selected_values
 from gpt_serve.train.recipe import Recipe

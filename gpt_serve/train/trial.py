@@ -11,7 +11,8 @@ from gpt_serve.backbone import Backbone
 from gpt_serve.errors import DataError, GPTServeError
 from gpt_serve.specs import Pool
 from gpt_serve.train.distributed import World
-from gpt_serve.train.fit import Job, Views, make_deterministic, new_trainer, prepare
+from gpt_serve.train.fit import make_deterministic, new_trainer, prepare
+from gpt_serve.train.job import Job, Views
 from gpt_serve.train.loop import EpochRecord, Progress
 from gpt_serve.train.recipe import Recipe
 from gpt_serve.train.sweep_trials import Outcome

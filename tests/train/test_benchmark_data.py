@@ -20,7 +20,8 @@ from gpt_serve.store import AdapterStore
 from gpt_serve.train.closing import ClosingJob, close_gates
 from gpt_serve.train.data import find_benchmark, open_dataset, open_evaluation
 from gpt_serve.train.distributed import World
-from gpt_serve.train.fit import Job, build_module, train_adapter
+from gpt_serve.train.fit import build_module, train_adapter
+from gpt_serve.train.job import Job
 from gpt_serve.train.loop import Trainer
 from gpt_serve.train.paper_table import find_task, table_tasks
 from gpt_serve.train.recipe import PROTOCOLS, make_recipe, prepared

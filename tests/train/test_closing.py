@@ -22,8 +22,9 @@ from gpt_serve.train import card, closing, gate_search, loop
 from gpt_serve.train.closing import ClosingJob, close_gates
 from gpt_serve.train.data import open_dataset
 from gpt_serve.train.distributed import World
-from gpt_serve.train.fit import Job, train_adapter
+from gpt_serve.train.fit import train_adapter
 from gpt_serve.train.gate_search import GateSearch, closed, most
+from gpt_serve.train.job import Job
 from gpt_serve.train.loop import Score, Trainer, evaluate, predict_all
 from gpt_serve.train.methods import AdapterModule
 from gpt_serve.train.recipe import Optimizer, make_recipe

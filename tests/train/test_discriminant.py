@@ -14,7 +14,8 @@ from gpt_serve.images import normalize
 from gpt_serve.train import start
 from gpt_serve.train.data import open_dataset
 from gpt_serve.train.discriminant import ALIKE, FOLDS, SCALES, SHRINKAGES, Discriminant, lda_head
-from gpt_serve.train.fit import Job, build_module
+from gpt_serve.train.fit import build_module
+from gpt_serve.train.job import Job
 from gpt_serve.train.modules import TaskModule
 from gpt_serve.train.recipe import Recipe, make_recipe
 from gpt_serve.train.samples import Sample

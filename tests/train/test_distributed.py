@@ -20,7 +20,8 @@ def train_as(rank: int, size: int, port: int, data: str, adapters: str) -> None:
     import os
     from pathlib import Path
 
-    from gpt_serve.train.fit import Job, train_adapter
+    from gpt_serve.train.fit import train_adapter
+    from gpt_serve.train.job import Job
     from tests.tiny_vit import tiny_backbone
     from tests.train.conftest import Recorder
     from tests.train.test_fit import RECIPE

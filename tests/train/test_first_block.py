@@ -16,9 +16,10 @@ from gpt_serve.images import center_crop, decode, normalize, resize
 from gpt_serve.store import AdapterStore
 from gpt_serve.train.data import open_dataset
 from gpt_serve.train.distributed import World
-from gpt_serve.train.fit import Job, build_module, train_adapter
+from gpt_serve.train.fit import build_module, train_adapter
 from gpt_serve.train.gates import sample_gates
 from gpt_serve.train.inspection import inspect_adapter
+from gpt_serve.train.job import Job
 from gpt_serve.train.methods import AdapterModule
 from gpt_serve.train.prompt_init import patch_tokens, prompts_from_tokens
 from gpt_serve.train.recipe import Recipe, make_recipe

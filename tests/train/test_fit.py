@@ -15,7 +15,8 @@ from gpt_serve.store import AdapterStore
 from gpt_serve.train import fit
 from gpt_serve.train.data import open_dataset
 from gpt_serve.train.distributed import World
-from gpt_serve.train.fit import Job, build_module, load_views, train_adapter
+from gpt_serve.train.fit import build_module, load_views, train_adapter
+from gpt_serve.train.job import Job
 from gpt_serve.train.loop import Score, Trainer, forward_logits
 from gpt_serve.train.methods import METHODS
 from gpt_serve.train.modules import TaskModule

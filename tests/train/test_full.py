@@ -14,8 +14,9 @@ from gpt_serve.images import normalize
 from gpt_serve.store import AdapterStore
 from gpt_serve.train.data import open_dataset
 from gpt_serve.train.distributed import World
-from gpt_serve.train.fit import Job, build_module, train_adapter
+from gpt_serve.train.fit import build_module, train_adapter
 from gpt_serve.train.full import FullModule
+from gpt_serve.train.job import Job
 from gpt_serve.train.loop import Trainer
 from gpt_serve.train.recipe import Recipe, make_recipe
 from gpt_serve.train.views import View

@@ -11,7 +11,8 @@ from gpt_serve.store import AdapterStore
 from gpt_serve.train import methods
 from gpt_serve.train.data import open_dataset
 from gpt_serve.train.distributed import World
-from gpt_serve.train.fit import Job, train_adapter
+from gpt_serve.train.fit import train_adapter
+from gpt_serve.train.job import Job
 from gpt_serve.train.methods import METHODS
 from gpt_serve.train.recipe import make_recipe
 from tests.train.conftest import Recorder

@@ -16,7 +16,8 @@ from gpt_serve.store import AdapterStore
 from gpt_serve.train import fit as fitting
 from gpt_serve.train.attention_maps import adapter_rows, by_block
 from gpt_serve.train.distributed import World
-from gpt_serve.train.fit import Job, train_adapter
+from gpt_serve.train.fit import train_adapter
+from gpt_serve.train.job import Job
 from gpt_serve.train.nmi import normalized_mutual_information, plot_nmi, prompt_nmi, recorded_nmi
 from gpt_serve.train.recipe import make_recipe
 from gpt_serve.train.views import View

@@ -16,10 +16,12 @@ from gpt_serve.images import normalize
 from gpt_serve.store import AdapterStore
 from gpt_serve.train.data import open_dataset
 from gpt_serve.train.distributed import World
-from gpt_serve.train.fit import Job, build_module, start_from_data, train_adapter
+from gpt_serve.train.fit import build_module, train_adapter
+from gpt_serve.train.job import Job
 from gpt_serve.train.methods import AdapterModule
 from gpt_serve.train.modules import HeadNorm
 from gpt_serve.train.recipe import make_recipe
+from gpt_serve.train.start import start_from_data
 from gpt_serve.train.views import View
 from tests import reference
 from tests.tiny_vit import PREPROCESS, random_images, tiny_backbone

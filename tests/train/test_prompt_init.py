@@ -15,7 +15,8 @@ from gpt_serve.images import normalize
 from gpt_serve.store import AdapterStore
 from gpt_serve.train.data import open_dataset
 from gpt_serve.train.distributed import World
-from gpt_serve.train.fit import Job, build_module, start_from_data, train_adapter
+from gpt_serve.train.fit import build_module, train_adapter
+from gpt_serve.train.job import Job
 from gpt_serve.train.methods import AdapterModule, PromptInit
 from gpt_serve.train.prompt_init import (
     POOLS,
@@ -28,6 +29,7 @@ from gpt_serve.train.prompt_init import (
     window_size,
 )
 from gpt_serve.train.recipe import Recipe, make_recipe
+from gpt_serve.train.start import start_from_data
 from gpt_serve.train.views import View
 from tests import reference
 from tests.tiny_vit import PREPROCESS, tiny_backbone

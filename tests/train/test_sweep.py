@@ -20,7 +20,8 @@ from gpt_serve.errors import DataError, GPTServeError, UsageError
 from gpt_serve.store import AdapterStore
 from gpt_serve.train import trial as module
 from gpt_serve.train.distributed import World
-from gpt_serve.train.fit import Job, train_adapter
+from gpt_serve.train.fit import train_adapter
+from gpt_serve.train.job import Job
 from gpt_serve.train.recipe import Recipe, Select, make_recipe
 from gpt_serve.train.sweep import Sweep, make_axes, make_grid, run_sweep
 from gpt_serve.train.sweep_ray import RayRunner

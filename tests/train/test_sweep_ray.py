@@ -14,7 +14,8 @@ import torch
 from gpt_serve.backbone import Backbone
 from gpt_serve.store import AdapterStore
 from gpt_serve.train.distributed import World
-from gpt_serve.train.fit import Job, train_adapter
+from gpt_serve.train.fit import train_adapter
+from gpt_serve.train.job import Job
 from gpt_serve.train.recipe import make_recipe
 from tests.train.conftest import Recorder
 

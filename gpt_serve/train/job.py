@@ -1,0 +1,73 @@
+"""What is trained, on which images, and who is told of it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from gpt_serve.train.loop import EpochRecord
+from gpt_serve.train.recipe import Recipe
+from gpt_serve.train.views import Unreadable, View
+
+
+class Reporter(Protocol):
+    """Where progress goes."""
+
+    def scanning(self, total: int, what: str = "checking images") -> Callable[[], object]:
+        """So many images are about to be read; call the result after each."""
+
+    def unreadable(self, images: list[Unreadable]) -> None:
+        """These images cannot be read."""
+
+    def notice(self, text: str) -> None:
+        """One line worth knowing."""
+
+    def batch(self, epoch: int, loss: float, accuracy: float, images: int) -> None:
+        """A step was made: running loss and accuracy of the epoch, images in the step."""
+
+    def epoch(self, record: EpochRecord) -> None:
+        """An epoch is done and stored."""
+
+    def training(self, images: int, first_epoch: int, epochs: int) -> None:
+        """Training begins: images per epoch."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to train and where to put it.
+
+    Attributes:
+        task: name of the task.
+        data: image folder or name of a data set, see `open_dataset`.
+        adapters: folder of the adapter store.
+        recipe: hyperparameters.
+        resume: continue the interrupted run of this task.
+        skip_unreadable: train without the images that cannot be read instead of stopping.
+        workers: processes that decode when the images exceed the cache.
+        nmi: record the mutual information between prompts and patch tokens after each epoch.
+    """
+
+    task: str
+    data: str
+    adapters: Path
+    recipe: Recipe
+    resume: bool = False
+    skip_unreadable: bool = False
+    workers: int = 2
+    nmi: bool = False
+
+
+@dataclass(frozen=True)
+class Views:
+    """The splits as tensors; ``test`` is None when there is none."""
+
+    labels: tuple[str, ...]
+    train: View
+    val: View
+    test: View | None
+    digest: str
+
+    @property
+    def unseen(self) -> tuple[View, str]:
+        """Test images, validation images when there are none, and what they are called. Nothing is selected by them."""
+        return (self.val, "validation") if self.test is None else (self.test, "test")
