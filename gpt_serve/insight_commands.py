@@ -58,6 +58,11 @@ def inspect(
     """
     if heads and image is None:
         raise UsageError("--heads is about attention maps: name an --image too")
+    path = plot or Path(f"{task}-gates.png")
+    beside = {"--nmi": path.with_name(f"{task}-nmi.png"), "--image": path.with_name(f"{task}-attention.png")}
+    for flag, wanted in (("--nmi", nmi), ("--image", image is not None)):
+        if wanted and beside[flag] == path:
+            raise UsageError(f"--plot {path}: that is where {flag} puts its plot: name another file")
     from dataclasses import asdict
 
     from gpt_serve.store import AdapterStore
@@ -66,17 +71,15 @@ def inspect(
 
     stored = AdapterStore(adapters).load(task)
     inspection = inspect_adapter(stored.adapter)
-    path = plot or Path(f"{task}-gates.png")
     lines = [f"{task}: {stored.adapter.method}, {stored.adapter.prompts} prompts, revision {stored.revision}"]
     lines += [*block_table(inspection), f"plot: {path}"]
     answer = {"task": task, "revision": stored.revision, **asdict(inspection), "plot": str(path)}
     if nmi:
-        answer["nmi"], more = _show_nmi(stored.adapter, path.with_name(f"{task}-nmi.png"))
+        answer["nmi"], more = _show_nmi(stored.adapter, beside["--nmi"])
         lines += more
     if image is not None:
-        target = path.with_name(f"{task}-attention.png")
         model = _load(stored.adapter, **backbone)
-        answer["attention"], more = _show_attention(stored.adapter, model, image, target, heads=heads)
+        answer["attention"], more = _show_attention(stored.adapter, model, image, beside["--image"], heads=heads)
         lines += more
     with _writing(path):
         plot_inspection(inspection, f"{task} ({stored.adapter.method})", path)

@@ -342,6 +342,10 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["inspect", "--task", "alpha", "--plot", "x.tool"],
         "the plot cannot be written to x.tool: 'tool' is none of ",
     ),
+    "two plots in a file": (
+        ["inspect", "--task", "alpha", "--nmi", "--plot", "alpha-nmi.png"],
+        "--plot alpha-nmi.png: that is where --nmi puts its plot: name another file",
+    ),
     "folder for a plot": (["inspect", "--task", "alpha", "--plot", "data"], "File 'data' is a directory"),
     "heads of no image": (
         ["inspect", "--task", "alpha", "--heads"],
