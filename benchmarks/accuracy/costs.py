@@ -1,15 +1,19 @@
-"""What methods cost to train and to serve: a step of 16 images, and answers of the engine that ``serve`` starts.
+"""What methods cost to train, to start from data and to serve.
 
     python benchmarks/accuracy/costs.py
 
-All are timed in turns, with 10 untrained prompts and the bundled backbone. Writes ``costs.json`` and ``costs.md``.
+Training is a step of 16 images, serving the answers of the engine that ``serve`` starts; what starts from the training
+images is told in epochs of gated prompts on the same images. All are timed in turns, with 10 prompts and the bundled
+backbone. Writes ``costs.json`` and ``costs.md``.
 """
 
 import argparse
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,14 +27,27 @@ from gpt_serve.bench.timing import Plan, Ratio, interleave
 from gpt_serve.images import decode, preprocess_image
 from gpt_serve.memory import reuse_freed_memory
 from gpt_serve.store import AdapterStore
-from gpt_serve.train.fit import build_module
+from gpt_serve.train.data import open_dataset
+from gpt_serve.train.fit import build_module, load_views
+from gpt_serve.train.job import Job
 from gpt_serve.train.loop import forward_logits
 from gpt_serve.train.recipe import make_recipe
+from gpt_serve.train.start import start_from_data
+from gpt_serve.train.trial import Silent
 
 HERE = Path(__file__).parent
 METHODS = ("linear", "vpt-shallow", "vpt-deep", "gated", "gated-deep", "full")
 PROMPTS, STEP = 10, 16
 BATCHES = (1, 8, 32)
+IMAGES = 128  # that a start is timed on
+STARTS: dict[str, dict[str, Any]] = {
+    "tokens, shallow": {"method": "gated", "prompt_init": "tokens"},
+    "tokens, deep": {"method": "spt-deep"},
+    "k-means, deep": {"method": "vpt-deep", "prompt_init": "kmeans"},
+    "standardised features": {"method": "linear", "norm": "standard"},
+    "head from LDA": {"method": "linear", "norm": "standard", "head_init": "lda"},
+    "recipe lda": {"method": "gated", "prompt_init": "tokens", "norm": "standard", "head_init": "lda"},
+}
 
 
 def training_step(backbone: Backbone, method: str) -> Callable[[], None]:
@@ -46,6 +63,16 @@ def training_step(backbone: Backbone, method: str) -> Callable[[], None]:
     return step
 
 
+def start(backbone: Backbone, settings: dict[str, Any]) -> Callable[[], None]:
+    """What is done once before training, on `IMAGES` images."""
+    dataset = open_dataset("digits", 0)
+    job = Job("digits", "digits", Path(), make_recipe("adamw", prompts=PROMPTS, **settings), workers=0)
+    few = replace(dataset, train=dataset.train[:IMAGES], val=dataset.val[:1], test=())
+    view = load_views(few, backbone, job, Silent()).train
+    module = build_module(backbone, job.recipe, len(dataset.labels))
+    return lambda: start_from_data(backbone, module, job, view, Silent())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=20, help="rounds of a comparison")
@@ -53,6 +80,8 @@ def main() -> None:
     reuse_freed_memory()
     backbone = Backbone.load(BUNDLED)
     times = {"training": interleave({method: training_step(backbone, method) for method in METHODS}, plan)}
+    starts = {name: start(backbone, settings) for name, settings in STARTS.items()}
+    started = interleave({"gated": training_step(backbone, "gated"), **starts}, plan)
     served = [method for method in METHODS if method != "full"]
     with TemporaryDirectory() as name:
         store = AdapterStore(Path(name) / "adapters", backbone.spec)
@@ -66,11 +95,16 @@ def main() -> None:
                 for method in served
             }
             times[f"serving, batch {batch}"] = interleave(variants, plan)
-    write(times)
+    write(times, started)
 
 
-def write(times: dict[str, dict[str, list[float]]]) -> None:
-    """A row for each method: median over the rounds of its time by the linear probe's, and the probe's milliseconds."""
+def write(times: dict[str, dict[str, list[float]]], started: dict[str, list[float]]) -> None:
+    """A row for each method: median over the rounds of its time by the linear probe's, and the probe's milliseconds.
+
+    Args:
+        times: seconds of each round, by what is done and the method.
+        started: of each start, and of a step of ``gated``.
+    """
     lines = [f"| method | {' | '.join(times)} |", "|---|" + "---|" * len(times)]
     ratios = {
         what: {method: Ratio.of(seconds, rounds["linear"]).median for method, seconds in rounds.items()}
@@ -81,8 +115,13 @@ def write(times: dict[str, dict[str, list[float]]]) -> None:
         lines.append(f"| {method} | {' | '.join(cells)} |")
     base = {what: 1000 * float(np.median(rounds["linear"])) for what, rounds in times.items()}
     lines.append(f"| linear, ms | {' | '.join(f'{value:.1f}' for value in base.values())} |")
+    epoch = np.array(started["gated"]) * IMAGES / STEP
+    epochs = {name: Ratio.of(started[name], epoch.tolist()).median for name in STARTS}
+    lines += ["", "| start from data | epochs of gated prompts |", "|---|---|"]
+    lines += [f"| {name} | {value:.2f} |" for name, value in epochs.items()]
     (HERE / "costs.md").write_text("\n".join(lines) + "\n")
-    (HERE / "costs.json").write_text(json.dumps({"ratios": ratios, "linear_ms": base}, indent=1) + "\n")
+    content = {"ratios": ratios, "linear_ms": base, "start_epochs": epochs}
+    (HERE / "costs.json").write_text(json.dumps(content, indent=1) + "\n")
     print("\n".join(lines))
 
 

@@ -180,7 +180,7 @@ ABLATIONS = [
     ),
     Ablation(
         "steps",
-        "From gated prompts to the default (with the head from LDA its rate is 0.002, before 0.02)",
+        "From gated prompts to the default (the head's rate is 0.02, from LDA on 0.002, there 0.01 without prompts)",
         {
             "gated": ("gated", ()),
             "+ tokens, standard norm": ("gated, standard", ()),
