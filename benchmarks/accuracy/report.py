@@ -143,7 +143,7 @@ def plot_ablation(ablation: Ablation, found: dict[str, dict[str, list[float]]], 
     for task in ablation.tasks:
         values = [by_task[task] for by_task in found.values()]
         errors = [stdev(each) if len(each) > 1 else 0.0 for each in values]
-        axes.errorbar(list(found), [mean(each) for each in values], errors, marker="o", capsize=3, label=task)
+        axes.errorbar(list(found), [mean(each) for each in values], errors, fmt="o", capsize=3, label=task)
     axes.set(title=ablation.title, ylabel="test accuracy, %")
     axes.tick_params(axis="x", labelrotation=20)
     axes.legend()
