@@ -164,7 +164,6 @@ def _prompts(count: str) -> tuple[str, ...]:
 
 
 PROMPTS = ("1", "10", "50", "100")
-DEEP_PROMPTS = ("1", "10", "50")
 SHARED = ("linear", "vpt-deep", "spt-deep", "gated", "gated, LDA", "full")
 ABLATIONS = [
     Ablation(
@@ -209,12 +208,6 @@ ABLATIONS = [
         "prompts",
         "Prompts (Fig. 7, Table 7)",
         {count: ("gated", _prompts(count)) for count in PROMPTS},
-    ),
-    Ablation(
-        "deep-prompts",
-        "Prompts in every block (SPT)",
-        {f"{name}, {count}": (name, _prompts(count)) for name in ("vpt-deep", "spt-deep") for count in DEEP_PROMPTS},
-        seeds=SEEDS[:1],
     ),
     Ablation(
         "share",
