@@ -127,7 +127,6 @@ ON_THE_WAY = [
     ),
     replace(tried("linear, standard", "--method", "linear", *STANDARD), rates=(0.02, 0.1), head_rate=None),
     tried("gated, standard", "--method", "gated", *TOKENS, *STANDARD),
-    tried("gated, k-means, standard", "--method", "gated", "--prompt-init", "kmeans", *STANDARD),
     tried("spt-deep, standard", "--method", "spt-deep", *STANDARD),
     tried("gated-deep, standard", "--method", "gated-deep", *TOKENS, *STANDARD),
     replace(
