@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gpt_serve.cli import Group
+from gpt_serve.cli.main import Group
+from gpt_serve.cli.options import device_option, resolve_device
+from gpt_serve.engine.malloc import reuse_freed_memory
 from gpt_serve.errors import UsageError
-from gpt_serve.memory import reuse_freed_memory
-from gpt_serve.options import device_option, resolve_device
 
 if TYPE_CHECKING:
     from pretraining.loop import Epoch

@@ -7,22 +7,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gpt_serve.adapter import Adapter
-    from gpt_serve.backbone import Backbone
-    from gpt_serve.engine import Engine, Prediction
+    from gpt_serve.adapters.adapter import Adapter
+    from gpt_serve.adapters.store import AdapterStore
+    from gpt_serve.engine.engine import Engine, Prediction
     from gpt_serve.errors import GPTServeError
-    from gpt_serve.store import AdapterStore
+    from gpt_serve.model.backbone import Backbone
 
 __version__ = "0.1.0"
 __all__ = ["Adapter", "AdapterStore", "Backbone", "Engine", "GPTServeError", "Prediction", "__version__"]
 
 _HOMES = {
-    "Adapter": "adapter",
-    "AdapterStore": "store",
-    "Backbone": "backbone",
-    "Engine": "engine",
+    "Adapter": "adapters.adapter",
+    "AdapterStore": "adapters.store",
+    "Backbone": "model.backbone",
+    "Engine": "engine.engine",
     "GPTServeError": "errors",
-    "Prediction": "engine",
+    "Prediction": "engine.engine",
 }
 
 

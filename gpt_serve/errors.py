@@ -25,7 +25,7 @@ The message of each is one line for the person who caused it and says what to do
         ├── NotReady               starting, restarting or draining
         └── DeadlineExceeded       no answer in time
 
-Nothing here knows exit codes (``cli.py``) or HTTP status codes (``serve/``).
+Nothing here knows exit codes (``cli/``) or HTTP status codes (``serve/``).
 """
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt_serve.backbone import Backbone
-from gpt_serve.export.cache import serving_graph
+from gpt_serve.engine.onnx_cache import serving_graph
 from gpt_serve.export.session import Graph
+from gpt_serve.model.backbone import Backbone
 from tests.tiny_vit import tiny_backbone
 
 # The models here are small: more threads only fight each other and the server processes of other tests.

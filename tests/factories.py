@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from gpt_serve.adapter import Adapter
+from gpt_serve.adapters.adapter import Adapter
 from gpt_serve.specs import BackboneSpec
 from tests.tiny_vit import PREPROCESS, random_tensors
 

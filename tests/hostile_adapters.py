@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from gpt_serve.adapter import Adapter
-from gpt_serve.adapter_file import MAX_FILE_BYTES, MAX_PROMPTS
+from gpt_serve.adapters.adapter import Adapter
+from gpt_serve.adapters.file import MAX_FILE_BYTES, MAX_PROMPTS
+from gpt_serve.adapters.store import FILE_NAME
 from gpt_serve.errors import AdapterError, BackboneMismatch, InvalidAdapter
 from gpt_serve.specs import BackboneSpec
-from gpt_serve.store import FILE_NAME
 from tests.factories import make_adapter
 
 Header = dict[str, Any]

@@ -159,9 +159,9 @@ def test_a_module_is_one_idea(path: Path) -> None:
     "program",
     [
         "import gpt_serve",
-        "from gpt_serve.cli import main; main(['--help'], standalone_mode=False)",
-        "from gpt_serve.cli import main; main(['train', '--help'], standalone_mode=False)",
-        "from gpt_serve.cli import main; main(['sweep', '--help'], standalone_mode=False)",
+        "from gpt_serve.cli.main import main; main(['--help'], standalone_mode=False)",
+        "from gpt_serve.cli.main import main; main(['train', '--help'], standalone_mode=False)",
+        "from gpt_serve.cli.main import main; main(['sweep', '--help'], standalone_mode=False)",
     ],
 )
 def test_starting_up_imports_nothing_heavy(program: str) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 import click
 import pytest
 
-from gpt_serve.cli import main
+from gpt_serve.cli.main import main
 from gpt_serve.serve.problems import STATUS
-from gpt_serve.train.data import open_dataset
+from gpt_serve.train.data.datasets import open_dataset
 from tests.serve.harness import ServerProcess, serving
 
 ROOT = Path(__file__).parents[1]

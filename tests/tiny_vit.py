@@ -6,7 +6,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from gpt_serve.backbone import Backbone
+from gpt_serve.model.backbone import Backbone
 from gpt_serve.specs import Pool, Preprocess
 
 SIDE = 16

@@ -19,21 +19,21 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from gpt_serve.backbone import BUNDLED, Backbone
+from gpt_serve.adapters.store import AdapterStore
 from gpt_serve.bench.engines import onnx_engine
 from gpt_serve.bench.inputs import CLASSES, photo, untrained_adapter
 from gpt_serve.bench.mixed import answer
 from gpt_serve.bench.timing import Plan, Ratio, interleave
-from gpt_serve.images import decode, preprocess_image
-from gpt_serve.memory import reuse_freed_memory
-from gpt_serve.store import AdapterStore
-from gpt_serve.train.data import open_dataset
+from gpt_serve.engine.malloc import reuse_freed_memory
+from gpt_serve.images.decode import decode, preprocess_image
+from gpt_serve.model.backbone import BUNDLED, Backbone
+from gpt_serve.train.data.datasets import open_dataset
 from gpt_serve.train.fit import build_module, load_views
 from gpt_serve.train.job import Job
 from gpt_serve.train.loop import forward_logits
-from gpt_serve.train.recipe import make_recipe
-from gpt_serve.train.start import start_from_data
-from gpt_serve.train.trial import Silent
+from gpt_serve.train.methods.start import start_from_data
+from gpt_serve.train.recipes.recipe import make_recipe
+from gpt_serve.train.sweep.trial import Silent
 
 HERE = Path(__file__).parent
 METHODS = ("linear", "vpt-shallow", "vpt-deep", "gated", "gated-deep", "full")

@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from gpt_serve.adapter import Adapter
-from gpt_serve.adapter_batch import AdapterBatch
-from gpt_serve.backbone import BUNDLED, Backbone
+from gpt_serve.adapters.adapter import Adapter
+from gpt_serve.adapters.store import AdapterStore
 from gpt_serve.bench.timing import Plan, Ratio, interleave
-from gpt_serve.memory import reuse_freed_memory
-from gpt_serve.prompted import embed, prompted_features, remember
-from gpt_serve.store import AdapterStore
+from gpt_serve.engine.malloc import reuse_freed_memory
+from gpt_serve.model.backbone import BUNDLED, Backbone
+from gpt_serve.model.batch import AdapterBatch
+from gpt_serve.model.prompted import embed, prompted_features, remember
 
 HERE = Path(__file__).parent
 SHIPPED = HERE.parents[1] / "adapters"

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gpt_serve.adapter import Adapter
-from gpt_serve.backbone import Backbone
+from gpt_serve.adapters.adapter import Adapter
+from gpt_serve.model.backbone import Backbone
 
 
 class AuthorsModel(nn.Module):

@@ -11,11 +11,11 @@ import numpy as np
 from setting import PROMPTS, Setting, engine_holding, gated, pixels, temporary_store, write
 from torch import Tensor
 
-from gpt_serve.adapter import Adapter
+from gpt_serve.adapters.adapter import Adapter
+from gpt_serve.adapters.store import AdapterStore
 from gpt_serve.bench.mixed import answer
 from gpt_serve.bench.timing import Row, interleave, to_rows
-from gpt_serve.engine import Engine
-from gpt_serve.store import AdapterStore
+from gpt_serve.engine.engine import Engine
 
 HELD = 100
 BATCH = 64

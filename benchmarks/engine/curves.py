@@ -9,12 +9,12 @@ from peers import lora_model
 from setting import PROMPTS, Setting, finished, gated, hold, pixels, ready, temporary_store, write, write_gated
 from swapped import TaskModel, grouped
 
-from gpt_serve.adapter import Adapter
-from gpt_serve.backbone import Backbone
+from gpt_serve.adapters.adapter import Adapter
 from gpt_serve.bench.forward import flops
 from gpt_serve.bench.timing import Row, interleave, to_rows
-from gpt_serve.engine import Engine
-from gpt_serve.slab import Kind
+from gpt_serve.engine.engine import Engine
+from gpt_serve.engine.slab import Kind
+from gpt_serve.model.backbone import Backbone
 
 BATCH = 64
 ENGINE, GROUPED, PEFT = "engine", "swapped, grouped by task", "PEFT, LoRA mixed"

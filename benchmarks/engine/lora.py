@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gpt_serve.adapter import Adapter
-from gpt_serve.backbone import Backbone
+from gpt_serve.adapters.adapter import Adapter
+from gpt_serve.model.backbone import Backbone
 
 RANK = 8
 

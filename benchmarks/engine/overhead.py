@@ -14,13 +14,13 @@ from unittest import mock
 from setting import PROMPTS, Setting, finished, hold, pixels, ready, temporary_store, write_gated
 from torch import Tensor
 
-from gpt_serve import engine as engine_module
-from gpt_serve.adapter_batch import AdapterBatch
-from gpt_serve.backbone import Backbone
 from gpt_serve.bench.timing import Row, interleave, to_rows
-from gpt_serve.engine import Engine
-from gpt_serve.prompted import embed, prompted_features
-from gpt_serve.slab import gather
+from gpt_serve.engine.engine import Engine
+from gpt_serve.engine.engine import engine as engine_module
+from gpt_serve.engine.slab import gather
+from gpt_serve.model.backbone import Backbone
+from gpt_serve.model.batch import AdapterBatch
+from gpt_serve.model.prompted import embed, prompted_features
 
 BATCH = 32
 FORWARD, COMPUTE = "forward pass on ready tensors", "engine"

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from setting import Setting, gated, hold, pixels, temporary_store, write
 
 from gpt_serve.bench.timing import Row, interleave, to_rows
-from gpt_serve.engine import Engine, Forward, TorchForward
-from gpt_serve.passes import HIDDEN, Costs
-from gpt_serve.serve.loading import faster_forward
+from gpt_serve.engine.build import faster_forward
+from gpt_serve.engine.engine import Engine, Forward, TorchForward
+from gpt_serve.engine.passes import HIDDEN, Costs
 
 BATCH, FEW = 64, 16
 MOST_ROWS = (None, 8192, 4096, 2048, 1024)

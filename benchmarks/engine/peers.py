@@ -26,13 +26,13 @@ from setting import (
 from swapped import TaskModel, each_its_own, grouped, in_arrival_order, separate_models
 from torch import Tensor
 
-from gpt_serve.adapter import Adapter
-from gpt_serve.backbone import Backbone
+from gpt_serve.adapters.adapter import Adapter
+from gpt_serve.adapters.store import AdapterStore
 from gpt_serve.bench.engines import onnx_engine
 from gpt_serve.bench.mixed import answer
 from gpt_serve.bench.timing import Ratio, Row, interleave, to_rows
-from gpt_serve.engine import Engine, TorchForward
-from gpt_serve.store import AdapterStore
+from gpt_serve.engine.engine import Engine, TorchForward
+from gpt_serve.model.backbone import Backbone
 
 ENGINE, REQUESTS, MIXED = "engine", "engine, from requests", "engine, 10 to 20 prompts"
 ONNX, BF16, COMPILED = "engine, onnxruntime", "engine, bf16", "engine, bf16, compiled"

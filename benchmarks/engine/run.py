@@ -28,10 +28,10 @@ from record import Record, facts, merged, read, save, summary, tables  # noqa: E
 from setting import Setting  # noqa: E402
 from soak import bench_soak  # noqa: E402
 
-from gpt_serve.backbone import BUNDLED, Backbone  # noqa: E402
 from gpt_serve.bench.http import bench_http  # noqa: E402
 from gpt_serve.bench.timing import Plan, Row  # noqa: E402
-from gpt_serve.memory import reuse_freed_memory  # noqa: E402
+from gpt_serve.engine.malloc import reuse_freed_memory  # noqa: E402
+from gpt_serve.model.backbone import BUNDLED, Backbone  # noqa: E402
 
 HERE = Path(__file__).parent
 SMALL, BASE = "vit_small_patch16_224", "vit_base_patch16_224"

@@ -11,14 +11,14 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from gpt_serve.adapter import Adapter
-from gpt_serve.backbone import Backbone
-from gpt_serve.bank import DEFAULT_HOST_BYTES
+from gpt_serve.adapters.adapter import Adapter
+from gpt_serve.adapters.store import FILE_NAME, AdapterStore
 from gpt_serve.bench.inputs import untrained_adapter
 from gpt_serve.bench.timing import Plan
-from gpt_serve.engine import Engine, Row
-from gpt_serve.slab import Packed
-from gpt_serve.store import FILE_NAME, AdapterStore
+from gpt_serve.engine.bank import DEFAULT_HOST_BYTES
+from gpt_serve.engine.engine import Engine, Row
+from gpt_serve.engine.slab import Packed
+from gpt_serve.model.backbone import Backbone
 
 PROMPTS = 20
 MIXED_PROMPTS = (10, 12, 15, 20)

@@ -12,11 +12,11 @@ from churn import tasks_at_random
 from setting import Setting, engine_holding, gated, temporary_store, write
 from timm.models.vision_transformer import VisionTransformer
 
-from gpt_serve.backbone import Backbone
 from gpt_serve.bench.inputs import photo
 from gpt_serve.bench.timing import Ratio, Row
-from gpt_serve.engine import Engine, Prediction
-from gpt_serve.scheduler import Scheduler
+from gpt_serve.engine.engine import Engine, Prediction
+from gpt_serve.engine.scheduler import Scheduler
+from gpt_serve.model.backbone import Backbone
 from gpt_serve.specs import Preprocess
 
 REQUESTS, WARM_UP, SAMPLES = 100_000, 10_000, 20

@@ -23,17 +23,17 @@ import torch
 from plain import PlainGated
 from torch import Tensor
 
-from gpt_serve.adapter import Adapter
-from gpt_serve.adapter_batch import AdapterBatch
-from gpt_serve.backbone import BUNDLED, Backbone
+from gpt_serve.adapters.adapter import Adapter
 from gpt_serve.bench.inputs import untrained_adapter
 from gpt_serve.bench.report import Report, machine_facts
 from gpt_serve.bench.timing import Plan, Ratio, Row, interleave, to_rows
 from gpt_serve.export.files import quantize, save
 from gpt_serve.export.graphs import Form, single_graph
 from gpt_serve.export.session import FORMAT, Graph
-from gpt_serve.images import normalize
-from gpt_serve.prompted import embed, prompted_features
+from gpt_serve.images.decode import normalize
+from gpt_serve.model.backbone import BUNDLED, Backbone
+from gpt_serve.model.batch import AdapterBatch
+from gpt_serve.model.prompted import embed, prompted_features
 
 BATCHES = (1, 8)
 PROMPTS = 50

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gpt_serve.adapter import Adapter
-from gpt_serve.backbone import Backbone
-from gpt_serve.prompted import final_norm
+from gpt_serve.adapters.adapter import Adapter
+from gpt_serve.model.backbone import Backbone
+from gpt_serve.model.prompted import final_norm
 
 
 class PlainGated(nn.Module):

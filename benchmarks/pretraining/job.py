@@ -12,8 +12,8 @@ from pretraining.pixels import load_pixels
 from pretraining.probe import compare
 from pretraining.result import card, save_weights
 
-from gpt_serve.backbone import BUNDLED, Backbone, bundled_model
 from gpt_serve.errors import UsageError
+from gpt_serve.model.backbone import BUNDLED, Backbone, bundled_model
 from gpt_serve.train.checkpoint import RunCheckpoint
 
 MODELS = {"mae": MAE, "mocov3": MoCoV3}

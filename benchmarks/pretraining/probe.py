@@ -14,12 +14,12 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from gpt_serve.adapter_batch import AdapterBatch
-from gpt_serve.backbone import BUNDLED, Backbone
 from gpt_serve.errors import DataError, ImageError
-from gpt_serve.images import LOCAL_LIMITS, decode, normalize, preprocess_image
-from gpt_serve.prompted import embed, prompted_features
-from gpt_serve.train.data import Sample, open_dataset
+from gpt_serve.images.decode import LOCAL_LIMITS, decode, normalize, preprocess_image
+from gpt_serve.model.backbone import BUNDLED, Backbone
+from gpt_serve.model.batch import AdapterBatch
+from gpt_serve.model.prompted import embed, prompted_features
+from gpt_serve.train.data.datasets import Sample, open_dataset
 
 NEIGHBOURS = 10
 STRENGTHS = tuple(10.0**power for power in range(-3, 2))

@@ -11,13 +11,13 @@ report.py    machine facts, tables, JSON
 
 from collections.abc import Callable, Sequence
 
-from gpt_serve.backbone import Backbone
 from gpt_serve.bench.engines import bench_engines
 from gpt_serve.bench.forward import bench_forward
 from gpt_serve.bench.http import bench_http
 from gpt_serve.bench.mixed import bench_mixed
 from gpt_serve.bench.report import Report, machine_facts
 from gpt_serve.bench.timing import Plan, Row
+from gpt_serve.model.backbone import Backbone
 
 BENCHMARKS: dict[str, Callable[[Backbone, Plan], list[Row]]] = {
     "forward": bench_forward,

@@ -5,14 +5,14 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from gpt_serve.backbone import BUNDLED, Backbone
+from gpt_serve.adapters.store import AdapterStore
 from gpt_serve.bench.inputs import photo
 from gpt_serve.bench.mixed import UNLIKE, answer, publish
 from gpt_serve.bench.timing import Plan, Row, interleave, to_rows
-from gpt_serve.engine import Engine
-from gpt_serve.images import decode, preprocess_image
-from gpt_serve.serve.loading import faster_forward
-from gpt_serve.store import AdapterStore
+from gpt_serve.engine.build import faster_forward
+from gpt_serve.engine.engine import Engine
+from gpt_serve.images.decode import decode, preprocess_image
+from gpt_serve.model.backbone import BUNDLED, Backbone
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 CLOSED = ("vpt-deep", 100)  # what torch computes in both engines: no row of prompts behind closed gates

@@ -7,11 +7,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from gpt_serve.adapter_batch import AdapterBatch
-from gpt_serve.backbone import Backbone
 from gpt_serve.bench.inputs import untrained_adapter
 from gpt_serve.bench.timing import Plan, Row, interleave, to_rows
-from gpt_serve.prompted import embed, prompted_features
+from gpt_serve.model.backbone import Backbone
+from gpt_serve.model.batch import AdapterBatch
+from gpt_serve.model.prompted import embed, prompted_features
 
 BATCHES = (1, 8, 32)
 PROMPTS = (0, 10, 50, 100)

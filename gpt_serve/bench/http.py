@@ -20,15 +20,15 @@ from tempfile import TemporaryDirectory
 import numpy as np
 from safetensors.torch import save_file
 
-from gpt_serve.backbone import BUNDLED, Backbone
+from gpt_serve.adapters.store import AdapterStore
 from gpt_serve.bench.engines import onnx_engine
 from gpt_serve.bench.inputs import photo
 from gpt_serve.bench.mixed import ALIKE, BATCH, answer, publish
 from gpt_serve.bench.timing import Plan, Ratio, Row, interleave, to_rows
-from gpt_serve.engine import Engine
+from gpt_serve.engine.engine import Engine
 from gpt_serve.errors import GPTServeError
+from gpt_serve.model.backbone import BUNDLED, Backbone
 from gpt_serve.serve import ServeConfig
-from gpt_serve.store import AdapterStore
 
 CLIENTS = (8, 32, 64)
 ENGINE = "engine alone"
@@ -142,7 +142,7 @@ def _server(backbone: Backbone, folder: Path) -> Iterator[int]:
         save_file(backbone.model.state_dict(), folder / "weights.safetensors")
         options += ["--checkpoint", str(folder / "weights.safetensors")]
     log = folder / "server.log"
-    command = [sys.executable, "-c", "from gpt_serve.cli import main; main()", "serve", *options]
+    command = [sys.executable, "-c", "from gpt_serve.cli.main import main; main()", "serve", *options]
     with open(log, "wb") as file:
         process = subprocess.Popen(command, stderr=file, env=environment)
     try:

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from gpt_serve.adapter import Adapter
-from gpt_serve.backbone import Backbone
-from gpt_serve.train.methods import find_method
+from gpt_serve.adapters.adapter import Adapter
+from gpt_serve.model.backbone import Backbone
+from gpt_serve.train.methods.prompts import find_method
 
 CLASSES = 20
 PHOTO_SIZE = (500, 375)  # width, height: what image folders hold

@@ -3,13 +3,13 @@
 from collections.abc import Callable, Sequence
 from tempfile import TemporaryDirectory
 
-from gpt_serve.backbone import Backbone
+from gpt_serve.adapters.store import AdapterStore
 from gpt_serve.bench.inputs import photo, untrained_adapter
 from gpt_serve.bench.timing import Plan, Row, interleave, to_rows
-from gpt_serve.engine import Engine, ImageInput
+from gpt_serve.engine.engine import Engine, ImageInput
 from gpt_serve.errors import GPTServeError
-from gpt_serve.images import decode, preprocess_image
-from gpt_serve.store import AdapterStore
+from gpt_serve.images.decode import decode, preprocess_image
+from gpt_serve.model.backbone import Backbone
 
 BATCH = 32
 PROMPTS = 20  # what `train` makes unless told otherwise

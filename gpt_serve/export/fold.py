@@ -1,7 +1,7 @@
 """Move constant arithmetic of the forward pass into copies of the frozen weights.
 
-The folded model is still a timm ``VisionTransformer`` that `gpt_serve.prompted` runs; only its numbers differ. All
-folds are exact up to rounding.
+The folded model is still a timm ``VisionTransformer`` that `gpt_serve.model.prompted` runs; only its numbers differ.
+All folds are exact up to rounding.
 """
 
 import copy
@@ -11,7 +11,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from gpt_serve.prompted import TAU_MAX, TAU_MIN, SplitProjection
+from gpt_serve.model.prompted import TAU_MAX, TAU_MIN, SplitProjection
 from gpt_serve.specs import Preprocess
 
 

@@ -17,11 +17,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gpt_serve.adapter import Adapter
-from gpt_serve.adapter_batch import AdapterBatch, Plan
-from gpt_serve.backbone import Backbone
+from gpt_serve.adapters.adapter import Adapter
 from gpt_serve.export.fold import fold_backbone, fold_pixels, fold_temperatures
-from gpt_serve.prompted import embed, prompted_features, remember
+from gpt_serve.model.backbone import Backbone
+from gpt_serve.model.batch import AdapterBatch, Plan
+from gpt_serve.model.prompted import embed, prompted_features, remember
 from gpt_serve.specs import Pool
 
 OPSET = 23  # the first with an Attention operator

@@ -10,17 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpt_serve.adapter import Adapter
-from gpt_serve.adapter_batch import AdapterBatch
-from gpt_serve.backbone import Backbone
+from gpt_serve.adapters.adapter import Adapter
+from gpt_serve.adapters.store import AdapterStore, StoredAdapter
 from gpt_serve.errors import ExportError, UsageError
 from gpt_serve.export.files import EXTERNAL_BYTES, bank_folder, count_nodes, quantize, save, set_metadata, staged
 from gpt_serve.export.graphs import Form, InputKind, multi_graph, single_graph
 from gpt_serve.export.session import FORMAT, Array, Graph, bank_inputs
 from gpt_serve.export.verify import Answer, Tally, check, check_accuracy, verify
-from gpt_serve.images import normalize
-from gpt_serve.store import AdapterStore, StoredAdapter
-from gpt_serve.train.data import open_evaluation
+from gpt_serve.images.decode import normalize
+from gpt_serve.model.backbone import Backbone
+from gpt_serve.model.batch import AdapterBatch
+from gpt_serve.train.data.datasets import open_evaluation
 
 Precision = Literal["fp32", "fp16", "int8"]
 

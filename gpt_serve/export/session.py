@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gpt_serve.adapter_batch import AdapterBatch
 from gpt_serve.errors import ExportError
+from gpt_serve.model.batch import AdapterBatch
 
 FORMAT = "gpt-serve-onnx/1"
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"

@@ -11,15 +11,15 @@ import torch
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 
-from gpt_serve.adapter import Adapter
-from gpt_serve.adapter_batch import AdapterBatch
-from gpt_serve.backbone import Backbone
+from gpt_serve.adapters.adapter import Adapter
 from gpt_serve.errors import DataError, ExportError, ImageError
 from gpt_serve.export.session import Array
-from gpt_serve.images import LOCAL_LIMITS, decode, normalize, preprocess_image
-from gpt_serve.prompted import embed, prompted_features
+from gpt_serve.images.decode import LOCAL_LIMITS, decode, normalize, preprocess_image
+from gpt_serve.model.backbone import Backbone
+from gpt_serve.model.batch import AdapterBatch
+from gpt_serve.model.prompted import embed, prompted_features
 from gpt_serve.specs import Preprocess
-from gpt_serve.train.data import Sample, open_evaluation
+from gpt_serve.train.data.datasets import Sample, open_evaluation
 
 BATCHES = (1, 2, 7)
 DATA_BATCH = 32

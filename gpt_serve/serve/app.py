@@ -22,7 +22,7 @@ from gpt_serve.serve.worker import Item, Reply
 from gpt_serve.specs import check_task_name
 
 if TYPE_CHECKING:
-    from gpt_serve.store import AdapterStore
+    from gpt_serve.adapters.store import AdapterStore
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 

@@ -25,7 +25,7 @@ from gpt_serve.serve.worker import Item, Message, PredictAPI, Reply
 from gpt_serve.specs import BackboneSpec
 
 if TYPE_CHECKING:
-    from gpt_serve.store import AdapterStore
+    from gpt_serve.adapters.store import AdapterStore
 
 
 class Server(LitServer):
@@ -118,7 +118,7 @@ class Server(LitServer):
                     future.set_result(reply)
 
     def _take_over(self, spec: BackboneSpec) -> None:
-        from gpt_serve.store import AdapterStore  # loaded by now, see Supervisor.run
+        from gpt_serve.adapters.store import AdapterStore  # loaded by now, see Supervisor.run
 
         self.spec = spec
         self.store = AdapterStore(self.config.adapters, spec)

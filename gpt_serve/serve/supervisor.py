@@ -39,7 +39,7 @@ class Supervisor:
         while state.fatal is None:
             self.worker = self.server.start_worker()
             # The worker needs seconds to load; meanwhile this process imports what it needs of torch.
-            await asyncio.to_thread(import_module, "gpt_serve.store")
+            await asyncio.to_thread(import_module, "gpt_serve.adapters.store")
             died = _readable(self.worker.sentinel)
             loaded = await self._until_ready(died)
             if loaded:

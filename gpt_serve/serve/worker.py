@@ -17,15 +17,15 @@ from litserve import LitAPI
 from litserve.loops.base import LitLoop
 from litserve.transport.base import MessageTransport
 
+from gpt_serve.engine.malloc import reuse_freed_memory
 from gpt_serve.errors import GPTServeError
-from gpt_serve.memory import reuse_freed_memory
 from gpt_serve.serve.config import ServeConfig
 from gpt_serve.serve.link import take_all
 from gpt_serve.serve.process import configure_logging, end_child, guard_child
 
 if TYPE_CHECKING:
-    from gpt_serve.engine import Prediction
-    from gpt_serve.scheduler import Batch, Scheduler
+    from gpt_serve.engine.engine import Prediction
+    from gpt_serve.engine.scheduler import Batch, Scheduler
 
 logger = logging.getLogger("gpt_serve.serve")
 
@@ -101,8 +101,8 @@ class PredictAPI(LitAPI):
         guard_child()
         reuse_freed_memory()
         configure_logging()
-        from gpt_serve.scheduler import Scheduler  # after the guard: it takes seconds
-        from gpt_serve.serve.loading import load_engine
+        from gpt_serve.engine.build import load_engine
+        from gpt_serve.engine.scheduler import Scheduler  # after the guard: it takes seconds
 
         try:
             engine, spec = load_engine(self.config, device)

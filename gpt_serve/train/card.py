@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt_serve.adapter import Adapter
-from gpt_serve.train.figures import save_figure
-from gpt_serve.train.files import replacing
-from gpt_serve.train.inspection import Inspection, inspect_adapter, plot_inspection
+from gpt_serve.adapters.adapter import Adapter
+from gpt_serve.files import replacing
+from gpt_serve.insight.figures import save_figure
+from gpt_serve.insight.inspect import Inspection, inspect_adapter, plot_inspection
 
 
 def confusion_matrix(predictions: Tensor, targets: Tensor, classes: int) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from gpt_serve.errors import UsageError
-from gpt_serve.train.files import replacing
+from gpt_serve.files import replacing
 
 
 class RunCheckpoint:

@@ -7,22 +7,22 @@ from typing import Any
 
 import torch
 
-from gpt_serve.backbone import Backbone
 from gpt_serve.errors import DataError
+from gpt_serve.model.backbone import Backbone
 from gpt_serve.specs import check_task_name
 from gpt_serve.train.checkpoint import RunCheckpoint
-from gpt_serve.train.data import Dataset, Split, digest, open_dataset
+from gpt_serve.train.data.datasets import Dataset, Split, digest, open_dataset
+from gpt_serve.train.data.views import CACHE_BYTES, Scan, View, joined, scan
 from gpt_serve.train.distributed import World
-from gpt_serve.train.full import FullModule
 from gpt_serve.train.job import Job, Reporter, Views
 from gpt_serve.train.loop import EpochRecord, Trainer, predict_all
-from gpt_serve.train.methods import AdapterModule, find_method
-from gpt_serve.train.modules import TaskModule
+from gpt_serve.train.methods.full import FullModule
+from gpt_serve.train.methods.modules import TaskModule
+from gpt_serve.train.methods.prompts import AdapterModule, find_method
+from gpt_serve.train.methods.start import start_from_data
 from gpt_serve.train.nmi import nmi_probe
 from gpt_serve.train.publishing import describe, publish_trained
-from gpt_serve.train.recipe import Recipe, prepared
-from gpt_serve.train.start import start_from_data
-from gpt_serve.train.views import CACHE_BYTES, Scan, View, joined, scan
+from gpt_serve.train.recipes.recipe import Recipe, prepared
 
 
 def train_adapter(backbone: Backbone, job: Job, reporter: Reporter, world: World) -> dict[str, Any] | None:

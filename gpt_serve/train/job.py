@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from gpt_serve.train.data.views import Unreadable, View
 from gpt_serve.train.loop import EpochRecord
-from gpt_serve.train.recipe import Recipe
-from gpt_serve.train.views import Unreadable, View
+from gpt_serve.train.recipes.recipe import Recipe
 
 
 class Reporter(Protocol):

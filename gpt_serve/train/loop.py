@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gpt_serve.backbone import Backbone
 from gpt_serve.errors import DataError
-from gpt_serve.images import normalize
+from gpt_serve.images.decode import normalize
+from gpt_serve.model.backbone import Backbone
+from gpt_serve.train.data.views import View, ordered_batches, shuffled_batches
 from gpt_serve.train.distributed import World
-from gpt_serve.train.modules import TaskModule
-from gpt_serve.train.recipe import Recipe, Select, learning_rate
-from gpt_serve.train.views import View, ordered_batches, shuffled_batches
+from gpt_serve.train.methods.modules import TaskModule
+from gpt_serve.train.recipes.recipe import Recipe, Select, learning_rate
 
 EVAL_BATCH = 128
 ALONE = World()

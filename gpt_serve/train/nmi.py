@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt_serve.adapter import Adapter
-from gpt_serve.adapter_batch import AdapterBatch
-from gpt_serve.backbone import Backbone
+from gpt_serve.adapters.adapter import Adapter
 from gpt_serve.errors import UsageError
-from gpt_serve.train.attention_maps import by_block, embed_pixels
-from gpt_serve.train.figures import save_figure
-from gpt_serve.train.methods import AdapterModule
-from gpt_serve.train.views import View
+from gpt_serve.insight.attention import by_block, embed_pixels
+from gpt_serve.insight.figures import save_figure
+from gpt_serve.model.backbone import Backbone
+from gpt_serve.model.batch import AdapterBatch
+from gpt_serve.train.data.views import View
+from gpt_serve.train.methods.prompts import AdapterModule
 
 IMAGES = 32  # validation images on which training measures
 

@@ -9,17 +9,17 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from gpt_serve.adapter import Adapter
-from gpt_serve.backbone import Backbone
+from gpt_serve.adapters.adapter import Adapter
+from gpt_serve.adapters.store import AdapterStore
 from gpt_serve.errors import UsageError
-from gpt_serve.store import AdapterStore
+from gpt_serve.files import replacing
+from gpt_serve.model.backbone import Backbone
 from gpt_serve.train.card import confusion_matrix, write_card
-from gpt_serve.train.files import replacing
-from gpt_serve.train.full import FullModule
 from gpt_serve.train.job import Job, Views
 from gpt_serve.train.loop import Progress
-from gpt_serve.train.methods import AdapterModule
-from gpt_serve.train.modules import TaskModule
+from gpt_serve.train.methods.full import FullModule
+from gpt_serve.train.methods.modules import TaskModule
+from gpt_serve.train.methods.prompts import AdapterModule
 
 
 def publish_trained(

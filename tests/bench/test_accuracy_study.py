@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from gpt_serve.train.recipe import make_recipe
-from gpt_serve.train_commands import train
+from gpt_serve.cli.train import train
+from gpt_serve.train.recipes.recipe import make_recipe
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "accuracy"
 MODULES = ("plan", "report", "study")

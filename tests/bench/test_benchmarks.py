@@ -12,7 +12,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from gpt_serve.backbone import Backbone
+from gpt_serve.adapters.store import AdapterStore
 from gpt_serve.bench import BENCHMARKS, run_benchmarks
 from gpt_serve.bench.engines import bench_engines
 from gpt_serve.bench.forward import _prompted, bench_forward, flops
@@ -20,10 +20,10 @@ from gpt_serve.bench.http import bench_http, form, saturate
 from gpt_serve.bench.inputs import photo
 from gpt_serve.bench.mixed import answer, bench_mixed, publish
 from gpt_serve.bench.timing import Plan, Ratio, Row
-from gpt_serve.cli import bench, main
-from gpt_serve.engine import Engine
+from gpt_serve.cli.main import bench, main
+from gpt_serve.engine.engine import Engine
 from gpt_serve.errors import GPTServeError, UnknownTask
-from gpt_serve.store import AdapterStore
+from gpt_serve.model.backbone import Backbone
 
 SHORT = Plan(repeats=1, sample_seconds=0, load_seconds=0)
 

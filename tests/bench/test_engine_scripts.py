@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gpt_serve.backbone import Backbone
+from gpt_serve.adapters.store import AdapterStore
 from gpt_serve.bench.timing import Plan, Ratio, Row
-from gpt_serve.engine import Engine
-from gpt_serve.store import AdapterStore
+from gpt_serve.engine.engine import Engine
+from gpt_serve.model.backbone import Backbone
 from tests import reference
 from tests.factories import make_adapter
 from tests.tiny_vit import random_images, tiny_backbone

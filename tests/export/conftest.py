@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from gpt_serve.backbone import Backbone
-from gpt_serve.cli import main
+from gpt_serve.cli.main import main
+from gpt_serve.model.backbone import Backbone
 
 ADAPTERS = Path(__file__).parents[2] / "adapters"
 

@@ -14,7 +14,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
-from gpt_serve.adapter import Adapter
+from gpt_serve.adapters.adapter import Adapter
 from gpt_serve.specs import BackboneSpec, Preprocess
 from tests.factories import TINY_SPEC, make_adapter
 

@@ -24,7 +24,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gpt_serve.images import decode, preprocess_image
+from gpt_serve.images.decode import decode, preprocess_image
 from gpt_serve.specs import Preprocess
 
 pytestmark = pytest.mark.slow
@@ -92,7 +92,7 @@ def site(driver: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def export(path: Path) -> None:
     """``gpt-serve export`` of a task that ships."""
-    code = "from gpt_serve.cli import main; main(prog_name='gpt-serve')"
+    code = "from gpt_serve.cli.main import main; main(prog_name='gpt-serve')"
     options = ["--task", "flowers", "--adapters", str(ROOT / "adapters"), "--output", str(path)]
     done = subprocess.run([sys.executable, "-c", code, "export", *options], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -11,10 +11,10 @@ import pytest
 import torch
 from click.testing import Result
 
-from gpt_serve.backbone import Backbone
-from gpt_serve.engine import Engine
-from gpt_serve.images import decode, preprocess_image
-from gpt_serve.store import AdapterStore
+from gpt_serve.adapters.store import AdapterStore
+from gpt_serve.engine.engine import Engine
+from gpt_serve.images.decode import decode, preprocess_image
+from gpt_serve.model.backbone import Backbone
 from tests.export.conftest import ADAPTERS, run_export
 
 
@@ -80,7 +80,7 @@ def test_a_missing_package_is_named(tmp_path: Path) -> None:
 import importlib.util, sys
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name == "onnxscript" else find(name, *rest)
-from gpt_serve.cli import main
+from gpt_serve.cli.main import main
 main()
 """
     command = [sys.executable, "-c", script, "export", "--task", "flowers", "--output", str(tmp_path / "a.onnx")]

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from gpt_serve.backbone import Backbone
-from gpt_serve.cli import main
-from gpt_serve.engine import Engine
-from gpt_serve.store import AdapterStore
+from gpt_serve.adapters.store import AdapterStore
+from gpt_serve.cli.main import main
+from gpt_serve.engine.engine import Engine
+from gpt_serve.model.backbone import Backbone
 from tests.export.stand_in import multi, single
 from tests.factories import make_adapter
 from tests.hostile_images import photo

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from gpt_serve.adapter_batch import AdapterBatch
-from gpt_serve.backbone import Backbone
 from gpt_serve.export.fold import fold_backbone, fold_pixels, fold_temperatures
-from gpt_serve.images import normalize
-from gpt_serve.prompted import embed, prompted_features
+from gpt_serve.images.decode import normalize
+from gpt_serve.model.backbone import Backbone
+from gpt_serve.model.batch import AdapterBatch
+from gpt_serve.model.prompted import embed, prompted_features
 from gpt_serve.specs import Preprocess
 from tests.tiny_vit import random_images, random_tensors, tiny_backbone
 

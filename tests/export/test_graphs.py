@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpt_serve.adapter import Adapter
-from gpt_serve.adapter_batch import AdapterBatch
-from gpt_serve.backbone import Backbone
+from gpt_serve.adapters.adapter import Adapter
 from gpt_serve.errors import ExportError
 from gpt_serve.export import graphs
 from gpt_serve.export.graphs import Form, multi_graph, single_graph
 from gpt_serve.export.session import Graph, bank_inputs, check_index
-from gpt_serve.images import normalize
+from gpt_serve.images.decode import normalize
+from gpt_serve.model.backbone import Backbone
+from gpt_serve.model.batch import AdapterBatch
 from gpt_serve.specs import Pool
 from tests import reference
 from tests.export.running import open_graph

@@ -11,12 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
-from gpt_serve.backbone import Backbone
+from gpt_serve.adapters.store import AdapterStore
 from gpt_serve.errors import BackboneMismatch, DataError, ExportError, UnknownTask, UsageError
 from gpt_serve.export import ExportOptions, Graph, add_task, export_task, export_tasks, files, graphs
 from gpt_serve.export.session import _check_placement
 from gpt_serve.export.verify import Tally, check_accuracy
-from gpt_serve.store import AdapterStore
+from gpt_serve.model.backbone import Backbone
 from tests.factories import make_adapter
 from tests.tiny_vit import PREPROCESS, tiny_backbone
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from gpt_serve.adapter import revision_of
+from gpt_serve.adapters.adapter import revision_of
 from tests.export.stand_in import (
     LABELS,
     REVISION,

@@ -8,8 +8,8 @@ from typing import Any
 import onnxruntime
 import pytest
 
-from gpt_serve.adapter import Adapter
-from gpt_serve.store import AdapterStore
+from gpt_serve.adapters.adapter import Adapter
+from gpt_serve.adapters.store import AdapterStore
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "export" / "triton" / "flowers"

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gpt_serve.backbone import Backbone
+from gpt_serve.adapters.store import AdapterStore
+from gpt_serve.model.backbone import Backbone
 from gpt_serve.specs import BackboneSpec
-from gpt_serve.store import AdapterStore
 from tests.factories import make_adapter
 from tests.serve.harness import ServerProcess, serving, until
 

@@ -3,9 +3,9 @@ from typing import Any
 import click
 import pytest
 
-from gpt_serve.bank import DEFAULT_BANK_BYTES, DEFAULT_HOST_BYTES
+from gpt_serve.cli.options import ByteSize
+from gpt_serve.engine.bank import DEFAULT_BANK_BYTES, DEFAULT_HOST_BYTES
 from gpt_serve.errors import UsageError
-from gpt_serve.options import ByteSize
 from gpt_serve.serve import ServeConfig
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from gpt_serve.adapters.store import AdapterStore
 from gpt_serve.specs import BackboneSpec
-from gpt_serve.store import AdapterStore
 from tests.factories import make_adapter
 from tests.serve.harness import ServerProcess
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from gpt_serve.backbone import Backbone
-from gpt_serve.engine import Engine
-from gpt_serve.store import AdapterStore
+from gpt_serve.adapters.store import AdapterStore
+from gpt_serve.engine.engine import Engine
+from gpt_serve.model.backbone import Backbone
 from tests.serve.conftest import encode
 from tests.serve.harness import ServerProcess, check_problem, raw
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from gpt_serve.adapters.store import AdapterStore
 from gpt_serve.specs import BackboneSpec
-from gpt_serve.store import AdapterStore
 from tests.factories import make_adapter
 from tests.serve.harness import ServerProcess, check_problem, children, is_alive, port_is_free, until
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from gpt_serve.bank import BankStats
+from gpt_serve.engine.bank import BankStats
 from gpt_serve.errors import NotReady, Overloaded
 from gpt_serve.serve.metrics import Metrics
 from gpt_serve.serve.state import ServerState

@@ -15,10 +15,10 @@ from litserve.callbacks import CallbackRunner
 from litserve.loops.loops import inference_worker
 from litserve.utils import WorkerSetupStatus
 
-from gpt_serve.bank import BankStats
-from gpt_serve.engine import Prediction, Row
+from gpt_serve.engine.bank import BankStats
+from gpt_serve.engine.engine import Prediction, Row
+from gpt_serve.engine.scheduler import Scheduler
 from gpt_serve.errors import CheckpointError, GPTServeError, UndecodableImage, UnknownTask
-from gpt_serve.scheduler import Scheduler
 from gpt_serve.serve import ServeConfig, loading
 from gpt_serve.serve.link import Link, PipeTransport, take_all
 from gpt_serve.serve.worker import CONSUMER, Item, PredictAPI, report

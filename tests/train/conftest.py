@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
+from gpt_serve.train.data.views import Unreadable
 from gpt_serve.train.loop import EpochRecord
-from gpt_serve.train.views import Unreadable
 
 COLOURS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (210, 50, 40)}
 

@@ -10,10 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from gpt_serve.adapter_batch import AdapterBatch
-from gpt_serve.backbone import Backbone
-from gpt_serve.prompted import embed, prompted_features
-from gpt_serve.train.attention_maps import (
+from gpt_serve.insight.attention import (
     AttentionMaps,
     adapter_rows,
     attention_maps,
@@ -22,6 +19,9 @@ from gpt_serve.train.attention_maps import (
     plot_attention,
     shown_blocks,
 )
+from gpt_serve.model.backbone import Backbone
+from gpt_serve.model.batch import AdapterBatch
+from gpt_serve.model.prompted import embed, prompted_features
 from tests.factories import make_adapter
 from tests.tiny_vit import METHODS, random_images, tiny_backbone
 
@@ -143,7 +143,7 @@ def test_plot(tiny: Backbone, tmp_path: Path, heads: bool) -> None:
 
 
 def test_remembered_prompts_are_refused(tiny: Backbone) -> None:
-    from gpt_serve.prompted import remember
+    from gpt_serve.model.prompted import remember
 
     adapter: AdapterBatch = remember(tiny.model, adapter_rows(tiny, make_adapter(tiny.spec, method="vpt-deep")))
     with pytest.raises(AssertionError):

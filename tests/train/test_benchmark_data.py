@@ -9,24 +9,24 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from gpt_serve.adapter import Adapter
-from gpt_serve.backbone import Backbone
-from gpt_serve.cli import main
-from gpt_serve.engine import Engine
+from gpt_serve.adapters.adapter import Adapter
+from gpt_serve.adapters.store import AdapterStore
+from gpt_serve.cli.main import main
+from gpt_serve.engine.engine import Engine
+from gpt_serve.engine.evaluate import evaluate_task
 from gpt_serve.errors import DataError, UsageError
-from gpt_serve.evaluation import evaluate_task
-from gpt_serve.images import decode
-from gpt_serve.store import AdapterStore
-from gpt_serve.train.closing import ClosingJob, close_gates
-from gpt_serve.train.data import find_benchmark, open_dataset, open_evaluation
+from gpt_serve.images.decode import decode
+from gpt_serve.model.backbone import Backbone
+from gpt_serve.train.closing.close import ClosingJob, close_gates
+from gpt_serve.train.data.datasets import find_benchmark, open_dataset, open_evaluation
+from gpt_serve.train.data.sources.published import published
+from gpt_serve.train.data.views import View
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import build_module, train_adapter
 from gpt_serve.train.job import Job
 from gpt_serve.train.loop import Trainer
-from gpt_serve.train.paper_table import find_task, table_tasks
-from gpt_serve.train.recipe import PROTOCOLS, make_recipe, prepared
-from gpt_serve.train.sources.published import published
-from gpt_serve.train.views import View
+from gpt_serve.train.recipes.paper_table import find_task, table_tasks
+from gpt_serve.train.recipes.recipe import PROTOCOLS, make_recipe, prepared
 from tests.tiny_vit import PREPROCESS
 from tests.train.conftest import COLOURS, Recorder, write_colours, write_pictures
 

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from gpt_serve.backbone import BUNDLED, Backbone
-from gpt_serve.cli import main
+from gpt_serve.cli.main import main
 from gpt_serve.errors import UsageError
+from gpt_serve.model.backbone import BUNDLED, Backbone
 from gpt_serve.specs import Family
-from gpt_serve.train.choice import choose_recipe
-from gpt_serve.train.paper_table import find_row, table_tasks
-from gpt_serve.train.recipe import RECIPES
+from gpt_serve.train.recipes.choice import choose_recipe
+from gpt_serve.train.recipes.paper_table import find_row, table_tasks
+from gpt_serve.train.recipes.recipe import RECIPES
 from tests.tiny_vit import PREPROCESS, tiny_vit
 
 

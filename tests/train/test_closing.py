@@ -12,23 +12,23 @@ import torch
 from click.testing import CliRunner, Result
 from torch import nn
 
-from gpt_serve.adapter import Adapter
-from gpt_serve.adapter_batch import AdapterBatch
-from gpt_serve.backbone import Backbone
-from gpt_serve.cli import main
+from gpt_serve.adapters.adapter import Adapter
+from gpt_serve.adapters.store import FILE_NAME, AdapterStore
+from gpt_serve.cli.main import main
 from gpt_serve.errors import BackboneMismatch, DataError, UnknownTask, UsageError
-from gpt_serve.store import FILE_NAME, AdapterStore
+from gpt_serve.model.backbone import Backbone
+from gpt_serve.model.batch import AdapterBatch
 from gpt_serve.train import card, closing, gate_search, loop
-from gpt_serve.train.closing import ClosingJob, close_gates
-from gpt_serve.train.data import open_dataset
+from gpt_serve.train.closing.close import ClosingJob, close_gates
+from gpt_serve.train.closing.search import GateSearch, closed, most
+from gpt_serve.train.data.datasets import open_dataset
+from gpt_serve.train.data.views import View
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import train_adapter
-from gpt_serve.train.gate_search import GateSearch, closed, most
 from gpt_serve.train.job import Job
 from gpt_serve.train.loop import Score, Trainer, evaluate, predict_all
-from gpt_serve.train.methods import AdapterModule
-from gpt_serve.train.recipe import Optimizer, make_recipe
-from gpt_serve.train.views import View
+from gpt_serve.train.methods.prompts import AdapterModule
+from gpt_serve.train.recipes.recipe import Optimizer, make_recipe
 from tests.tiny_vit import PREPROCESS, random_images, random_tensors, tiny_backbone
 from tests.train.conftest import Recorder
 
@@ -301,7 +301,7 @@ def test_an_interrupted_step_leaves_the_adapter_as_it_was(
         def interrupt(*_: object) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("gpt_serve.store.os.replace", interrupt)
+        monkeypatch.setattr("gpt_serve.adapters.store.os.replace", interrupt)
     recorder = Recorder(interrupt_at=0 if moment == "fine-tuning" else None)
     with pytest.raises(KeyboardInterrupt):
         close_gates(deep_enough, ClosingJob("colours", str(colours), adapters, 100.0), recorder)

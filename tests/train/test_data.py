@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from gpt_serve.adapters.store import AdapterStore
+from gpt_serve.cli.options import data_by_task
 from gpt_serve.errors import DataError, UsageError
-from gpt_serve.images import decode
-from gpt_serve.options import data_by_task
-from gpt_serve.store import AdapterStore
-from gpt_serve.train.data import digest, open_dataset, open_evaluation
-from gpt_serve.train.samples import Indexed, pick
+from gpt_serve.images.decode import decode
+from gpt_serve.train.data.datasets import digest, open_dataset, open_evaluation
+from gpt_serve.train.data.samples import Indexed, pick
 
 
 def write_images(root: Path, counts: dict[str, int]) -> None:

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from gpt_serve.backbone import Backbone
+from gpt_serve.model.backbone import Backbone
 from gpt_serve.train import fit
-from gpt_serve.train.data import open_dataset
+from gpt_serve.train.data.datasets import open_dataset
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import train_adapter
 from gpt_serve.train.job import Job
-from gpt_serve.train.recipe import make_recipe
+from gpt_serve.train.recipes.recipe import make_recipe
 from tests.train.conftest import Recorder
 
 

@@ -9,18 +9,18 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch import Tensor
 from torch.nn import functional as F
 
-from gpt_serve.backbone import Backbone
-from gpt_serve.images import normalize
-from gpt_serve.train import start
-from gpt_serve.train.data import open_dataset
-from gpt_serve.train.discriminant import ALIKE, FOLDS, SCALES, SHRINKAGES, Discriminant, lda_head
+from gpt_serve.images.decode import normalize
+from gpt_serve.model.backbone import Backbone
+from gpt_serve.train.data.datasets import open_dataset
+from gpt_serve.train.data.samples import Sample
+from gpt_serve.train.data.views import View, thinned
 from gpt_serve.train.fit import build_module
 from gpt_serve.train.job import Job
-from gpt_serve.train.modules import TaskModule
-from gpt_serve.train.recipe import Recipe, make_recipe
-from gpt_serve.train.samples import Sample
-from gpt_serve.train.start import start_from_data
-from gpt_serve.train.views import View, thinned
+from gpt_serve.train.methods.discriminant import ALIKE, FOLDS, SCALES, SHRINKAGES, Discriminant, lda_head
+from gpt_serve.train.methods.modules import TaskModule
+from gpt_serve.train.methods.prompts import start
+from gpt_serve.train.methods.start import start_from_data
+from gpt_serve.train.recipes.recipe import Recipe, make_recipe
 from tests.tiny_vit import PREPROCESS
 from tests.train.conftest import Recorder
 

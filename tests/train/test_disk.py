@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from gpt_serve.backbone import Backbone
 from gpt_serve.errors import UsageError
+from gpt_serve.model.backbone import Backbone
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import train_adapter
-from gpt_serve.train.full import FullModule
 from gpt_serve.train.job import Job
+from gpt_serve.train.methods.full import FullModule
 from gpt_serve.train.publishing import store_model
-from gpt_serve.train.recipe import make_recipe
+from gpt_serve.train.recipes.recipe import make_recipe
 from tests.train.conftest import Recorder
 
 

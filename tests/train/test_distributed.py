@@ -41,7 +41,7 @@ def train_as(rank: int, size: int, port: int, data: str, adapters: str) -> None:
 
 @pytest.mark.slow
 def test_two_processes_train_the_adapter_that_one_would(colours, tmp_path) -> None:  # type: ignore[no-untyped-def]
-    from gpt_serve.store import AdapterStore
+    from gpt_serve.adapters.store import AdapterStore
 
     train_as(0, 1, 0, str(colours), str(tmp_path / "1"))
     multiprocessing.spawn(train_as, (2, free_port(), str(colours), str(tmp_path / "2")), nprocs=2)

@@ -8,22 +8,22 @@ import pytest
 import torch
 from torch import nn
 
-from gpt_serve.backbone import Backbone
-from gpt_serve.engine import Engine, Prediction
+from gpt_serve.adapters.store import AdapterStore
+from gpt_serve.engine.engine import Engine, Prediction
 from gpt_serve.errors import ExportError, UsageError
 from gpt_serve.export.job import ExportOptions, export_task, export_tasks
-from gpt_serve.images import center_crop, decode, normalize, resize
-from gpt_serve.store import AdapterStore
-from gpt_serve.train.data import open_dataset
+from gpt_serve.images.decode import center_crop, decode, normalize, resize
+from gpt_serve.insight.inspect import inspect_adapter
+from gpt_serve.model.backbone import Backbone
+from gpt_serve.train.data.datasets import open_dataset
+from gpt_serve.train.data.views import View
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import build_module, train_adapter
-from gpt_serve.train.gates import sample_gates
-from gpt_serve.train.inspection import inspect_adapter
 from gpt_serve.train.job import Job
-from gpt_serve.train.methods import AdapterModule
-from gpt_serve.train.prompt_init import patch_tokens, prompts_from_tokens
-from gpt_serve.train.recipe import Recipe, make_recipe
-from gpt_serve.train.views import View
+from gpt_serve.train.methods.gates import sample_gates
+from gpt_serve.train.methods.prompt_init import patch_tokens, prompts_from_tokens
+from gpt_serve.train.methods.prompts import AdapterModule
+from gpt_serve.train.recipes.recipe import Recipe, make_recipe
 from tests import reference
 from tests.factories import make_adapter
 from tests.tiny_vit import PREPROCESS, random_images, random_tensors

@@ -8,20 +8,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gpt_serve.backbone import Backbone
-from gpt_serve.engine import Engine, Prediction
+from gpt_serve.adapters.store import AdapterStore
+from gpt_serve.engine.engine import Engine, Prediction
 from gpt_serve.errors import DataError, InvalidTaskName, UsageError
-from gpt_serve.store import AdapterStore
+from gpt_serve.model.backbone import Backbone
 from gpt_serve.train import fit
-from gpt_serve.train.data import open_dataset
+from gpt_serve.train.data.datasets import open_dataset
+from gpt_serve.train.data.views import View, shuffled_batches
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import build_module, load_views, train_adapter
 from gpt_serve.train.job import Job
 from gpt_serve.train.loop import Score, Trainer, forward_logits
-from gpt_serve.train.methods import METHODS
-from gpt_serve.train.modules import TaskModule
-from gpt_serve.train.recipe import Select, learning_rate, make_recipe
-from gpt_serve.train.views import View, shuffled_batches
+from gpt_serve.train.methods.modules import TaskModule
+from gpt_serve.train.methods.prompts import METHODS
+from gpt_serve.train.recipes.recipe import Select, learning_rate, make_recipe
 from tests.tiny_vit import PREPROCESS, tiny_backbone
 from tests.train.conftest import Recorder
 

@@ -8,18 +8,18 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from gpt_serve.backbone import Backbone
+from gpt_serve.adapters.store import AdapterStore
 from gpt_serve.errors import UsageError
-from gpt_serve.images import normalize
-from gpt_serve.store import AdapterStore
-from gpt_serve.train.data import open_dataset
+from gpt_serve.images.decode import normalize
+from gpt_serve.model.backbone import Backbone
+from gpt_serve.train.data.datasets import open_dataset
+from gpt_serve.train.data.views import View
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import build_module, train_adapter
-from gpt_serve.train.full import FullModule
 from gpt_serve.train.job import Job
 from gpt_serve.train.loop import Trainer
-from gpt_serve.train.recipe import Recipe, make_recipe
-from gpt_serve.train.views import View
+from gpt_serve.train.methods.full import FullModule
+from gpt_serve.train.recipes.recipe import Recipe, make_recipe
 from tests.tiny_vit import PREPROCESS, random_images, tiny_vit
 from tests.train.conftest import Recorder
 

@@ -8,23 +8,23 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gpt_serve.adapter import Adapter
-from gpt_serve.adapter_batch import AdapterBatch
-from gpt_serve.backbone import Backbone
-from gpt_serve.engine import Engine, Prediction
+from gpt_serve.adapters.adapter import Adapter
+from gpt_serve.adapters.store import AdapterStore
+from gpt_serve.engine.engine import Engine, Prediction
 from gpt_serve.errors import UsageError
-from gpt_serve.prompted import embed, prompted_features
-from gpt_serve.store import AdapterStore
-from gpt_serve.train.closing import ClosingJob, close_gates
-from gpt_serve.train.data import open_dataset
+from gpt_serve.model.backbone import Backbone
+from gpt_serve.model.batch import AdapterBatch
+from gpt_serve.model.prompted import embed, prompted_features
+from gpt_serve.train.closing.close import ClosingJob, close_gates
+from gpt_serve.train.data.datasets import open_dataset
+from gpt_serve.train.data.views import View
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import build_module, train_adapter
-from gpt_serve.train.gates import gumbel_temperature, harden, sample_gates
 from gpt_serve.train.job import Job
 from gpt_serve.train.loop import Trainer
-from gpt_serve.train.methods import AdapterModule
-from gpt_serve.train.recipe import Recipe, make_recipe
-from gpt_serve.train.views import View
+from gpt_serve.train.methods.gates import gumbel_temperature, harden, sample_gates
+from gpt_serve.train.methods.prompts import AdapterModule
+from gpt_serve.train.recipes.recipe import Recipe, make_recipe
 from tests import reference
 from tests.tiny_vit import PREPROCESS, random_images, random_tensors
 from tests.train.conftest import Recorder

@@ -10,9 +10,9 @@ import pytest
 from PIL import Image
 
 from gpt_serve.errors import DataError
-from gpt_serve.images import decode
-from gpt_serve.train.data import Dataset, open_dataset, open_evaluation
-from gpt_serve.train.views import scan
+from gpt_serve.images.decode import decode
+from gpt_serve.train.data.datasets import Dataset, open_dataset, open_evaluation
+from gpt_serve.train.data.views import scan
 from tests.tiny_vit import PREPROCESS
 
 datasets = pytest.importorskip("datasets")

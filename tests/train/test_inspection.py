@@ -5,8 +5,8 @@ from dataclasses import asdict
 import pytest
 import torch
 
+from gpt_serve.insight.inspect import Inspection, inspect_adapter, plot_inspection, selection_ratio
 from gpt_serve.train.card import block_table
-from gpt_serve.train.inspection import Inspection, inspect_adapter, plot_inspection, selection_ratio
 from tests import reference
 from tests.factories import TINY_SPEC, make_adapter
 

@@ -5,16 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from gpt_serve.backbone import Backbone
-from gpt_serve.engine import Engine, Prediction
-from gpt_serve.store import AdapterStore
-from gpt_serve.train import methods
-from gpt_serve.train.data import open_dataset
+from gpt_serve.adapters.store import AdapterStore
+from gpt_serve.engine.engine import Engine, Prediction
+from gpt_serve.model.backbone import Backbone
+from gpt_serve.train.data.datasets import open_dataset
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import train_adapter
 from gpt_serve.train.job import Job
-from gpt_serve.train.methods import METHODS
-from gpt_serve.train.recipe import make_recipe
+from gpt_serve.train.methods.prompts import METHODS
+from gpt_serve.train.methods.prompts import prompts as methods
+from gpt_serve.train.recipes.recipe import make_recipe
 from tests.train.conftest import Recorder
 
 ROOT = Path(__file__).parents[2]

@@ -9,18 +9,18 @@ import torch
 from sklearn.metrics import normalized_mutual_info_score
 from torch import Tensor
 
-from gpt_serve.backbone import Backbone
+from gpt_serve.adapters.store import AdapterStore
 from gpt_serve.errors import UsageError
-from gpt_serve.prompted import embed
-from gpt_serve.store import AdapterStore
+from gpt_serve.insight.attention import adapter_rows, by_block
+from gpt_serve.model.backbone import Backbone
+from gpt_serve.model.prompted import embed
 from gpt_serve.train import fit as fitting
-from gpt_serve.train.attention_maps import adapter_rows, by_block
+from gpt_serve.train.data.views import View
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import train_adapter
 from gpt_serve.train.job import Job
 from gpt_serve.train.nmi import normalized_mutual_information, plot_nmi, prompt_nmi, recorded_nmi
-from gpt_serve.train.recipe import make_recipe
-from gpt_serve.train.views import View
+from gpt_serve.train.recipes.recipe import make_recipe
 from tests.factories import make_adapter
 from tests.tiny_vit import METHODS, random_images
 from tests.train.conftest import Recorder

@@ -9,20 +9,20 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch.nn import functional as F
 
-from gpt_serve.backbone import Backbone
-from gpt_serve.engine import Engine, Prediction
+from gpt_serve.adapters.store import AdapterStore
+from gpt_serve.engine.engine import Engine, Prediction
 from gpt_serve.errors import BackboneError
-from gpt_serve.images import normalize
-from gpt_serve.store import AdapterStore
-from gpt_serve.train.data import open_dataset
+from gpt_serve.images.decode import normalize
+from gpt_serve.model.backbone import Backbone
+from gpt_serve.train.data.datasets import open_dataset
+from gpt_serve.train.data.views import View
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import build_module, train_adapter
 from gpt_serve.train.job import Job
-from gpt_serve.train.methods import AdapterModule
-from gpt_serve.train.modules import HeadNorm
-from gpt_serve.train.recipe import make_recipe
-from gpt_serve.train.start import start_from_data
-from gpt_serve.train.views import View
+from gpt_serve.train.methods.modules import HeadNorm
+from gpt_serve.train.methods.prompts import AdapterModule
+from gpt_serve.train.methods.start import start_from_data
+from gpt_serve.train.recipes.recipe import make_recipe
 from tests import reference
 from tests.tiny_vit import PREPROCESS, random_images, tiny_backbone
 from tests.train.conftest import Recorder

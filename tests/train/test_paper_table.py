@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gpt_serve.specs import Family
-from gpt_serve.train.paper_table import Row, _plain, find_row, table_tasks
+from gpt_serve.train.recipes.paper_table import Row, _plain, find_row, table_tasks
 
 ROW = re.compile(r"(\S.*?) (\d+) (\d+) ([\d.]+) (\d+) (\d+) (\d+) ([\d.]+) (\d+)$", re.MULTILINE)
 FAMILIES: tuple[Family, Family] = ("mae", "mocov3")
@@ -44,14 +44,14 @@ def test_columns_add_up_to_the_papers_sums(family: Family, sums: tuple[float, ..
 
 
 def test_all_24_classification_tasks_and_ade20k_are_there_by_benchmark() -> None:
-    text = (files("gpt_serve.train") / "paper_table.toml").read_text()
+    text = (files("gpt_serve.train.recipes") / "paper_table.toml").read_text()
     kinds = [entry["benchmark"] for entry in tomllib.loads(text)["tasks"].values()]
     assert [kinds.count(kind) for kind in ("VTAB-1K", "FGVC", "segmentation")] == [19, 5, 1]
     assert "Table 5" in text and "arXiv:2306.05067" in text
 
 
 def test_no_name_means_two_tasks() -> None:
-    tasks = tomllib.loads((files("gpt_serve.train") / "paper_table.toml").read_text())["tasks"]
+    tasks = tomllib.loads((files("gpt_serve.train.recipes") / "paper_table.toml").read_text())["tasks"]
     names = [_plain(name) for task, entry in tasks.items() for name in (task, *entry["aliases"])]
     assert len(set(names)) == len(names)
 

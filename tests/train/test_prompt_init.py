@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpt_serve.backbone import Backbone
+from gpt_serve.adapters.store import AdapterStore
 from gpt_serve.errors import UsageError
-from gpt_serve.images import normalize
-from gpt_serve.store import AdapterStore
-from gpt_serve.train.data import open_dataset
+from gpt_serve.images.decode import normalize
+from gpt_serve.model.backbone import Backbone
+from gpt_serve.train.data.datasets import open_dataset
+from gpt_serve.train.data.views import View
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import build_module, train_adapter
 from gpt_serve.train.job import Job
-from gpt_serve.train.methods import AdapterModule, PromptInit
-from gpt_serve.train.prompt_init import (
+from gpt_serve.train.methods.prompt_init import (
     POOLS,
     Centres,
     Drawn,
@@ -28,9 +28,9 @@ from gpt_serve.train.prompt_init import (
     prompts_from_tokens,
     window_size,
 )
-from gpt_serve.train.recipe import Recipe, make_recipe
-from gpt_serve.train.start import start_from_data
-from gpt_serve.train.views import View
+from gpt_serve.train.methods.prompts import AdapterModule, PromptInit
+from gpt_serve.train.methods.start import start_from_data
+from gpt_serve.train.recipes.recipe import Recipe, make_recipe
 from tests import reference
 from tests.tiny_vit import PREPROCESS, tiny_backbone
 from tests.train.conftest import Recorder

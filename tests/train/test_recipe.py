@@ -5,17 +5,17 @@ from typing import get_args
 import click
 import pytest
 
-from gpt_serve.backbone import Backbone
+from gpt_serve.cli.train import train
 from gpt_serve.errors import UsageError
-from gpt_serve.train.data import open_dataset
+from gpt_serve.model.backbone import Backbone
+from gpt_serve.train.data.datasets import open_dataset
+from gpt_serve.train.data.views import View
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import build_module
 from gpt_serve.train.loop import Trainer
-from gpt_serve.train.methods import METHODS, GateKind, HeadInit, PromptInit
-from gpt_serve.train.prompt_init import POOLS
-from gpt_serve.train.recipe import RECIPES, Recipe, learning_rate, make_recipe
-from gpt_serve.train.views import View
-from gpt_serve.train_commands import train
+from gpt_serve.train.methods.prompt_init import POOLS
+from gpt_serve.train.methods.prompts import METHODS, GateKind, HeadInit, PromptInit
+from gpt_serve.train.recipes.recipe import RECIPES, Recipe, learning_rate, make_recipe
 from tests.tiny_vit import PREPROCESS
 
 

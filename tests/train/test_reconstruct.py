@@ -9,11 +9,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from gpt_serve.backbone import Backbone
 from gpt_serve.errors import UsageError
-from gpt_serve.prompted import embed, prompted_features
-from gpt_serve.train import deep_image_prior as dip
-from gpt_serve.train.attention_maps import adapter_rows, embed_pixels
+from gpt_serve.insight import reconstruct as dip
+from gpt_serve.insight.attention import adapter_rows, embed_pixels
+from gpt_serve.model.backbone import Backbone
+from gpt_serve.model.prompted import embed, prompted_features
 from tests.factories import make_adapter
 from tests.tiny_vit import METHODS, PREPROCESS, random_images, tiny_backbone
 

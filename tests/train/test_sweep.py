@@ -14,20 +14,20 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from gpt_serve.backbone import Backbone
-from gpt_serve.cli import main
+from gpt_serve.adapters.store import AdapterStore
+from gpt_serve.cli.main import main
 from gpt_serve.errors import DataError, GPTServeError, UsageError
-from gpt_serve.store import AdapterStore
-from gpt_serve.train import trial as module
+from gpt_serve.model.backbone import Backbone
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import train_adapter
 from gpt_serve.train.job import Job
-from gpt_serve.train.recipe import Recipe, Select, make_recipe
-from gpt_serve.train.sweep import Sweep, make_axes, make_grid, run_sweep
-from gpt_serve.train.sweep_ray import RayRunner
-from gpt_serve.train.sweep_report import plot_sweep, report_table
-from gpt_serve.train.sweep_trials import Outcome, Trial, TrialStore, best_trial
-from gpt_serve.train.trial import BackboneSource, Work, run_trial
+from gpt_serve.train.recipes.recipe import Recipe, Select, make_recipe
+from gpt_serve.train.sweep.ray import RayRunner
+from gpt_serve.train.sweep.report import plot_sweep, report_table
+from gpt_serve.train.sweep.sweep import Sweep, make_axes, make_grid, run_sweep
+from gpt_serve.train.sweep.sweep import trial as module
+from gpt_serve.train.sweep.trial import BackboneSource, Work, run_trial
+from gpt_serve.train.sweep.trials import Outcome, Trial, TrialStore, best_trial
 from tests.train.conftest import Recorder
 
 RECIPE = make_recipe("adamw", prompts=2, epochs=2, warmup=0, batch_size=8)
@@ -455,7 +455,7 @@ def test_each_trial_has_the_recipe_that_train_would_take_at_its_rate(
         asked.append(what)
         raise UsageError("enough")
 
-    monkeypatch.setattr("gpt_serve.train.sweep.run_sweep", stop)
+    monkeypatch.setattr("gpt_serve.train.sweep.sweep.run_sweep", stop)
     flags = ["sweep", "--task", "t", "--data", str(colours), "--adapters", str(tmp_path)]
     result = CliRunner().invoke(main, [*flags, "--lr", "0.01,0.1", "--gate-init", "1", "--prompts", "10", *args])
     assert result.stderr.endswith("enough\n")

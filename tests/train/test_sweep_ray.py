@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from gpt_serve.backbone import Backbone
-from gpt_serve.store import AdapterStore
+from gpt_serve.adapters.store import AdapterStore
+from gpt_serve.model.backbone import Backbone
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import train_adapter
 from gpt_serve.train.job import Job
-from gpt_serve.train.recipe import make_recipe
+from gpt_serve.train.recipes.recipe import make_recipe
 from tests.train.conftest import Recorder
 
-PROGRAM = "from gpt_serve.cli import main; main(prog_name='gpt-serve')"
+PROGRAM = "from gpt_serve.cli.main import main; main(prog_name='gpt-serve')"
 FLAGS = ["--device", "cpu", "--epochs", "1", "--lr", "0.0001,0.02,0.01", "--gate-init", "5", "--prompts", "2"]
 
 

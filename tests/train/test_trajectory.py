@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gpt_serve.train.data import open_dataset
+from gpt_serve.train.data.datasets import open_dataset
+from gpt_serve.train.data.views import View, shuffled_batches
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import build_module
 from gpt_serve.train.job import Job
 from gpt_serve.train.loop import Trainer
-from gpt_serve.train.methods import AdapterModule
-from gpt_serve.train.recipe import make_recipe
-from gpt_serve.train.start import start_from_data
-from gpt_serve.train.views import View, shuffled_batches
+from gpt_serve.train.methods.prompts import AdapterModule
+from gpt_serve.train.methods.start import start_from_data
+from gpt_serve.train.recipes.recipe import make_recipe
 from tests import reference
 from tests.tiny_vit import PREPROCESS, tiny_backbone, tiny_vit
 from tests.train.conftest import Recorder

@@ -1,8 +1,8 @@
 import torch
 
 from gpt_serve.specs import Preprocess
-from gpt_serve.train.data import open_dataset
-from gpt_serve.train.views import View, ordered_batches, scan, shuffled_batches
+from gpt_serve.train.data.datasets import open_dataset
+from gpt_serve.train.data.views import View, ordered_batches, scan, shuffled_batches
 from tests.tiny_vit import PREPROCESS
 
 CROPPED = Preprocess(**PREPROCESS.to_dict() | {"crop_pct": 0.5})

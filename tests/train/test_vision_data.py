@@ -13,10 +13,10 @@ from PIL import Image
 from scipy.io import savemat
 
 from gpt_serve.errors import DataError
-from gpt_serve.images import decode
-from gpt_serve.train.data import Dataset, open_dataset, open_evaluation
-from gpt_serve.train.sources import vision
-from gpt_serve.train.sources.published import published
+from gpt_serve.images.decode import decode
+from gpt_serve.train.data.datasets import Dataset, open_dataset, open_evaluation
+from gpt_serve.train.data.sources import vision
+from gpt_serve.train.data.sources.published import published
 from tests.train.conftest import write_pictures
 
 

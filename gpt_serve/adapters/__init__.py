@@ -1,0 +1,1 @@
+"""An adapter, its file, and the store of adapters."""

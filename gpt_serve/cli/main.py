@@ -1,0 +1,259 @@
+"""The command line; the only file that knows exit codes. Heavy imports live inside the commands."""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from gpt_serve import __version__
+from gpt_serve.cli.insight import inspect, reconstruct
+from gpt_serve.cli.options import (
+    adapters_option,
+    backbone_options,
+    bench_options,
+    data_by_task,
+    data_option,
+    device_option,
+    export_options,
+    json_option,
+    read_file,
+    resolve_device,
+    serving_options,
+    task_option,
+    weights_options,
+)
+from gpt_serve.cli.sweep import sweep
+from gpt_serve.cli.train import close_gates, train
+from gpt_serve.engine.malloc import reuse_freed_memory
+from gpt_serve.errors import GPTServeError, UsageError
+
+if TYPE_CHECKING:
+    from gpt_serve.engine.engine import Engine
+
+EXIT_MISTAKE = 2
+EXIT_INTERRUPTED = 130
+
+
+class Mistake(click.ClickException):
+    """Shown as one line on stderr."""
+
+    exit_code = EXIT_MISTAKE
+
+    def show(self, file: Any = None) -> None:
+        click.echo(f"gpt-serve: {' '.join(self.message.splitlines())}", err=True)
+
+
+@contextmanager
+def _mistakes() -> Iterator[None]:
+    """Turn the package's errors, and click's own of several lines, into a `Mistake`."""
+    try:
+        yield
+    except GPTServeError as error:
+        raise Mistake(str(error)) from error
+    except click.exceptions.NoArgsIsHelpError:
+        raise
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "gpt-serve"
+        raise Mistake(f"{error.format_message()} Try '{command} --help'.") from error
+
+
+class Group(click.Group):
+    """Ends a user's mistake with one line on stderr and an exit code."""
+
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        with _mistakes():
+            return super().make_context(*args, **extra)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            with _mistakes():
+                return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("gpt-serve: interrupted", err=True)
+            ctx.exit(EXIT_INTERRUPTED)
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="gpt-serve")
+def main() -> None:
+    """Serve many vision tasks from one frozen Vision Transformer with gated prompt adapters."""
+    # Idle OpenMP threads that spin slow everything else on a shared machine; read once, when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    reuse_freed_memory()
+
+
+main.add_command(train)
+main.add_command(sweep)
+main.add_command(close_gates)
+main.add_command(inspect)
+main.add_command(reconstruct)
+
+
+@main.command("eval")
+@task_option
+@data_option
+@backbone_options
+@adapters_option
+@json_option
+def evaluate(task: str, data: str, adapters: Path, as_json: bool, **backbone: Any) -> None:
+    """Accuracy of an adapter on DIR/test, or on DIR itself when it holds class folders."""
+    engine = _engine(task, adapters, **backbone)
+    from gpt_serve.engine.evaluate import evaluate_task
+
+    result = evaluate_task(engine, task, data)
+    if as_json:
+        click.echo(json.dumps(result))
+    else:
+        click.echo(f"{task}: accuracy {100 * result['accuracy']:.2f} % on {result['n']} images ({result['revision']})")
+
+
+@main.command()
+@task_option
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option("--top-k", type=click.IntRange(1, 1000), default=5, show_default=True, help="Answers per image.")
+@backbone_options
+@adapters_option
+@json_option
+def predict(task: str, images: tuple[Path, ...], top_k: int, adapters: Path, as_json: bool, **backbone: Any) -> None:
+    """Classify image files."""
+    engine = _engine(task, adapters, **backbone)
+    results = engine.predict([(task, read_file(path)) for path in images])
+    answers: list[dict[str, Any]] = []
+    for path, result in zip(images, results, strict=True):
+        if isinstance(result, GPTServeError):
+            raise UsageError(f"{path}: {result}")
+        best = [{"label": label, "probability": probability} for label, probability in result.top(top_k)]
+        answers.append({"image": str(path), "revision": result.revision, "predictions": best})
+    if as_json:
+        click.echo(json.dumps({"task": task, "images": answers}))
+        return
+    for answer in answers:
+        shown = ", ".join(f"{item['label']} {100 * item['probability']:.1f} %" for item in answer["predictions"])
+        click.echo(f"{click.format_filename(answer['image'])}: {shown}")
+
+
+@main.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for all.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 picks a free one.")
+@adapters_option
+@backbone_options
+@serving_options
+def serve(device: str, **options: Any) -> None:
+    """Answer HTTP requests; watches the adapter folder."""
+    from gpt_serve.serve import ServeConfig, run
+
+    sys.exit(run(ServeConfig(device=resolve_device(device), **options)))
+
+
+@main.command()
+@export_options
+@weights_options
+@adapters_option
+@json_option
+def export(
+    task: str | None,
+    tasks: str | None,
+    every: bool,
+    output: Path | None,
+    add_to: Path | None,
+    kind: Any,
+    data: tuple[str, ...],
+    adapters: Path,
+    as_json: bool,
+    backbone: str,
+    checkpoint: Path | None,
+    input_size: int | None,
+    **options: Any,
+) -> None:
+    """Write a verified ONNX graph of one task, or of one backbone for many."""
+    from gpt_serve.adapters.store import AdapterStore
+
+    if [task is not None, tasks is not None, every].count(True) != 1:
+        raise UsageError("name what to export: one of --task NAME, --tasks A,B,C and --all")
+    if (output is None) == (add_to is None) or (add_to is not None and task is None):
+        raise UsageError("name where to: --output FILE.onnx, or --add-to GRAPH.onnx with --task")
+    store = AdapterStore(adapters)
+    names = store.tasks() if every else [name.strip() for name in (tasks or task or "").split(",")]
+    if not names:
+        raise UsageError(f"no adapters in {adapters}: train one, or name another folder with --adapters")
+    for name in names:
+        store.load(name)
+    from gpt_serve.cli.terminal import echo_exported
+    from gpt_serve.export import ExportOptions, add_task, export_task, export_tasks
+    from gpt_serve.model.backbone import Backbone
+
+    chosen = ExportOptions(input=kind, data=data_by_task(data, names), **options)
+    model = Backbone.load(backbone, checkpoint=checkpoint, input_size=input_size)
+    if add_to is not None:
+        result = add_task(model, store, names[0], add_to, chosen)
+    elif output is not None and task is not None:
+        result = export_task(model, store, task, output, chosen)
+    elif output is not None:
+        result = export_tasks(model, store, names, output, chosen)
+    if as_json:
+        click.echo(json.dumps(result))
+    else:
+        echo_exported(result)
+
+
+@main.command()
+@adapters_option
+@json_option
+def tasks(adapters: Path, as_json: bool) -> None:
+    """List the adapters of a folder."""
+    from gpt_serve.adapters.store import AdapterStore
+    from gpt_serve.cli.terminal import echo_tasks
+
+    described = AdapterStore(adapters).describe()
+    if not described and not as_json:
+        raise UsageError(f"no adapters in {adapters}: train one, or name another folder with --adapters")
+    if as_json:
+        click.echo(json.dumps({"tasks": [item.to_dict() for item in described]}))
+    else:
+        echo_tasks(described)
+
+
+@main.command()
+@bench_options
+@device_option
+def bench(only: tuple[str, ...], backbones: tuple[str, ...], device: str, repeats: int, output: Path) -> None:
+    """Measure prompts, mixed batches and HTTP against what they are built on."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the server under test is ended too
+    from gpt_serve.bench import run_benchmarks
+    from gpt_serve.bench.report import make_folder
+    from gpt_serve.bench.timing import Plan
+    from gpt_serve.cli.terminal import echo_table
+
+    make_folder(output)
+    report = run_benchmarks(
+        backbones, resolve_device(device), Plan(repeats), only=only, say=lambda text: click.echo(text, err=True)
+    )
+    report.write(output)
+    for table in report.tables():
+        click.echo(f"\n{table.title}")
+        echo_table(table.header, table.rows)
+
+
+def _engine(
+    task: str, adapters: Path, *, backbone: str, checkpoint: Path | None, input_size: int | None, device: str
+) -> "Engine":
+    """An engine that has the task; an unknown or broken one is reported before the backbone is loaded."""
+    from gpt_serve.adapters.store import AdapterStore
+
+    store = AdapterStore(adapters)
+    store.load(task)
+    from gpt_serve.engine.engine import Engine
+    from gpt_serve.images.decode import LOCAL_LIMITS
+    from gpt_serve.model.backbone import Backbone
+
+    model = Backbone.load(backbone, checkpoint=checkpoint, input_size=input_size, device=resolve_device(device))
+    engine = Engine(model, store, limits=LOCAL_LIMITS)
+    with engine.bank.holding(task):  # trouble is reported before anything is computed
+        pass
+    return engine

@@ -1,0 +1,100 @@
+"""The command that searches hyperparameters: ``sweep``. Heavy imports live inside it."""
+
+import json
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import click
+
+from gpt_serve.cli.options import (
+    DATA_KINDS,
+    adapters_option,
+    backbone_options,
+    json_option,
+    resolve_device,
+    task_option,
+)
+from gpt_serve.cli.training_options import reading_options, sweep_options
+from gpt_serve.errors import UsageError
+
+
+@click.command()
+@task_option
+@click.option("--data", help=f"{DATA_KINDS}  [default: the task's name]")
+@backbone_options
+@sweep_options
+@reading_options
+@adapters_option
+@json_option
+def sweep(
+    task: str,
+    data: str | None,
+    backbone: str,
+    checkpoint: Path | None,
+    input_size: int | None,
+    device: str,
+    pool: Any,
+    lr: tuple[float, ...] | None,
+    gate_init: tuple[float, ...] | None,
+    prompts: tuple[int, ...] | None,
+    samples: int | None,
+    early_stop: bool,
+    jobs: int | None,
+    ray_address: str,
+    resume: bool,
+    skip_unreadable: bool,
+    workers: int,
+    adapters: Path,
+    as_json: bool,
+    recipe: str,
+    **hyperparameters: Any,
+) -> None:
+    """Search learning rate, gate prior and number of prompts on validation images, and publish the best adapter.
+
+    Tries the grid of the lists given, the paper's where none are given, with Ray Tune.
+    """
+    from gpt_serve.specs import check_task_name
+
+    check_task_name(task)
+    if device.startswith("cuda:"):
+        raise UsageError(f"--device {device}: Ray places the trials: use cuda, and CUDA_VISIBLE_DEVICES to choose GPUs")
+    from gpt_serve.train.sweep.ray import RayRunner, require_ray
+
+    require_ray()
+    runner = RayRunner(ray_address, jobs, early_stop)
+    from gpt_serve.cli.terminal import Terminal, echo_sweep, echo_trained
+    from gpt_serve.train.data.datasets import find_benchmark
+    from gpt_serve.train.job import Job
+    from gpt_serve.train.methods.prompts import find_method
+    from gpt_serve.train.recipes.choice import choose_recipe
+    from gpt_serve.train.recipes.recipe import Recipe
+    from gpt_serve.train.sweep.report import report_table
+    from gpt_serve.train.sweep.sweep import Sweep, make_axes, make_grid, run_sweep
+    from gpt_serve.train.sweep.trial import BackboneSource
+
+    source = BackboneSource(backbone, checkpoint and checkpoint.resolve(), input_size, pool)
+    model = source.load(resolve_device(device))
+    given = {"lr": lr, "gate_init": gate_init, "prompts": prompts}
+    first = {name: values and values[0] for name, values in given.items()}
+    published = find_benchmark(data or task)
+
+    def choose(rate: float | None) -> tuple[Recipe, str]:
+        return choose_recipe(recipe, task, model, published, **first | {"lr": rate}, **hyperparameters)
+
+    settings, taken = choose(lr[0] if lr else None)
+    if find_method(settings.method).full:
+        raise UsageError("--method full: a sweep publishes an adapter: choose another method")
+    axes = make_axes(settings, given)
+    recipes = make_grid(lambda rate: choose(rate)[0], axes, samples)
+    job = Job(task, data or task, adapters, settings, resume, skip_unreadable, workers)
+    with closing(Terminal()) as terminal:
+        terminal.notice(taken)
+        shown = "; ".join(f"{name.replace('_', ' ')} {', '.join(map('{:g}'.format, axes[name]))}" for name in axes)
+        terminal.notice(f"{len(recipes)} trial{'' if len(recipes) == 1 else 's'}: {shown}")
+        report = run_sweep(model, source, Sweep(job, axes, recipes, early_stop), runner, terminal)
+    if as_json:
+        click.echo(json.dumps(report))
+    else:
+        echo_trained(report, adapters)
+        echo_sweep(*report_table(report["sweep"], report["recipe"]["select"]), adapters / task)

@@ -1,0 +1,160 @@
+"""The options of the commands that fit adapters."""
+
+from typing import Any
+
+import click
+
+from gpt_serve.cli.options import option_group
+
+
+class Values(click.ParamType[tuple[Any, ...]]):
+    """Numbers, separated by commas: ``0.05,0.1``."""
+
+    name = "list"
+
+    def __init__(self, kind: click.ParamType[Any]) -> None:
+        self.kind = kind
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
+        """The numbers."""
+        return tuple(self.kind.convert(item.strip(), param, ctx) for item in str(value).split(","))
+
+
+_method_options = option_group(
+    click.option("--pool", type=click.Choice(["cls", "mean"]), help="Pooling; the pretraining's own by default."),
+    click.option(
+        "--method",
+        type=click.Choice(
+            ["gated", "gated-deep", "vpt-shallow", "vpt-deep", "spt-shallow", "spt-deep", "linear", "full"],
+        ),
+        help="What is learned besides the head; full: the whole backbone, which is not served.  [gated; spt: spt-deep]",
+    ),
+    click.option(
+        "--recipe",
+        type=click.Choice(["auto", "lda", "adamw", "full", "paper", "spt"]),
+        default="auto",
+        show_default=True,
+        help="Where the options below come from unless they are given. paper: SGD, with the row of the paper's Table 5 "
+        "for task and backbone; auto: that row for --method gated, lda where there is none or the backbone is bundled; "
+        "full for --method full; spt for spt-* on published backbones; adamw for other methods.",
+    ),
+)
+_recipe_options = option_group(
+    click.option(
+        "--prompt-init",
+        type=click.Choice(["random", "tokens", "kmeans", "mean", "max"]),
+        help="Random prompts, or tokens of training images: drawn, k-means centres, pooled.  "
+        "[lda, spt-*: tokens; random]",
+    ),
+    click.option("--prompt-dropout", type=float, help="Dropout on the prompts.  [0.1; spt: 0]"),
+    click.option("--first-block", type=int, help="Block that prompts enter, counted from 0.  [0]"),
+    click.option(
+        "--norm",
+        type=click.Choice(["pretrained", "fresh", "standard"]),
+        help="Before the head: the backbone's own; a fresh, frozen one; or features standardised.  "
+        "[lda: standard; pretrained]",
+    ),
+    click.option(
+        "--gate",
+        type=click.Choice(["soft", "hard"]),
+        help="Gates between 0 and 1, or of 0 or 1 (Gumbel-sigmoid, straight-through).  [soft]",
+    ),
+    click.option(
+        "--temperature/--no-temperature",
+        default=None,
+        help="Learn attention temperatures or leave them at 1.  [gated, gated-deep: learn]",
+    ),
+    click.option("--epochs", type=int, help="Passes over the training images.  [lda, adamw: 20; paper, spt: 100]"),
+    click.option("--warmup", type=int, help="Epochs of warm-up.  [a tenth of --epochs]"),
+    click.option(
+        "--schedule", type=click.Choice(["epoch", "step"]), help="When the rate changes.  [epoch; lda, spt: step]"
+    ),
+    click.option("--min-lr", type=float, help="Final learning rate.  [0; spt: 1e-8]"),
+    click.option(
+        "--head-lr-scale",
+        type=float,
+        help="The head's rate as a multiple of --lr.  [lda: so that it is 0.002; adamw: 2; paper, spt: 1]",
+    ),
+    click.option(
+        "--batch-size", type=int, help="Images per step, over all processes.  [lda, adamw: 16; paper: 64; spt: 32]"
+    ),
+    click.option("--optimizer", type=click.Choice(["sgd", "adamw"]), help="[lda, adamw, spt: adamw; paper: sgd]"),
+    click.option("--momentum", type=float, help="Momentum of SGD.  [0.9]"),
+    click.option("--weight-decay", type=float, help="Weight decay.  [lda, adamw, spt: 0.01; paper: 0]"),
+    click.option("--head-weight-decay", type=float, help="Weight decay of the head.  [--weight-decay; spt: 0.5]"),
+    click.option(
+        "--head-init",
+        type=click.Choice(["kaiming", "small", "tiny", "lda"]),
+        help="Random, or by discriminant analysis of the training images.  [lda: lda; adamw: small; paper: kaiming; "
+        "spt: small, tiny with MoCo v3]",
+    ),
+    click.option(
+        "--augment",
+        type=click.Choice(["crop-flip", "crop", "none"]),
+        help="Random crop and mirror; use crop or none where mirrored images mean something else.  [crop-flip]",
+    ),
+    click.option(
+        "--preprocess",
+        type=click.Choice(["backbone", "fgvc", "vtab"]),
+        help="Scaling and crop: the backbone's own, or as a benchmark has it.  [that of --data, else backbone]",
+    ),
+    click.option(
+        "--select",
+        type=click.Choice(["accuracy", "loss"]),
+        help="What the published epoch is best in, on validation images; loss for few.  [accuracy; lda: loss]",
+    ),
+    click.option(
+        "--final-fit/--no-final-fit",
+        default=None,
+        help="Train on validation images, too, and publish the last epoch, to report on test.  [VTAB-1K: --final-fit]",
+    ),
+    click.option("--seed", type=int, help="Of everything random.  [0]"),
+    click.option("--resume", is_flag=True, help="Continue the interrupted run of this task."),
+)
+training_options = option_group(
+    _method_options,
+    click.option(
+        "--prompts",
+        type=int,
+        help="Prompt tokens (per block for deep ones).  [lda, adamw: 10; paper: 100; spt: 20, shallow 100]",
+    ),
+    click.option("--gate-init", type=float, help="Gate priors start at minus this.  [lda, adamw, spt: 1; paper: 5]"),
+    click.option("--lr", type=float, help="Peak learning rate.  [lda: 0.05; adamw: 0.01; paper: 0.25; spt: 0.05]"),
+    _recipe_options,
+)
+sweep_options = option_group(
+    _method_options,
+    click.option(
+        "--lr",
+        type=Values(click.FLOAT),
+        help="Peak learning rates.  [lda: 0.005 to 0.5; sgd: 0.05 to 5; adamw: 0.0005 to 0.05]",
+    ),
+    click.option("--gate-init", type=Values(click.FLOAT), help="Gate priors start at minus these.  [Table 5: 1 to 20]"),
+    click.option("--prompts", type=Values(click.INT), help="Numbers of prompt tokens.  [Table 5: 1,5,10,100]"),
+    click.option("--samples", type=click.IntRange(1), help="Try so many points of the grid, drawn by --seed.  [all]"),
+    click.option("--early-stop", is_flag=True, help="Stop trials that fall behind the others (ASHA)."),
+    click.option("--jobs", type=click.IntRange(1), help="Trials at a time.  [one a GPU; on CPUs one per 4 cores]"),
+    click.option(
+        "--ray-address",
+        default="local",
+        show_default=True,
+        help="Ray cluster to run trials on: auto for this machine's, or HOST:PORT. local starts Ray for this command.",
+    ),
+    _recipe_options,
+)
+reading_options = option_group(
+    click.option("--skip-unreadable", is_flag=True, help="Train without the images that cannot be read."),
+    click.option("--workers", type=click.IntRange(0, 256), default=2, show_default=True, help="Decoding processes."),
+)
+closing_options = option_group(
+    click.option(
+        "--tolerance",
+        type=float,
+        default=0.0,
+        show_default=True,
+        metavar="POINTS",
+        help="Percentage points of validation accuracy that closed gates may cost.",
+    ),
+    click.option("--epochs", type=int, help="Of each of at most 4 fine-tunes.  [a quarter of training's, at least 5]"),
+    click.option("--lr", type=float, help="Peak learning rate of the fine-tunes.  [a quarter of training's]"),
+)

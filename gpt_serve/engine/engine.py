@@ -1,0 +1,245 @@
+"""A batch of (task, image) pairs, mixed in every way, through one forward pass."""
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from gpt_serve.adapters.store import AdapterStore
+from gpt_serve.engine.bank import DEFAULT_BANK_BYTES, DEFAULT_HOST_BYTES, AdapterBank, Resident
+from gpt_serve.engine.passes import COSTS, PassPlanner
+from gpt_serve.engine.slab import gather
+from gpt_serve.errors import BankFull, GPTServeError, ImageError, UndecodableImage, UsageError
+from gpt_serve.images.decode import ImageLimits, decode, from_pil, normalize, preprocess_image
+from gpt_serve.model.backbone import Backbone
+from gpt_serve.model.prompted import block, embed, prompted_features
+from gpt_serve.specs import Preprocess
+
+ImageInput = bytes | Image.Image | Tensor
+"""The bytes of a file, a Pillow image, or uint8 (3, h, w) RGB."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """The answer for one image.
+
+    Attributes:
+        task: the adapter's name.
+        revision: the adapter file that computed it, first 12 hex digits of its SHA-256.
+        labels: the ``C`` classes.
+        probabilities: float32 (C,) on the CPU, summing to 1.
+    """
+
+    task: str
+    revision: str
+    labels: tuple[str, ...]
+    probabilities: Tensor
+
+    def top(self, k: int) -> list[tuple[str, float]]:
+        """The ``k`` most probable (label, probability) pairs, best first; fewer when there are fewer classes."""
+        values, indices = self.probabilities.topk(min(k, len(self.labels)))
+        return [(self.labels[index], value) for index, value in zip(indices.tolist(), values.tolist(), strict=True)]
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One row of the forward pass: an adapter, held in the bank, and its preprocessed image, uint8 (3, H, W)."""
+
+    resident: Resident
+    image: Tensor
+
+
+class Forward(Protocol):
+    """What computes a pass."""
+
+    def __call__(self, rows: Sequence[Row]) -> Tensor:
+        """Features (B, D) of one or more rows, in order, where the rows' heads lie."""
+        ...
+
+
+class TorchForward:
+    """The forward pass in torch, on the backbone's device, in the backbone's dtype.
+
+    Args:
+        compiled: let ``torch.compile`` fuse the blocks: the first passes of each form then take seconds longer.
+    """
+
+    def __init__(self, backbone: Backbone, *, compiled: bool = False) -> None:
+        self.backbone = backbone
+        # One block is compiled, for all of them; batch sizes and prompts are left open.
+        self.run_block: Callable[..., Tensor] = torch.compile(block, dynamic=True) if compiled else block
+
+    @torch.inference_mode()
+    def __call__(self, rows: Sequence[Row]) -> Tensor:
+        """Features (B, D) of one or more rows, in order."""
+        images = normalized(rows, self.backbone.device).to(self.backbone.dtype)
+        tokens = embed(self.backbone.model, images)
+        adapter = gather([row.resident.place for row in rows])
+        return prompted_features(self.backbone.model, tokens, adapter, run_block=self.run_block)
+
+
+def normalized(rows: Sequence[Row], device: torch.device) -> Tensor:
+    """The rows' images on ``device``, each by its adapter's mean and standard deviation: float32 (B, 3, H, W)."""
+    images = torch.stack([row.image for row in rows]).to(device, non_blocking=True)
+    chosen = [row.resident.preprocess for row in rows]
+    if len(set(chosen)) == 1:
+        chosen = chosen[:1]
+    mean = torch.tensor([preprocess.mean for preprocess in chosen], device=device)
+    std = torch.tensor([preprocess.std for preprocess in chosen], device=device)
+    return normalize(images, mean, std)
+
+
+class Engine:
+    """Answers batches for one backbone and one adapter store.
+
+    Args:
+        backbone: resident, frozen.
+        store: read as it is at the time of each batch; new, changed and removed adapters take effect at once.
+        bank_bytes: memory for adapters on the device; the least recently used leaves first.
+        host_bytes: memory for adapters that are ready to be copied there.
+        limits: of each image.
+        max_batch: images per batch; longer lists are computed in parts.
+        forward: what computes the passes; by default torch, with the backbone's weights.
+
+    Raises:
+        UsageError: ``max_batch`` is less than 1, or the bank's sizes cannot work.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        store: AdapterStore,
+        *,
+        bank_bytes: int = DEFAULT_BANK_BYTES,
+        host_bytes: int = DEFAULT_HOST_BYTES,
+        limits: ImageLimits = ImageLimits(),
+        max_batch: int = 64,
+        forward: Forward | None = None,
+    ) -> None:
+        if max_batch < 1:
+            raise UsageError(f"a batch of {max_batch} images holds none: use a max_batch of 1 or more")
+        self.backbone = backbone
+        self.limits = limits
+        self.max_batch = max_batch
+        self.bank = AdapterBank(backbone, store, bank_bytes=bank_bytes, host_bytes=host_bytes)
+        self.forward = forward or TorchForward(backbone)
+        self.planner = planner_for(backbone)
+        self._threads = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="decode")
+
+    def predict(self, requests: Sequence[tuple[str, ImageInput]]) -> list[Prediction | GPTServeError]:
+        """One result per request, in order; a bad request yields its error and disturbs no other.
+
+        Each task is looked up once for every ``max_batch`` requests, so that these answer with the same revision.
+        """
+        results: list[Prediction | GPTServeError] = []
+        for start in range(0, len(requests), self.max_batch):
+            results += self._predict_batch(requests[start : start + self.max_batch])
+        return results
+
+    def prepare(self, resident: Resident, image: ImageInput) -> Row | GPTServeError:
+        """The row that the forward pass takes, or the reason why there is none. Safe to call in many threads."""
+        try:
+            pixels = _pixels(image, self.limits, resident.preprocess)
+            return Row(resident, preprocess_image(pixels, resident.preprocess))
+        except ImageError as error:
+            return error
+
+    @torch.inference_mode()
+    def compute(self, rows: Sequence[Row]) -> list[Prediction]:
+        """The answers of rows of any mix, in order; in one thread at a time."""
+        if not rows:
+            return []
+        passes = self.planner.plan([row.resident.place.kind for row in rows])
+        features = [self.forward([rows[index] for index in part]) for part in passes]
+        order = [index for part in passes for index in part]
+        predictions = classify(torch.cat(features), [rows[index].resident for index in order])
+        return [answer for _, answer in sorted(zip(order, predictions, strict=True), key=lambda pair: pair[0])]
+
+    def _predict_batch(self, requests: Sequence[tuple[str, ImageInput]]) -> list[Prediction | GPTServeError]:
+        residents: dict[str, Resident | GPTServeError] = {}
+        results: list[Prediction | GPTServeError] = []
+        pending: list[tuple[str, ImageInput]] = []
+        try:
+            for task, image in requests:
+                if task not in residents:
+                    try:
+                        residents[task] = self.bank.take(task, timeout=0)
+                    except BankFull:  # of the very adapters that this batch holds: use them and let them go
+                        results += self._answer(pending, residents)
+                        pending = []
+                        self._release(residents)
+                        residents[task] = self._take(task)
+                    except GPTServeError as error:
+                        residents[task] = error
+                pending.append((task, image))
+            return results + self._answer(pending, residents)
+        finally:
+            self._release(residents)
+
+    def _take(self, task: str) -> Resident | GPTServeError:
+        """The adapter, however long others hold the bank."""
+        try:
+            return self.bank.take(task)
+        except GPTServeError as error:
+            return error
+
+    def _release(self, residents: dict[str, Resident | GPTServeError]) -> None:
+        while residents:
+            _, resident = residents.popitem()
+            if isinstance(resident, Resident):
+                self.bank.release(resident)
+
+    def _answer(
+        self, requests: Sequence[tuple[str, ImageInput]], residents: dict[str, Resident | GPTServeError]
+    ) -> list[Prediction | GPTServeError]:
+        def prepare(request: tuple[str, ImageInput]) -> Row | GPTServeError:
+            resident = residents[request[0]]
+            return resident if isinstance(resident, GPTServeError) else self.prepare(resident, request[1])
+
+        prepared = list(self._threads.map(prepare, requests))
+        answers = iter(self.compute([item for item in prepared if isinstance(item, Row)]))
+        return [next(answers) if isinstance(item, Row) else item for item in prepared]
+
+
+def planner_for(backbone: Backbone) -> PassPlanner:
+    """How batches become passes on the backbone's device."""
+    embedding = backbone.model.patch_embed
+    body = backbone.model.num_prefix_tokens + embedding.num_patches
+    return PassPlanner(body, backbone.spec.width, COSTS[backbone.device.type])
+
+
+def classify(features: Tensor, residents: Sequence[Resident]) -> list[Prediction]:
+    """Each row's head and softmax, float32; rows (B, D) of one adapter share a product, and all share one copy back."""
+    members: dict[Resident, list[int]] = {}
+    for index, resident in enumerate(residents):
+        members.setdefault(resident, []).append(index)
+    classes = max(len(resident.labels) for resident in members)
+    logits = torch.full((len(residents), classes), float("-inf"), device=features.device)
+    features = features.float()
+    for resident, indices in members.items():
+        weight, bias = resident.head
+        rows = torch.tensor(indices, device=features.device)
+        logits[rows, : len(resident.labels)] = torch.addmm(bias.float(), features[rows], weight.float().T)
+    scores = logits.softmax(dim=1).cpu()
+    return [
+        Prediction(resident.task, resident.revision, resident.labels, row[: len(resident.labels)])
+        for resident, row in zip(residents, scores.unbind(), strict=True)
+    ]
+
+
+def _pixels(image: ImageInput, limits: ImageLimits, preprocess: Preprocess) -> Tensor:
+    """uint8 (3, h, w) of whatever the caller has."""
+    if isinstance(image, bytes):
+        return decode(image, limits, exif=preprocess.exif)
+    if isinstance(image, Image.Image):
+        return from_pil(image, exif=preprocess.exif)
+    if not isinstance(image, Tensor):
+        raise UndecodableImage(f"image must be bytes, a Pillow image or a tensor, not {type(image).__name__}")
+    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3 or not image.numel():
+        raise UndecodableImage(f"image tensor must be uint8 (3, h, w), not {image.dtype} {tuple(image.shape)}")
+    return image.cpu()

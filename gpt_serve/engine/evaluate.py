@@ -1,0 +1,45 @@
+"""Accuracy of a stored adapter, measured through the engine that serves it."""
+
+from typing import Any
+
+from gpt_serve.engine.engine import Engine
+from gpt_serve.errors import DataError, GPTServeError, ImageError, UsageError
+from gpt_serve.train.data.datasets import Sample, open_evaluation
+
+CHUNK = 256
+
+
+def evaluate_task(engine: Engine, task: str, source: str) -> dict[str, Any]:
+    """Classify every test image of ``source``.
+
+    Returns:
+        ``task``, ``revision``, ``accuracy`` in [0, 1] and ``n``.
+
+    Raises:
+        DataError: the folder cannot be evaluated on, or an image cannot be read (the first is named).
+        AdapterError: the adapter cannot be used.
+        UsageError: it was replaced meanwhile.
+    """
+    with engine.bank.holding(task) as resident:
+        revision, known = resident.revision, resident.labels
+    samples = open_evaluation(source, known)
+    correct = 0
+    for start in range(0, len(samples), CHUNK):
+        chunk = samples[start : start + CHUNK]
+        results = engine.predict([(task, _read(sample)) for sample in chunk])
+        for sample, result in zip(chunk, results, strict=True):
+            if isinstance(result, ImageError):
+                raise DataError(f"cannot read {sample.name}: {result}; replace or remove it")
+            if isinstance(result, GPTServeError):
+                raise result
+            if result.revision != revision:
+                raise UsageError(f"adapter {task!r} was replaced while it was evaluated: repeat the command")
+            correct += result.top(1)[0][0] == known[sample.target]
+    return {"task": task, "revision": revision, "accuracy": correct / len(samples), "n": len(samples)}
+
+
+def _read(sample: Sample) -> bytes:
+    try:
+        return sample.read()
+    except OSError as error:
+        raise DataError(f"cannot read {sample.name}: {error.strerror or error}; replace or remove it") from error

@@ -1,0 +1,120 @@
+"""Which rows of a batch share a forward pass.
+
+Rows of any mix whose prompts enter the same block may share one, but then none gets more left out than all allow:
+prompts are padded to the longest, and a gate counts as closed only where it is closed for all. Sharing saves what each
+pass costs beside its rows. Passes are chosen by an estimate of both; on a CPU they are also kept so small that memory
+is reused and caches help.
+
+Costs are in row-blocks: what one row costs in one block, about ``24 D^2`` operations.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from gpt_serve.engine.malloc import REUSED_BYTES
+from gpt_serve.engine.slab import Kind
+from gpt_serve.model.batch import Plan
+
+OPERATIONS = 24  # of a row in a block, in D^2: query, keys, values and projection 8, MLP 16
+HIDDEN = 4  # the MLP's width by D
+READING = 4 / OPERATIONS  # keys and values alone
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What decides between few large passes and many small ones on one kind of device.
+
+    Attributes:
+        overhead: operations that fit into the time which a pass costs beside its rows.
+        most_bytes: of the widest activation of a pass, the MLP's hidden layer in float32; None for any number.
+    """
+
+    overhead: float
+    most_bytes: int | None
+
+
+# The CPU's are measured (benchmarks/README.md); the GPU's are estimates: a few milliseconds of kernel launches.
+COSTS = {"cpu": Costs(2e9, 3 * REUSED_BYTES // 4), "cuda": Costs(5e11, None), "mps": Costs(5e10, None)}
+
+
+@dataclass(frozen=True)
+class PassPlanner:
+    """Plans for one backbone on one kind of device.
+
+    Attributes:
+        body: prefix and patch tokens of an image.
+        width: ``D``.
+    """
+
+    body: int
+    width: int
+    costs: Costs
+
+    def plan(self, kinds: Sequence[Kind]) -> list[list[int]]:
+        """The passes as indices into ``kinds``, each row in one of them; rows keep their order within a pass."""
+        groups: dict[Kind, list[int]] = {}
+        for index, kind in enumerate(kinds):
+            groups.setdefault(kind, []).append(index)
+        merged = self._merge(sorted(groups.items(), key=lambda item: self.image(item[0])))
+        return [part for kind, rows in merged for part in self._split(kind, sorted(rows))]
+
+    def image(self, kind: Kind) -> float:
+        """Row-blocks of one image."""
+        prompts, last = kind.prompts, len(kind.plan.closed)
+        attending = prompts * self.body / (6 * self.width)  # scores and weighted values: 4 * body * P * D operations
+        cost = float(self.body * last)
+        for block, closed in list(enumerate(kind.plan.closed))[kind.first_block :]:
+            if block >= kind.first_block + kind.remembered:
+                cost += prompts * (READING if closed else 1)
+            cost += attending
+        if kind.plan.pool == "cls":
+            keys = 0 if kind.first_block + kind.remembered > last else prompts
+            return cost + READING * (self.body + keys)
+        return cost + self.body + prompts + attending
+
+    def _merge(self, groups: list[tuple[Kind, list[int]]]) -> list[tuple[Kind, list[int]]]:
+        """Join neighbours (by cost) while that saves more than it wastes, the most saving pair first."""
+        overhead = self.costs.overhead / (OPERATIONS * self.width**2)
+        while len(groups) > 1:
+            savings = [overhead - self._waste(one, other) for one, other in zip(groups, groups[1:], strict=False)]
+            best = max(range(len(savings)), key=savings.__getitem__)
+            if savings[best] <= 0:
+                break
+            (one, first), (other, second) = groups[best : best + 2]
+            groups[best : best + 2] = [(shared([one, other]), first + second)]
+        return groups
+
+    def _waste(self, one: tuple[Kind, list[int]], other: tuple[Kind, list[int]]) -> float:
+        if one[0].first_block != other[0].first_block:
+            return math.inf
+        together = self.image(shared([one[0], other[0]]))
+        return sum(len(rows) * (together - self.image(kind)) for kind, rows in (one, other))
+
+    def _split(self, kind: Kind, rows: list[int]) -> list[list[int]]:
+        """Parts of equal size within ``most_bytes``."""
+        if self.costs.most_bytes is None:
+            return [rows]
+        most = max(1, self.costs.most_bytes // (HIDDEN * 4 * self.width * (self.body + kind.prompts)))
+        parts = -(-len(rows) // most)
+        bounds = [len(rows) * part // parts for part in range(parts + 1)]
+        return [rows[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
+
+
+def shared(kinds: Sequence[Kind]) -> Kind:
+    """What a pass of all ``kinds`` is; their prompts enter the same block."""
+    return Kind(
+        plan=Plan.shared([kind.plan for kind in kinds]),
+        layers=max(kind.layers for kind in kinds),
+        prompts=max(kind.prompts for kind in kinds),
+        tempered=any(kind.tempered for kind in kinds),
+        remembered=min(kind.remembered for kind in kinds),
+        first_block=kinds[0].first_block,
+    )
+
+
+def opened(kind: Kind) -> Kind:
+    """``kind`` with nothing left out for closed gates."""
+    gates = len(kind.plan.closed)
+    plan = Plan(tuple(block < kind.first_block for block in range(gates)), kind.plan.pool)
+    return replace(kind, plan=plan, remembered=0)

@@ -1,0 +1,1 @@
+"""Looking inside: gates, attention, what a block still knows of an image."""

@@ -1,0 +1,239 @@
+"""A frozen timm Vision Transformer: weights, fingerprint and preprocessing."""
+
+import hashlib
+import textwrap
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+from timm.data import resolve_data_config
+from timm.layers import Attention, PatchEmbed
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import nn
+
+from gpt_serve.errors import BackboneError, UnsupportedBackbone
+from gpt_serve.model.checkpoints import load_checkpoint
+from gpt_serve.specs import BackboneSpec, Family, Pool, Preprocess
+
+BUNDLED = "mae-vit-tiny-32"
+BUNDLED_SIDE = 32
+POOL_OF: dict[Family, Pool] = {"mae": "mean", "mocov3": "cls"}
+
+
+class Backbone:
+    """A frozen Vision Transformer in eval mode on one device.
+
+    Attributes:
+        name: timm name or bundled name.
+        model: the timm ``VisionTransformer``, without a classifier.
+        spec: what adapters must agree with (fingerprint, depth, width, pooling, preprocessing).
+        device: where the weights live.
+        family: the pretraining, where published recipes know it; None for others.
+    """
+
+    def __init__(self, model: VisionTransformer, spec: BackboneSpec, device: str, family: Family | None = None) -> None:
+        self.name = spec.name
+        self.fingerprint = spec.fingerprint
+        self.spec = spec
+        self.model = _move(model, device)
+        self.device = torch.device(device)
+        self.family = family
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Keep weights and compute activations in ``dtype``; the fingerprint stays that of the float32 weights."""
+        self.model.to(dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        dtype: torch.dtype = self.model.patch_embed.proj.weight.dtype
+        return dtype
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        *,
+        checkpoint: str | Path | None = None,
+        input_size: int | None = None,
+        pool: Pool | None = None,
+        device: str = "cpu",
+        pretrained: bool = True,
+    ) -> "Backbone":
+        """Load any plain timm ViT, or the bundled ``mae-vit-tiny-32``.
+
+        Args:
+            name: timm model name such as ``vit_base_patch16_224.mae``, or the bundled name.
+            checkpoint: weights from a file (MAE, MoCo v3 or a timm state dict) instead of the hub.
+            input_size: side of the square input in pixels; position embeddings are interpolated to it.
+            pool: ``cls`` or ``mean``; None picks what the pretraining calls for (MAE: mean).
+            pretrained: False leaves the weights random (tests and benchmarks).
+
+        Raises:
+            UnsupportedBackbone: the name is unknown or no plain ViT.
+            CheckpointError: the file cannot be read or does not fit.
+            BackboneError: the weights cannot be downloaded, or the patches do not tile the input.
+        """
+        if name == BUNDLED:
+            return cls._load_bundled(checkpoint, input_size, pool, device)
+        _check_name(name, input_size)
+        from_hub = pretrained and checkpoint is None
+        model = _create(name, pretrained=from_hub, input_size=input_size)
+        config = resolve_data_config({}, pretrained_cfg=model.pretrained_cfg)
+        preprocess = _preprocess(config, model)
+        family: Family | None = "mae" if "mae" in name.rpartition(".")[2].split("_") else None
+        if checkpoint is not None:
+            family = load_checkpoint(model, checkpoint) or family
+        pool = pool or (_default_pool(model) if family is None else POOL_OF[family])
+        return cls.from_model(model, name, preprocess, pool, device=device, family=family)
+
+    @classmethod
+    def _load_bundled(
+        cls, checkpoint: str | Path | None, input_size: int | None, pool: Pool | None, device: str
+    ) -> "Backbone":
+        _check_input_size(BUNDLED, input_size, 4)
+        model = bundled_model(input_size or BUNDLED_SIDE)
+        path = checkpoint or Path(str(files("gpt_serve"))) / "backbones" / f"{BUNDLED}.safetensors"
+        family = load_checkpoint(model, path) or "mae"
+        preprocess = Preprocess(
+            input_size=model.patch_embed.img_size,
+            crop_pct=0.875,
+            crop_mode="center",
+            interpolation="bicubic",
+            mean=(0.485, 0.456, 0.406),
+            std=(0.229, 0.224, 0.225),
+        )
+        return cls.from_model(model, BUNDLED, preprocess, pool or POOL_OF[family], device=device, family=family)
+
+    @classmethod
+    def from_model(
+        cls,
+        model: nn.Module,
+        name: str,
+        preprocess: Preprocess,
+        pool: Pool,
+        *,
+        device: str = "cpu",
+        family: Family | None = None,
+    ) -> "Backbone":
+        """Freeze ``model`` and take it as a backbone.
+
+        Raises:
+            UnsupportedBackbone: not a plain Vision Transformer, or ``cls`` pooling without a CLS token.
+        """
+        check_plain(model, name)
+        assert isinstance(model, VisionTransformer)
+        if pool == "cls" and not model.has_class_token:
+            raise UnsupportedBackbone(f"backbone {name!r} has no CLS token: use --pool mean")
+        model.requires_grad_(False)
+        model.eval()
+        spec = BackboneSpec(
+            name=name,
+            fingerprint=fingerprint(model),
+            depth=len(model.blocks),
+            width=model.embed_dim,
+            pool=pool,
+            preprocess=replace(preprocess, input_size=tuple(model.patch_embed.img_size)),
+        )
+        return cls(model, spec, device, family)
+
+
+def bundled_model(input_size: int = BUNDLED_SIDE) -> VisionTransformer:
+    """The architecture of the bundled backbone with random weights: 12 blocks, width 192, patches of 4x4 pixels."""
+    return timm.create_model("vit_tiny_patch16_224", img_size=input_size, patch_size=4, num_classes=0)
+
+
+def check_plain(model: nn.Module, name: str) -> None:
+    """Raise `UnsupportedBackbone` unless ``model`` is a ViT that the prompted forward pass computes exactly."""
+    advice = f"backbone {name!r} is not supported: "
+    if type(model) is not VisionTransformer:
+        raise UnsupportedBackbone(
+            f"{advice}{type(model).__name__} is not a plain Vision Transformer; choose a timm vit_* or deit3_* model"
+        )
+    blocks: Any = model.blocks
+    for blk in blocks:
+        if type(blk) is not Block or type(blk.attn) is not Attention or blk.attn.gate is not None:
+            raise UnsupportedBackbone(f"{advice}its blocks are not standard pre-norm attention blocks")
+    if type(model.patch_embed) is not PatchEmbed or model.in_chans != 3 or model.dynamic_img_size:
+        raise UnsupportedBackbone(f"{advice}it needs a fixed-size patch embedding of RGB images")
+    if model.attn_pool is not None:
+        raise UnsupportedBackbone(f"{advice}it pools by attention; only CLS and mean pooling are exact here")
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 (64 hex digits) over the names, shapes and float32 values of all weights, in name order."""
+    digest = hashlib.sha256()
+    for key, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{key}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+def _move(model: VisionTransformer, device: str) -> VisionTransformer:
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that a driver is there
+        raise BackboneError(f"device {device!r} cannot be used here: use cpu or auto ({_first_line(error)})") from error
+
+
+def _check_name(name: str, input_size: int | None) -> None:
+    """Refuse what is not a plain ViT, or not at this size, before any weights are made or downloaded."""
+    if not timm.is_model(name):
+        raise UnsupportedBackbone(f"unknown backbone {name!r}: use {BUNDLED!r} or a timm model name")
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(name, num_classes=0)
+    except RuntimeError as error:  # no such tag after the dot
+        raise UnsupportedBackbone(
+            f"unknown backbone {name!r}: use {BUNDLED!r} or a timm model name ({_first_line(error)})"
+        ) from error
+    check_plain(model, name)
+    _check_input_size(name, input_size, max(model.patch_embed.patch_size))
+
+
+def _check_input_size(name: str, input_size: int | None, patch: int) -> None:
+    """timm would silently ignore the pixels that fill no patch."""
+    if input_size is not None and (input_size < 1 or input_size % patch):
+        raise BackboneError(
+            f"input size {input_size} is not a multiple of the {patch}-pixel patches of backbone {name!r}: "
+            f"use {max(1, round(input_size / patch)) * patch}"
+        )
+
+
+def _create(name: str, *, pretrained: bool, input_size: int | None) -> VisionTransformer:
+    size: dict[str, Any] = {} if input_size is None else {"img_size": input_size}
+    try:
+        return timm.create_model(name, pretrained=pretrained, num_classes=0, **size)
+    except Exception as error:  # timm and the hub raise whatever their HTTP stack raises
+        if not pretrained:
+            raise BackboneError(f"backbone {name!r} cannot be built: {_first_line(error)}") from error
+        raise BackboneError(
+            f"weights of {name!r} cannot be had from the hub; pass --checkpoint FILE or use --backbone {BUNDLED} "
+            f"({type(error).__name__}: {_first_line(error)})"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    """The start of someone else's message."""
+    lines = str(error).strip().splitlines()
+    return textwrap.shorten(lines[0], 160, placeholder=" ...") if lines else type(error).__name__
+
+
+def _preprocess(config: Mapping[str, Any], model: VisionTransformer) -> Preprocess:
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear" if config["interpolation"] == "bilinear" else "bicubic"
+    return Preprocess(
+        input_size=tuple(model.patch_embed.img_size),
+        crop_pct=float(config["crop_pct"]),
+        crop_mode="squash" if config.get("crop_mode") == "squash" else "center",
+        interpolation=interpolation,
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+    )
+
+
+def _default_pool(model: VisionTransformer) -> Pool:
+    return "cls" if model.has_class_token and model.global_pool == "token" else "mean"

@@ -1,0 +1,14 @@
+"""Tables of published data sets."""
+
+import tomllib
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+
+@cache
+def published(kind: str) -> dict[str, Any]:
+    """``fgvc``, ``vtab`` or ``torchvision`` of ``datasets.toml``."""
+    text = (files("gpt_serve.train.data") / "datasets.toml").read_text(encoding="utf-8")
+    tables: dict[str, dict[str, Any]] = tomllib.loads(text)
+    return tables[kind]

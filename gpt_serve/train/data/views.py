@@ -1,0 +1,178 @@
+"""Samples as tensors: the check that every image can be read, the cache, and the augmentation."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from gpt_serve.errors import ImageError
+from gpt_serve.images.decode import LOCAL_LIMITS, center_crop, decode, resize
+from gpt_serve.specs import Preprocess
+from gpt_serve.train.data.datasets import Sample, Split
+from gpt_serve.train.data.samples import pick, rank_in_class
+from gpt_serve.train.recipes.recipe import Augment
+
+# Scaled images of a data set are kept in memory up to this size; splits that exceed it are decoded again each epoch.
+CACHE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """An image that cannot be trained on, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What reading every image once has shown.
+
+    Attributes:
+        hashes: SHA-256 of each sample's bytes, in order; empty where unreadable.
+        scaled: uint8 (3, h, w) of each sample, before the crop; None when they exceed their room.
+        unreadable: the images that failed.
+    """
+
+    hashes: list[str]
+    scaled: list[Tensor] | None
+    unreadable: list[Unreadable]
+
+    @property
+    def cached(self) -> int:
+        """Bytes of ``scaled``."""
+        return sum(image.numel() for image in self.scaled or ())
+
+
+def scan(samples: Split, preprocess: Preprocess, on_image: Callable[[], object], room: int = CACHE_BYTES) -> Scan:
+    """Decode every sample once, in parallel; ``on_image`` is called after each.
+
+    Args:
+        room: bytes that scaled images may take.
+    """
+    hashes: list[str] = []
+    unreadable: list[Unreadable] = []
+    scaled: list[Tensor] | None = []
+    used = 0
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        # In order and a window at a time, so that a large dataset is never held whole.
+        for start in range(0, len(samples), 256):
+            window = samples[start : start + 256]
+            for result in threads.map(lambda sample: _read(sample, preprocess), window):
+                on_image()
+                if isinstance(result, Unreadable):
+                    hashes.append("")
+                    unreadable.append(result)
+                    continue
+                image, name = result
+                hashes.append(name)
+                used += image.numel()
+                if used > room:
+                    scaled = None
+                if scaled is not None:
+                    scaled.append(image)
+    return Scan(hashes, None if unreadable else scaled, unreadable)
+
+
+def _read(sample: Sample, preprocess: Preprocess) -> tuple[Tensor, str] | Unreadable:
+    try:
+        data = sample.read()
+        return resize(decode(data, LOCAL_LIMITS, exif=preprocess.exif), preprocess), hashlib.sha256(data).hexdigest()
+    except (ImageError, OSError) as error:
+        return Unreadable(sample.name, str(error))
+
+
+class View(Dataset[tuple[Tensor, int]]):
+    """A split as ``(uint8 (3, H, W), target)``; augmented when ``augment`` is not ``none``.
+
+    An image's augmentation depends on the seed, the epoch and its index alone, so that worker processes and
+    resumed runs give the same images.
+    """
+
+    def __init__(
+        self, samples: Split, preprocess: Preprocess, scaled: list[Tensor] | None, augment: Augment, seed: int
+    ) -> None:
+        self.samples = samples
+        self.preprocess = preprocess
+        self.scaled = scaled
+        self.augment = augment
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        sample = self.samples[index]
+        if self.scaled is None:
+            image = resize(decode(sample.read(), LOCAL_LIMITS, exif=self.preprocess.exif), self.preprocess)
+        else:
+            image = self.scaled[index]
+        if self.augment == "none":
+            return center_crop(image, self.preprocess), sample.target
+        rng = np.random.default_rng((self.seed, self.epoch, index))
+        return _random_crop(image, self.preprocess.input_size, rng, flip=self.augment == "crop-flip"), sample.target
+
+    def drawn(self, augment: Augment, epoch: int = 0) -> "View":
+        """The same images, augmented in another way."""
+        view = View(self.samples, self.preprocess, self.scaled, augment, self.seed)
+        view.epoch = epoch
+        return view
+
+    def batches(self, indices: list[list[int]], workers: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield ``(uint8 (B, 3, H, W), int64 (B,))`` for each list of indices.
+
+        Args:
+            indices: the samples of each batch.
+            workers: processes that decode when the images are not cached.
+        """
+        loader: DataLoader[tuple[Tensor, int]] = DataLoader(
+            self, batch_sampler=indices, num_workers=0 if self.scaled is not None else workers
+        )
+        yield from loader
+
+
+def joined(first: View, second: View) -> View:
+    """The images of both, augmented as the first."""
+    scaled = None if first.scaled is None or second.scaled is None else first.scaled + second.scaled
+    return View([*first.samples, *second.samples], first.preprocess, scaled, first.augment, first.seed)
+
+
+def thinned(view: View, most: int) -> View:
+    """At most ``most`` images, drawn by the view's seed: of each class in proportion, and one at least."""
+    if len(view) <= most:
+        return view
+    order = np.random.default_rng(view.seed).permutation(len(view))
+    targets = np.array([sample.target for sample in view.samples])[order]
+    # The first of each class come first, then the others evenly: half of every class before the other half.
+    place = rank_in_class(targets) / np.bincount(targets)[targets]
+    chosen = np.sort(order[np.argsort(place, kind="stable")[:most]]).tolist()
+    scaled = None if view.scaled is None else [view.scaled[index] for index in chosen]
+    return View(pick(view.samples, chosen), view.preprocess, scaled, view.augment, view.seed)
+
+
+def _random_crop(image: Tensor, size: tuple[int, int], rng: np.random.Generator, *, flip: bool) -> Tensor:
+    """A random (3, H, W) window, mirrored half of the time when ``flip``."""
+    top = int(rng.integers(0, image.shape[1] - size[0] + 1))
+    left = int(rng.integers(0, image.shape[2] - size[1] + 1))
+    crop = image[:, top : top + size[0], left : left + size[1]]
+    if flip and rng.random() < 0.5:
+        crop = crop.flip(2)
+    return crop.contiguous()
+
+
+def ordered_batches(count: int, size: int) -> list[list[int]]:
+    """Indices 0..count-1 in order, ``size`` at a time."""
+    return [list(range(start, min(start + size, count))) for start in range(0, count, size)]
+
+
+def shuffled_batches(count: int, size: int, seed: int, epoch: int) -> list[list[int]]:
+    """A permutation that depends on ``seed`` and ``epoch`` alone, ``size`` indices at a time."""
+    order = torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(count)).tolist()
+    return [order[start : start + size] for start in range(0, count, size)]

@@ -1,0 +1,1 @@
+"""What is trained: the published methods, and how each starts."""

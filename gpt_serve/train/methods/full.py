@@ -1,0 +1,37 @@
+"""Full fine-tuning: the yardstick that adapters are compared with. Trained and evaluated, never served."""
+
+import copy
+
+from torch import Tensor, nn
+
+from gpt_serve.model.backbone import Backbone
+from gpt_serve.model.batch import AdapterBatch
+from gpt_serve.model.prompted import embed, prompted_features
+from gpt_serve.train.methods.modules import HeadInit, TaskModule, make_head
+
+
+class FullModule(TaskModule):
+    """A copy of the backbone of which everything is trained, and a head.
+
+    Args:
+        backbone: stays as it is.
+        classes: ``C``.
+        head_init: see `make_head`.
+    """
+
+    def __init__(self, backbone: Backbone, classes: int, head_init: HeadInit) -> None:
+        super().__init__()
+        spec = backbone.spec
+        self.model = copy.deepcopy(backbone.model).requires_grad_(True)
+        self.head_norm = None
+        self.head = make_head(spec.width, classes, head_init)
+        self._bare = AdapterBatch.single(depth=spec.depth, width=spec.width, pool=spec.pool, device=backbone.device)
+
+    def features(self, model: nn.Module, images: Tensor) -> Tensor:
+        """Normalised images (B, 3, H, W) to what the norm puts out, (B, D); ``model`` plays no part."""
+        return prompted_features(self.model, embed(self.model, images), self._bare)
+
+    def weights(self) -> dict[str, Tensor]:
+        """float32 copies on the CPU, by timm's names for a model with a classifier."""
+        tensors = self.model.state_dict() | {f"head.{name}": value for name, value in self.head.state_dict().items()}
+        return {name: value.detach().float().cpu().contiguous().clone() for name, value in tensors.items()}

@@ -1,0 +1,1 @@
+"""Hyperparameters: schedules, the paper's table, and which recipe a run takes."""

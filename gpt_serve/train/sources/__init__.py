@@ -1,1 +1,0 @@
-"""Where labelled images come from, a module each; `gpt_serve.train.data` decides which."""

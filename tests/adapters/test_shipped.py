@@ -1,0 +1,52 @@
+"""The adapters in ``adapters/`` are what their cards say."""
+
+from pathlib import Path
+
+import pytest
+
+from gpt_serve.adapters.store import AdapterStore
+from gpt_serve.engine.engine import Engine, Prediction
+from gpt_serve.engine.evaluate import evaluate_task
+from gpt_serve.model.backbone import Backbone
+from gpt_serve.train.data.datasets import open_evaluation
+
+ADAPTERS = Path(__file__).parents[2] / "adapters"
+TASKS = ("caltech101", "digits", "flowers")
+
+
+@pytest.fixture(scope="module")
+def engine(bundled: Backbone) -> Engine:
+    return Engine(bundled, AdapterStore(ADAPTERS))
+
+
+def test_the_shipped_tasks_are_these() -> None:
+    assert AdapterStore(ADAPTERS).tasks() == list(TASKS)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_an_adapter_fits_the_bundled_backbone_and_its_card(bundled: Backbone, task: str) -> None:
+    stored = AdapterStore(ADAPTERS).load(task, bundled.spec)
+    card = (ADAPTERS / task / "README.md").read_text()
+    assert f"`{stored.revision}`" in card
+    assert f"{100 * stored.adapter.training['metrics']['test_accuracy']:.2f} %" in card
+
+
+@pytest.mark.parametrize(("task", "folder"), [("digits", None), ("flowers", "flowers12")])
+def test_the_recorded_test_accuracy_is_measured_again(
+    engine: Engine, request: pytest.FixtureRequest, task: str, folder: str | None
+) -> None:
+    source = "digits" if folder is None else str(request.getfixturevalue("shared_data") / folder)
+    recorded = engine.bank.store.load(task).adapter.training["metrics"]["test_accuracy"]
+    assert evaluate_task(engine, task, source)["accuracy"] == pytest.approx(recorded, abs=0.005)
+
+
+@pytest.mark.usefixtures("all_threads")
+def test_caltech_is_measured_again_on_a_fifth(engine: Engine, shared_data: Path) -> None:
+    adapter = engine.bank.store.load("caltech101").adapter
+    samples = open_evaluation(str(shared_data / "caltech101"), adapter.labels)[::5]
+    results = engine.predict([("caltech101", sample.read()) for sample in samples])
+    hits = [
+        isinstance(result, Prediction) and result.top(1)[0][0] == adapter.labels[sample.target]
+        for sample, result in zip(samples, results, strict=True)
+    ]
+    assert sum(hits) / len(hits) == pytest.approx(adapter.training["metrics"]["test_accuracy"], abs=0.04)

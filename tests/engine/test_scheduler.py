@@ -1,0 +1,364 @@
+"""Scheduling with an engine whose every step is under control: fairness, cold adapters, a full bank, pins."""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from gpt_serve.engine.engine import Prediction, Row
+from gpt_serve.engine.scheduler import Batch, Scheduler
+from gpt_serve.errors import BankFull, DeadlineExceeded, GPTServeError, NotReady, UndecodableImage, UnknownTask
+
+PASS = 0.02  # seconds of a forward pass
+
+
+class Resident:
+    def __init__(self, task: str) -> None:
+        self.task = task
+
+
+class Bank:
+    """Room for ``size`` adapters; counts pins, and complains about one that is given back twice."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.residents: dict[str, Resident] = {}
+        self.pins: Counter[Resident] = Counter()
+        self.taken = 0
+        self.wrong: list[str] = []
+        self.changed = threading.Condition()
+        self.slow: dict[str, threading.Event] = {}  # tasks whose file takes until the event to read
+
+    def try_take(self, task: str) -> Resident | None:
+        if task.startswith("unknown"):
+            raise UnknownTask(f"no task {task}")
+        if task.startswith("broken"):
+            raise RuntimeError("a bug in the bank")
+        with self.changed:
+            return self._pin(task) if task in self.residents else None
+
+    def take(self, task: str, timeout: float) -> Resident:
+        if task in self.slow:
+            self.slow[task].wait()
+        if task.startswith("refused"):
+            raise UnknownTask(f"{task} went away")
+        if task.startswith("huge"):
+            raise BankFull("larger than the bank")
+        with self.changed:
+            if not self.changed.wait_for(lambda: task in self.residents or self._make_room(), timeout):
+                raise BankFull("everything is pinned")
+            self.residents.setdefault(task, Resident(task))
+            return self._pin(task)
+
+    def release(self, resident: Resident) -> None:
+        with self.changed:
+            self.pins[resident] -= 1
+            if self.pins[resident] < 0:
+                self.wrong.append(resident.task)
+            self.changed.notify_all()
+
+    def _pin(self, task: str) -> Resident:
+        self.taken += 1
+        self.pins[self.residents[task]] += 1
+        return self.residents[task]
+
+    def _make_room(self) -> bool:
+        idle = [task for task, resident in self.residents.items() if not self.pins[resident]]
+        if len(self.residents) >= self.size and idle:
+            del self.residents[idle[0]]
+        return len(self.residents) < self.size
+
+
+class Engine:
+    """Images say what happens: ``bad`` cannot be decoded, ``bug`` breaks the decoder, ``crash`` the pass."""
+
+    def __init__(self, size: int = 100, seconds: float = 0.0, decode_seconds: float = 0.0) -> None:
+        self.bank = Bank(size)
+        self.seconds = seconds
+        self.decode_seconds = decode_seconds
+        self.batches: list[list[str]] = []
+        self.computing = False
+        self.overlapped = 0
+        self.gate = threading.Event()  # passes wait for it
+        self.gate.set()
+
+    def prepare(self, resident: Resident, image: bytes) -> Row | GPTServeError:
+        self.overlapped += self.computing
+        time.sleep(self.decode_seconds)
+        if image == b"bad":
+            return UndecodableImage("damaged")
+        if image == b"bug":
+            raise RuntimeError("a bug in the decoder")
+        return Row(resident, torch.tensor(list(image)))  # type: ignore[arg-type]
+
+    def compute(self, rows: Sequence[Row]) -> list[Prediction]:
+        self.computing = True
+        self.gate.wait()
+        time.sleep(self.seconds)
+        self.computing = False
+        self.batches.append([row.resident.task for row in rows])
+        if any(bytes(row.image.tolist()) == b"crash" for row in rows):
+            raise RuntimeError("a bug in the pass")
+        return [Prediction(row.resident.task, "0" * 12, (), row.image) for row in rows]
+
+
+@contextmanager
+def scheduling(engine: Engine, **options: Any) -> Iterator[Scheduler]:
+    """A scheduler; at the end, every pin must have been given back once."""
+    options = {"max_batch": 8, "batch_timeout": 0.005, "overlap": True} | options
+    scheduler = Scheduler(engine, **options)  # type: ignore[arg-type]
+    try:
+        yield scheduler
+    finally:
+        engine.gate.set()
+        for event in engine.bank.slow.values():
+            event.set()
+        scheduler.close()
+    until(lambda: not +engine.bank.pins)
+    assert not engine.bank.wrong
+
+
+def until(condition: Callable[[], object], seconds: float = 10) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+def soon(seconds: float = 60) -> float:
+    return time.monotonic() + seconds
+
+
+def error_of(future: Future[Prediction]) -> BaseException | None:
+    return future.exception(timeout=10)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_answers_reach_their_own_requests(overlap: bool) -> None:
+    """Seven tasks share a bank of three; every answer carries its request's image and task."""
+    with scheduling(Engine(size=3), overlap=overlap) as scheduler:
+        futures = [scheduler.submit(f"task-{i % 7}", bytes([i]), soon()) for i in range(200)]
+        for i, future in enumerate(futures):
+            answer = future.result(timeout=10)
+            assert (answer.task, answer.probabilities.tolist()) == (f"task-{i % 7}", [i])
+
+
+def test_what_is_waiting_goes_together_and_nothing_waits_for_nobody() -> None:
+    engine, batches = Engine(), []  # type: ignore[var-annotated]
+    with scheduling(engine, batch_timeout=30.0, on_batch=batches.append) as scheduler:
+        assert scheduler.submit("a", b"x", soon()).result(timeout=5), "nothing else is on its way: it starts at once"
+        engine.gate.clear()
+        futures = [scheduler.submit("a", b"first", soon())]
+        until(lambda: engine.computing)
+        futures += [scheduler.submit("a", b"x", soon()) for _ in range(11)]
+        until(lambda: len(scheduler._ready) == 11)
+        engine.gate.set()
+        wait(futures, timeout=10)
+    assert [len(batch) for batch in engine.batches] == [1, 1, 8, 3]
+    assert [len(batch.waits) for batch in batches] == [1, 1, 8, 3]
+    assert all(isinstance(batch, Batch) and min(batch.waits) >= 0 for batch in batches)
+
+
+def test_a_batch_waits_for_what_is_on_its_way_but_not_for_long() -> None:
+    engine = Engine()
+    engine.bank.slow["cold"] = threading.Event()
+    with scheduling(engine, batch_timeout=0.1) as scheduler:
+        scheduler.submit("a", b"x", soon()).result(timeout=5)
+        cold = scheduler.submit("cold", b"x", soon())
+        began = time.monotonic()
+        scheduler.submit("a", b"x", soon()).result(timeout=5)
+        assert time.monotonic() - began >= 0.1
+        with_mate = scheduler.submit("a", b"x", soon())
+        engine.bank.slow.pop("cold").set()
+        wait([cold, with_mate], timeout=10)
+    assert [sorted(batch) for batch in engine.batches[1:]] == [["a"], ["a", "cold"]]
+
+
+def test_a_flood_of_one_task_does_not_hold_up_another() -> None:
+    """Each trickling request is answered within the pass that runs and the next, while the flood lasts."""
+    engine = Engine(seconds=PASS, decode_seconds=0.0005)
+    with scheduling(engine) as scheduler:
+        flood = [scheduler.submit("flood", b"x", soon()) for _ in range(240)]
+        for _ in range(5):
+            before = len(engine.batches)
+            scheduler.submit("trickle", b"x", soon()).result(timeout=10)
+            assert len(engine.batches) - before <= 3
+        assert not flood[-1].done(), "the flood was over before"
+        wait(flood, timeout=30)
+
+
+def test_decoding_takes_turns_too() -> None:
+    """A request does not queue behind a flood's images."""
+    engine = Engine(decode_seconds=0.01)
+    with scheduling(engine) as scheduler:
+        flood = [scheduler.submit("flood", b"x", soon()) for _ in range(200)]
+        scheduler.submit("trickle", b"x", soon()).result(timeout=10)
+        assert sum(future.done() for future in flood) < 50
+        scheduler.close()
+
+
+def test_without_overlap_nothing_is_decoded_during_a_pass() -> None:
+    engine = Engine(seconds=0.002, decode_seconds=0.001)
+    with scheduling(engine, overlap=False) as scheduler:
+        wait([scheduler.submit("a", b"x", soon()) for _ in range(60)], timeout=10)
+    assert engine.overlapped == 0
+    engine = Engine(seconds=0.002, decode_seconds=0.001)
+    with scheduling(engine) as scheduler:
+        wait([scheduler.submit("a", b"x", soon()) for _ in range(60)], timeout=10)
+    assert engine.overlapped > 0
+
+
+def test_without_overlap_a_batch_waits_for_decoding_as_long_as_it_pays() -> None:
+    """With a window of nothing batches still fill up: the next rows come faster than passes over few would go."""
+    engine = Engine(seconds=PASS, decode_seconds=0.001)
+    with scheduling(engine, overlap=False, batch_timeout=0.0) as scheduler:
+        scheduler.submit("a", b"x", soon()).result(timeout=10)
+        wait([scheduler.submit("a", b"x", soon()) for _ in range(64)], timeout=10)
+    assert len(engine.batches) <= 1 + 64 // 8 + 2
+
+
+def test_a_cold_adapter_holds_up_its_own_requests_only() -> None:
+    engine = Engine()
+    engine.bank.slow["cold"] = threading.Event()
+    with scheduling(engine) as scheduler:
+        cold = [scheduler.submit("cold", bytes([i]), soon()) for i in range(5)]
+        for task in ("a", "b", "a", "b"):
+            scheduler.submit(task, b"x", soon()).result(timeout=5)
+        assert not any(future.done() for future in cold)
+        engine.bank.slow["cold"].set()
+        assert [future.result(timeout=5).probabilities.tolist() for future in cold] == [[i] for i in range(5)]
+
+
+def test_a_full_bank_with_more_tasks_than_room() -> None:
+    engine = Engine(size=2, seconds=0.001)
+    with scheduling(engine) as scheduler:
+        futures = [scheduler.submit(f"task-{i % 20}", b"x", soon()) for i in range(200)]
+        assert all(future.result(timeout=20).task == f"task-{i % 20}" for i, future in enumerate(futures))
+    assert engine.bank.taken == 200
+
+
+def test_hot_adapters_leave_room_for_a_cold_one() -> None:
+    """Two tasks fill the bank, and their requests never end; a third is answered all the same."""
+    engine = Engine(size=2, seconds=0.001)
+    stopped = threading.Event()
+    with scheduling(engine) as scheduler:
+
+        def flood(task: str) -> None:
+            running: list[Future[Prediction]] = []
+            while not stopped.is_set():
+                running = [future for future in running if not future.done()]
+                running += [scheduler.submit(task, b"x", soon()) for _ in range(20 - len(running))]
+                time.sleep(0.0005)
+            for future in running:
+                future.result(timeout=10)
+
+        threads = [threading.Thread(target=flood, args=(task,)) for task in ("a", "b")]
+        for thread in threads:
+            thread.start()
+        until(lambda: len(engine.batches) > 10)
+        try:
+            for task in ("c", "d", "e"):
+                scheduler.submit(task, b"x", soon()).result(timeout=10)
+        finally:
+            stopped.set()
+            for thread in threads:
+                thread.join()
+
+
+def test_expired_requests_are_answered_on_time_and_never_computed() -> None:
+    engine = Engine(size=1)
+    engine.bank.slow["cold"] = threading.Event()
+    with scheduling(engine) as scheduler:
+        assert isinstance(error_of(scheduler.submit("a", b"x", soon(-1))), DeadlineExceeded)
+        began = time.monotonic()
+        loading = scheduler.submit("cold", b"x", soon(0.1))
+        assert isinstance(error_of(loading), DeadlineExceeded)
+        assert 0.1 <= time.monotonic() - began < 5, "its adapter is still being read"
+        engine.gate.clear()
+        running = scheduler.submit("a", b"x", soon())
+        until(lambda: engine.computing)
+        queued = scheduler.submit("a", b"x", soon(0.05))
+        without_room = scheduler.submit("b", b"x", soon(0.5))
+        until(lambda: scheduler._admission._starving)
+        held = scheduler.submit("a", b"x", soon(0.05))
+        assert isinstance(error_of(held), DeadlineExceeded) and not without_room.done()
+        assert isinstance(error_of(without_room), DeadlineExceeded)
+        engine.gate.set()
+        assert isinstance(error_of(queued), DeadlineExceeded) and error_of(running) is None
+        scheduler.submit("b", b"x", soon()).result(timeout=5)
+    assert engine.batches == [["a"], ["b"]]
+
+
+def test_every_failure_is_its_requests_own() -> None:
+    reported: list[Exception] = []
+    engine = Engine()
+    with scheduling(engine, on_error=reported.append) as scheduler:
+        engine.gate.clear()
+        requests = [("a", b"bad"), ("a", b"bug"), ("a", b"crash"), ("unknown", b"x"), ("refused", b"x"), ("huge", b"x")]
+        requests += [("broken", b"x"), ("a", b"good"), ("b", b"good")]
+        futures = [scheduler.submit(task, image, soon()) for task, image in requests]
+        until(lambda: sum(future.done() for future in futures) == 6)
+        engine.gate.set()
+        errors = [error_of(future) for future in futures]
+    kinds = [UndecodableImage, GPTServeError, GPTServeError, UnknownTask, UnknownTask, BankFull, GPTServeError]
+    assert [type(error) for error in errors[:7]] == kinds
+    assert errors[7] is errors[8] is None
+    assert {str(error) for error in reported} == {"a bug in the decoder", "a bug in the pass", "a bug in the bank"}
+
+
+def test_those_who_wait_for_one_adapter_get_an_error_each() -> None:
+    engine = Engine()
+    engine.bank.slow["refused"] = threading.Event()
+    with scheduling(engine) as scheduler:
+        futures = [scheduler.submit("refused", b"x", soon()) for _ in range(3)]
+        engine.bank.slow["refused"].set()
+        errors = [error_of(future) for future in futures]
+    assert [type(error) for error in errors] == [UnknownTask] * 3 and len({id(error) for error in errors}) == 3
+
+
+def test_closing_answers_everything_once() -> None:
+    engine = Engine(size=2, decode_seconds=0.001)
+    engine.bank.slow["cold"] = threading.Event()
+    with scheduling(engine) as scheduler:
+        scheduler.submit("a", b"x", soon()).result(timeout=5)
+        engine.gate.clear()
+        futures = [scheduler.submit("a", b"x", soon())]
+        until(lambda: engine.computing)
+        futures += [scheduler.submit(task, b"x", soon()) for task in ("a", "cold", "b", "c", "d") * 10]
+        closing = threading.Thread(target=scheduler.close)
+        closing.start()
+        until(lambda: sum(future.done() for future in futures) == 50)
+        engine.gate.set()
+        closing.join()
+        assert error_of(futures[0]) is None, "the pass that ran was finished"
+        assert all(isinstance(error_of(future), NotReady) for future in futures[1:])
+        assert isinstance(error_of(scheduler.submit("a", b"x", soon())), NotReady)
+        assert isinstance(error_of(scheduler.submit("new", b"x", soon())), NotReady)
+
+
+def test_the_other_threads_keep_their_share_of_the_cores() -> None:
+    """Decoders compute with one thread each, and only they."""
+    seen: dict[str, int] = {}
+
+    class Counting(Engine):
+        def prepare(self, resident: Resident, image: bytes) -> Row | GPTServeError:
+            seen["decode"] = torch.get_num_threads()
+            return super().prepare(resident, image)
+
+        def compute(self, rows: Sequence[Row]) -> list[Prediction]:
+            seen["compute"] = torch.get_num_threads()
+            return super().compute(rows)
+
+    torch.set_num_threads(3)
+    try:
+        with scheduling(Counting()) as scheduler:
+            scheduler.submit("a", b"x", soon()).result(timeout=5)
+        assert seen == {"decode": 1, "compute": 3} and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(1)

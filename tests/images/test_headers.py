@@ -1,0 +1,93 @@
+"""What is read from raw bytes: formats, JPEG scans, WebP sizes, EXIF orientation."""
+
+import struct
+
+import pytest
+from PIL import Image
+
+from gpt_serve.errors import UndecodableImage, UnsupportedImage
+from gpt_serve.images.headers import check_jpeg, identify, orientation, webp_size
+from tests.hostile_images import encode, jpeg_scan_bomb, photo
+
+
+@pytest.mark.parametrize(("kind", "name"), [("JPEG", "JPEG"), ("PNG", "PNG"), ("WEBP", "WebP")])
+def test_identify(kind, name):
+    assert identify(encode(kind)) == name
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"\xff\xd8", b"\x89PNG\r\n\x1a", b"RIFF\0\0\0\0WEB", b"RIFF\0\0\0\0WAVE", b"GIF89a"]
+)
+def test_identify_refuses_other_bytes(data):
+    with pytest.raises(UnsupportedImage, match="JPEG, PNG or WebP"):
+        identify(data)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"restart_marker_rows": 1}, {"comment": b"\xff\xda" * 200}]
+)
+def test_check_jpeg_accepts_what_encoders_write(options):
+    check_jpeg(encode("JPEG", photo(256, 256), **options))
+
+
+def test_check_jpeg_limits_scans_exactly():
+    first = jpeg_scan_bomb(0).count(b"\xff\xda")
+    check_jpeg(jpeg_scan_bomb(50 - first))
+    with pytest.raises(UndecodableImage, match="too many scans"):
+        check_jpeg(jpeg_scan_bomb(51 - first))
+
+
+def test_check_jpeg_counts_scans_behind_a_marker_without_length():
+    bomb = jpeg_scan_bomb(200)
+    hidden = bomb.replace(b"\xff\xda", b"\xff\x01\xff\xda")
+    with pytest.raises(UndecodableImage, match="too many scans"):
+        check_jpeg(hidden)
+
+
+def test_check_jpeg_ignores_what_follows_the_image():
+    check_jpeg(encode("JPEG") + b"\xff\xda\0\x02" * 10_000)
+
+
+def test_check_jpeg_allows_some_stray_bytes():
+    data = encode("JPEG")
+    check_jpeg(data[:2] + bytes(1000) + data[2:])
+    with pytest.raises(UndecodableImage, match="too many"):
+        check_jpeg(data[:2] + bytes(100_000) + data[2:])
+
+
+@pytest.mark.parametrize("options", [{}, {"lossless": True}, {"exif": b"Exif\0\0II*\0"}])
+@pytest.mark.parametrize("size", [(1, 1), (64, 48), (300, 16383)])
+def test_webp_size(options, size):
+    assert webp_size(encode("WEBP", Image.new("RGB", size), **options)) == size
+
+
+@pytest.mark.parametrize("kept", [12, 16, 24, 29])
+def test_webp_size_of_too_short_a_file(kept):
+    with pytest.raises(UndecodableImage, match="damaged header"):
+        webp_size(encode("WEBP")[:kept])
+
+
+def tiff(order: str, tag: int = 0x0112, value: int = 6, count: int = 1) -> bytes:
+    """A TIFF header with one entry of type SHORT."""
+    head = b"II*\0" if order == "<" else b"MM\0*"
+    return head + struct.pack(order + "IH", 8, count) + struct.pack(order + "HHIHH", tag, 3, 1, value, 0) + bytes(4)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("prefix", [b"", b"Exif\0\0"])
+def test_orientation_in_both_byte_orders(order, prefix):
+    assert orientation(prefix + tiff(order)) == 6
+
+
+@pytest.mark.parametrize("exif", [None, b"", b"Exif\0\0", b"XX*\0" + bytes(20), b"II", tiff("<", tag=0x010F)])
+def test_orientation_defaults_to_1(exif):
+    assert orientation(exif) == 1
+
+
+@pytest.mark.parametrize("kept", range(len(tiff("<"))))
+def test_orientation_of_damaged_exif_never_raises(kept):
+    assert orientation(tiff("<")[:kept]) in (0, 1, 6)
+
+
+def test_orientation_ignores_a_false_entry_count():
+    assert orientation(tiff("<", tag=0x010F, count=65_535)) == 1

@@ -1,0 +1,314 @@
+"""Frozen Vision Transformers: which ones, their fingerprints, sizes and preprocessing."""
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.data import resolve_data_config
+from timm.layers import resample_abs_pos_embed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from gpt_serve.cli.options import BUNDLED as BUNDLED_OPTION
+from gpt_serve.errors import BackboneError, UnsupportedBackbone
+from gpt_serve.model.backbone import BUNDLED, Backbone, check_plain, fingerprint
+from gpt_serve.model.batch import AdapterBatch
+from gpt_serve.model.prompted import embed, prompted_features
+from gpt_serve.specs import Pool
+from tests.tiny_vit import PREPROCESS, tiny_backbone, tiny_vit
+
+BUNDLED_FINGERPRINT = "35d41c0de1083b33359b7b7935367fa778837facf94d1796a3f82d98edfa2954"
+
+
+def refusal(name: str, error: type[BackboneError] = UnsupportedBackbone, **options: Any) -> str:
+    with pytest.raises(BackboneError) as caught:
+        Backbone.load(name, **options)
+    assert type(caught.value) is error
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1 and len(message) < 400
+    return message
+
+
+# The bundled one
+
+
+def test_bundled_backbone(bundled: Backbone) -> None:
+    assert BUNDLED == BUNDLED_OPTION
+    spec = bundled.spec
+    assert (bundled.name, spec.depth, spec.width, spec.pool) == (BUNDLED, 12, 192, "mean")
+    assert spec.preprocess.input_size == (32, 32)
+    assert bundled.model.num_prefix_tokens == 1
+    assert bundled.fingerprint == spec.fingerprint
+
+
+def test_fingerprint_is_the_same_in_every_process(bundled: Backbone) -> None:
+    """Adapters carry it: what trained them and what serves them must agree on it."""
+    assert bundled.fingerprint == BUNDLED_FINGERPRINT
+
+
+def test_bundled_backbone_at_another_size(bundled: Backbone) -> None:
+    larger = Backbone.load(BUNDLED, input_size=48)
+    assert larger.spec.preprocess.input_size == (48, 48)
+    assert larger.fingerprint != bundled.fingerprint
+    expected = resample_abs_pos_embed(bundled.model.pos_embed, [12, 12], num_prefix_tokens=1)
+    torch.testing.assert_close(larger.model.pos_embed, expected, rtol=0, atol=1e-6)
+    assert torch.equal(larger.model.pos_embed[:, :1], bundled.model.pos_embed[:, :1])
+
+
+def test_pool_can_be_chosen() -> None:
+    assert Backbone.load(BUNDLED, pool="cls").spec.pool == "cls"
+
+
+# Fingerprint
+
+
+def test_fingerprint_changes_with_every_weight() -> None:
+    model = tiny_vit(reg_tokens=2)
+    original = fingerprint(model)
+    for name, weight in model.named_parameters():
+        flat = weight.data.view(-1)
+        for index in (0, len(flat) - 1):
+            kept = flat[index].clone()
+            flat[index] += 1e-3
+            assert fingerprint(model) != original, name
+            flat[index] = kept
+    assert fingerprint(model) == original
+
+
+def test_fingerprint_tells_names_and_shapes_apart() -> None:
+    state = {"a.weight": torch.zeros(2, 6), "b.weight": torch.zeros(3)}
+
+    class Weights(torch.nn.Module):
+        def __init__(self, tensors: dict[str, Tensor]) -> None:
+            super().__init__()
+            self.tensors = tensors
+
+        def state_dict(self, *args: Any, **options: Any) -> dict[str, Tensor]:
+            return self.tensors
+
+    variants = [
+        state,
+        {"a.weight": torch.zeros(6, 2), "b.weight": torch.zeros(3)},
+        {"a.weight": torch.zeros(2, 6), "c.weight": torch.zeros(3)},
+        {"a.weight": torch.zeros(3), "b.weight": torch.zeros(2, 6)},
+    ]
+    assert len({fingerprint(Weights(variant)) for variant in variants}) == 4
+    assert fingerprint(Weights(dict(reversed(state.items())))) == fingerprint(Weights(state))
+
+
+def test_fingerprint_is_of_the_float32_values() -> None:
+    model = tiny_vit().half().float()
+    assert fingerprint(model) == fingerprint(model.half())
+
+
+# Frozen
+
+
+@pytest.mark.parametrize("name", [BUNDLED, "vit_tiny_patch16_224"])
+def test_everything_is_frozen(name: str) -> None:
+    backbone = Backbone.load(name, pretrained=False, input_size=32)
+    assert not any(weight.requires_grad for weight in backbone.model.parameters())
+    assert not any(module.training for module in backbone.model.modules())
+    assert backbone.device == torch.device("cpu")
+
+
+def test_a_model_in_training_is_frozen() -> None:
+    model = tiny_vit(drop_path_rate=0.5, proj_drop_rate=0.5).train()
+    backbone = Backbone.from_model(model, "mine", PREPROCESS, "cls")
+    assert not any(weight.requires_grad for weight in backbone.model.parameters())
+    images = torch.rand(2, 3, 16, 16)
+    assert torch.equal(backbone.model(images), backbone.model(images))
+
+
+# Which models
+
+SUPPORTED = {
+    "vit_small_patch14_dinov2.lvd142m": (56, "cls"),
+    "vit_small_patch14_reg4_dinov2.lvd142m": (56, "cls"),
+    "deit3_small_patch16_224.fb_in1k": (32, "cls"),
+    "deit_tiny_patch16_224.fb_in1k": (32, "cls"),
+    "vit_base_patch32_clip_224.openai": (64, "cls"),
+    "vit_base_patch32_clip_quickgelu_224.openai": (64, "cls"),
+    "vit_base_patch16_224.mae": (32, "mean"),
+    "vit_small_patch16_224.dino": (32, "cls"),
+    "vit_tiny_patch16_224": (32, "cls"),
+    "vit_wee_patch16_reg1_gap_256.sbb_in1k": (32, "mean"),
+}
+
+
+def two_blocks(name: str, size: int, pool: Pool) -> Backbone:
+    """The model of that name with random weights and only two blocks."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, pretrained=False, img_size=size, depth=2, num_classes=0)
+    return Backbone.from_model(model, name, PREPROCESS, pool)
+
+
+@torch.inference_mode()
+def bare_features(backbone: Backbone, images: Tensor) -> Tensor:
+    spec = backbone.spec
+    bare = AdapterBatch.single(depth=spec.depth, width=spec.width, pool=spec.pool)
+    return prompted_features(backbone.model, embed(backbone.model, images), bare)
+
+
+@pytest.mark.parametrize("name", SUPPORTED)
+def test_supported_model_equals_timm(name: str) -> None:
+    size = SUPPORTED[name][0]
+    mean = timm.create_model(name, pretrained=False, depth=1).global_pool == "avg"
+    backbone = two_blocks(name, size, "mean" if mean else "cls")
+    assert backbone.spec.preprocess.input_size == (size, size)
+    images = torch.rand(2, 3, size, size)
+    with torch.inference_mode():
+        torch.testing.assert_close(bare_features(backbone, images), backbone.model(images), rtol=1e-5, atol=1e-5)
+
+
+def test_the_mean_is_taken_before_the_norm_even_where_timm_does_not() -> None:
+    backbone = two_blocks("vit_base_patch16_siglip_gap_224.webli", 32, "mean")
+    images = torch.rand(2, 3, 32, 32)
+    rows: list[Tensor] = []
+    hook = backbone.model.norm.register_forward_pre_hook(lambda module, inputs: rows.append(inputs[0]))
+    with torch.inference_mode():
+        backbone.model(images)
+        hook.remove()
+        expected = backbone.model.norm(rows[0].mean(dim=1))
+    torch.testing.assert_close(bare_features(backbone, images), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch14_reg4_dinov2.lvd142m", "vit_base_patch16_224.mae"])
+def test_load_picks_size_and_pooling(name: str) -> None:
+    size, pool = SUPPORTED[name]
+    backbone = Backbone.load(name, pretrained=False, input_size=size)
+    assert backbone.name == name
+    assert backbone.spec.pool == pool
+    assert backbone.spec.preprocess.input_size == (size, size)
+    assert backbone.spec.depth == len(backbone.model.blocks) == 12
+    assert isinstance(backbone.model.head, torch.nn.Identity)
+
+
+REFUSED = {
+    "swin_tiny_patch4_window7_224": "SwinTransformer is not a plain Vision Transformer",
+    "convnext_tiny": "ConvNeXt is not a plain Vision Transformer",
+    "resnet18": "ResNet is not a plain Vision Transformer",
+    "eva02_tiny_patch14_224": "Eva is not a plain Vision Transformer",
+    "vit_small_patch16_dinov3": "Eva is not a plain Vision Transformer",
+    "deit_tiny_distilled_patch16_224": "VisionTransformerDistilled is not a plain Vision Transformer",
+    "vit_relpos_small_patch16_224": "VisionTransformerRelPos is not a plain Vision Transformer",
+    "samvit_base_patch16": "VisionTransformerSAM is not a plain Vision Transformer",
+    "vit_base_patch16_siglip_224": "it pools by attention",
+    "vit_small_patch16_18x2_224": "its blocks are not standard pre-norm attention blocks",
+    "vit_base_patch16_xp_224": "its blocks are not standard pre-norm attention blocks",
+    "vit_small_r26_s32_224": "it needs a fixed-size patch embedding of RGB images",
+}
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail where anything but shapes is made."""
+    monkeypatch.setattr("gpt_serve.model.backbone._create", lambda *args, **options: pytest.fail("weights were made"))
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize("name", REFUSED)
+def test_model_that_is_no_plain_vit(name: str) -> None:
+    message = refusal(name)
+    assert message.startswith(f"backbone {name!r} is not supported: ") and REFUSED[name] in message
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(
+    "name", ["vit_enormous", "", "mae-vit-tiny-33", "vit_tiny_patch16_224.nope", "hf-hub:a/b", "../vit", "a\nb"]
+)
+def test_unknown_name(name: str) -> None:
+    message = refusal(name)
+    assert message.startswith(f"unknown backbone {name!r}: use 'mae-vit-tiny-32' or a timm model name")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"dynamic_img_size": True}, {"in_chans": 1}, {"global_pool": "map"}],
+    ids=str,
+)
+def test_variant_that_the_forward_pass_does_not_compute(options: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedBackbone, match="backbone 'mine' is not supported: it"):
+        check_plain(tiny_vit(**options), "mine")
+
+
+def test_subclass_is_not_trusted() -> None:
+    class Changed(VisionTransformer):
+        pass
+
+    with pytest.raises(UnsupportedBackbone, match="Changed is not a plain Vision Transformer"):
+        check_plain(Changed(img_size=16, patch_size=8, embed_dim=8, depth=1, num_heads=1), "mine")
+
+
+def test_cls_pooling_needs_a_cls_token() -> None:
+    with pytest.raises(UnsupportedBackbone, match="has no CLS token: use --pool mean"):
+        tiny_backbone("cls", class_token=False, global_pool="avg")
+
+
+# Input size
+
+
+@pytest.mark.usefixtures("no_weights")
+@pytest.mark.parametrize(
+    ("name", "size", "advice"),
+    [
+        (BUNDLED, 30, "4-pixel patches of backbone 'mae-vit-tiny-32': use 32"),
+        (BUNDLED, 1, "use 4"),
+        (BUNDLED, 0, "use 4"),
+        (BUNDLED, -8, "use 4"),
+        ("vit_tiny_patch16_224", 100, "16-pixel patches of backbone 'vit_tiny_patch16_224': use 96"),
+        ("vit_small_patch14_dinov2", 224 + 1, "use 224"),
+    ],
+)
+def test_patches_must_tile_the_input(name: str, size: int, advice: str) -> None:
+    message = refusal(name, BackboneError, input_size=size, pretrained=False)
+    assert message.startswith(f"input size {size} is not a multiple of the ") and message.endswith(advice)
+
+
+# Preprocessing
+
+
+@pytest.mark.parametrize(
+    "name", [*SUPPORTED, "vit_base_patch16_siglip_gap_224.webli", "vit_base_patch16_clip_384.laion2b_ft_in1k"]
+)
+def test_preprocessing_is_timms(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def small(model_name: str, **options: Any) -> Any:
+        return create(model_name, **options, depth=1, embed_dim=24, num_heads=3)
+
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", small)
+    preprocess = Backbone.load(name, pretrained=False).spec.preprocess
+    expected = resolve_data_config({}, pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
+    assert preprocess.input_size == expected["input_size"][1:]
+    assert preprocess.crop_pct == expected["crop_pct"]
+    assert preprocess.interpolation == expected["interpolation"]
+    assert preprocess.mean == expected["mean"]
+    assert preprocess.std == expected["std"]
+    assert preprocess.crop_mode == expected["crop_mode"]
+
+
+# Where weights cannot be had
+
+
+def test_unreachable_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*args: Any, **options: Any) -> None:
+        raise OSError("We couldn't connect to the hub to load the files.\nCheck your connection.\n" + 300 * "x ")
+
+    monkeypatch.setattr("timm.models._builder.load_pretrained", unreachable)
+    message = refusal("vit_tiny_patch16_224", BackboneError)
+    assert message == (
+        "weights of 'vit_tiny_patch16_224' cannot be had from the hub; pass --checkpoint FILE or use --backbone "
+        "mae-vit-tiny-32 (OSError: We couldn't connect to the hub to load the files.)"
+    )
+
+
+def test_model_without_published_weights() -> None:
+    message = refusal("vit_small_patch16_36x1_224", BackboneError)
+    assert "No pretrained weights exist" in message and "pass --checkpoint FILE" in message
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "abacus"])
+def test_device_that_is_not_there(device: str) -> None:
+    message = refusal(BUNDLED, BackboneError, device=device)
+    assert message.startswith(f"device {device!r} cannot be used here: use cpu or auto (")
