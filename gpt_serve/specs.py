@@ -13,6 +13,7 @@ Pool = Literal["cls", "mean"]
 Family = Literal["mae", "mocov3"]
 CropMode = Literal["center", "squash"]
 Interpolation = Literal["bilinear", "bicubic"]
+Precision = Literal["fp32", "bf16"]
 
 
 def check_task_name(task: str) -> str:

@@ -25,12 +25,12 @@ def test_all_is_pinned() -> None:
 @pytest.mark.parametrize(
     ("name", "home"),
     [
-        ("Adapter", "adapter"),
-        ("AdapterStore", "store"),
-        ("Backbone", "backbone"),
-        ("Engine", "engine"),
+        ("Adapter", "adapters.adapter"),
+        ("AdapterStore", "adapters.store"),
+        ("Backbone", "model.backbone"),
+        ("Engine", "engine.engine"),
         ("GPTServeError", "errors"),
-        ("Prediction", "engine"),
+        ("Prediction", "engine.engine"),
     ],
 )
 def test_attributes_load_on_first_use(name: str, home: str) -> None:

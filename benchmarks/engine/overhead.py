@@ -15,8 +15,8 @@ from setting import PROMPTS, Setting, finished, hold, pixels, ready, temporary_s
 from torch import Tensor
 
 from gpt_serve.bench.timing import Row, interleave, to_rows
+from gpt_serve.engine import engine as engine_module
 from gpt_serve.engine.engine import Engine
-from gpt_serve.engine.engine import engine as engine_module
 from gpt_serve.engine.slab import gather
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.model.batch import AdapterBatch

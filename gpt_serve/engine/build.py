@@ -1,4 +1,4 @@
-"""The heavy half of the worker: torch, the backbone, the engine. Only the worker process imports it."""
+"""From a backbone and a folder of adapters to an engine that is ready to answer."""
 
 import copy
 import io
@@ -9,40 +9,55 @@ import torch
 from PIL import Image
 
 from gpt_serve.adapters.store import AdapterStore
+from gpt_serve.engine.bank import DEFAULT_BANK_BYTES, DEFAULT_HOST_BYTES
 from gpt_serve.engine.engine import Engine, Forward, TorchForward, planner_for
 from gpt_serve.images.decode import ImageLimits
 from gpt_serve.model.backbone import Backbone
-from gpt_serve.serve.config import ServeConfig
-from gpt_serve.specs import BackboneSpec
+from gpt_serve.specs import Precision
 
-logger = logging.getLogger("gpt_serve.serve")
+logger = logging.getLogger("gpt_serve.engine")
 
 
-def load_engine(config: ServeConfig, device: str) -> tuple[Engine, BackboneSpec]:
-    """The engine that ``config`` describes, warmed up.
+def build_engine(
+    backbone: Backbone,
+    adapters: Path,
+    *,
+    precision: Precision = "fp32",
+    onnx: bool = False,
+    compiled: bool = False,
+    bank_bytes: int = DEFAULT_BANK_BYTES,
+    host_bytes: int = DEFAULT_HOST_BYTES,
+    limits: ImageLimits = ImageLimits(),
+    max_batch: int = 64,
+) -> Engine:
+    """An engine on the device of ``backbone``, warmed up.
+
+    Args:
+        adapters: folder of the adapters; those of other backbones are refused.
+        precision: of weights and activations.
+        onnx: let onnxruntime compute the passes that it is faster at; needs ``fp32``.
+        compiled: let ``torch.compile`` fuse the blocks.
+        bank_bytes: see `Engine`, as are the others.
 
     Raises:
-        BackboneError: the backbone cannot be loaded.
-        ExportError: it has no graph that answers as torch does, or the graph would not run on ``device``.
+        ExportError: the backbone has no graph that answers as torch does, or the graph would not run on its device.
         UsageError: the device has no room for the bank.
     """
-    backbone = Backbone.load(config.backbone, checkpoint=config.checkpoint, input_size=config.input_size, device=device)
-    if config.precision == "bf16":
+    if precision == "bf16":
         backbone.cast(torch.bfloat16)
-    onnx = config.chosen_engine == "onnx"
-    store = AdapterStore(config.adapters, backbone.spec)
+    store = AdapterStore(adapters, backbone.spec)
     engine = Engine(
         backbone,
         store,
-        bank_bytes=config.bank_bytes,
-        host_bytes=config.host_bytes,
-        limits=ImageLimits(max_bytes=config.max_body_bytes, max_pixels=config.max_pixels),
-        max_batch=config.max_batch_size,
-        forward=faster_forward(backbone) if onnx else TorchForward(backbone, compiled=config.compile),
+        bank_bytes=bank_bytes,
+        host_bytes=host_bytes,
+        limits=limits,
+        max_batch=max_batch,
+        forward=faster_forward(backbone) if onnx else TorchForward(backbone, compiled=compiled),
     )
     _warm_up(engine, store, backbone)
-    logger.info("engine: %s on %s", "onnxruntime and torch" if onnx else "torch", device)
-    return engine, backbone.spec
+    logger.info("engine: %s on %s", "onnxruntime and torch" if onnx else "torch", backbone.device)
+    return engine
 
 
 def faster_forward(backbone: Backbone, folder: Path | None = None) -> Forward:

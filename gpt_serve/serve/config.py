@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Literal
 
 from gpt_serve.errors import UsageError
+from gpt_serve.specs import Precision
 
 EngineName = Literal["torch", "onnx"]
-Precision = Literal["fp32", "bf16"]
 
 FASTEST: dict[str, EngineName] = {"cpu": "onnx", "cuda": "torch", "mps": "torch"}
 """What ``auto`` means on each kind of device: measured on the CPU by ``gpt-serve bench --only engines``."""

@@ -24,7 +24,7 @@ from gpt_serve.serve.link import take_all
 from gpt_serve.serve.process import configure_logging, end_child, guard_child
 
 if TYPE_CHECKING:
-    from gpt_serve.engine.engine import Prediction
+    from gpt_serve.engine.engine import Engine, Prediction
     from gpt_serve.engine.scheduler import Batch, Scheduler
 
 logger = logging.getLogger("gpt_serve.serve")
@@ -101,11 +101,10 @@ class PredictAPI(LitAPI):
         guard_child()
         reuse_freed_memory()
         configure_logging()
-        from gpt_serve.engine.build import load_engine
         from gpt_serve.engine.scheduler import Scheduler  # after the guard: it takes seconds
 
         try:
-            engine, spec = load_engine(self.config, device)
+            engine = _load_engine(self.config, device)
         except GPTServeError as error:
             self.transport.send(("failed", _error(error), None), CONSUMER)
             end_child()
@@ -118,7 +117,7 @@ class PredictAPI(LitAPI):
             on_batch=self.batches.put,
             on_error=report,
         )
-        self.transport.send(("ready", spec, self.stats()), CONSUMER)
+        self.transport.send(("ready", engine.backbone.spec, self.stats()), CONSUMER)
 
     def predict(self, x: Item, **_: Any) -> "Future[Prediction]":
         """What will hold the answer."""
@@ -140,6 +139,26 @@ class PredictAPI(LitAPI):
         batches = [self.batches.get_nowait() for _ in range(self.batches.qsize())]
         bank = self.scheduler.engine.bank.stats()
         return [(batch.seconds, batch.waits) for batch in batches], asdict(bank)
+
+
+def _load_engine(config: ServeConfig, device: str) -> "Engine":
+    """The engine that ``config`` describes; only the worker process imports torch."""
+    from gpt_serve.engine.build import build_engine
+    from gpt_serve.images.decode import ImageLimits
+    from gpt_serve.model.backbone import Backbone
+
+    backbone = Backbone.load(config.backbone, checkpoint=config.checkpoint, input_size=config.input_size, device=device)
+    return build_engine(
+        backbone,
+        config.adapters,
+        precision=config.precision,
+        onnx=config.chosen_engine == "onnx",
+        compiled=config.compile,
+        bank_bytes=config.bank_bytes,
+        host_bytes=config.host_bytes,
+        limits=ImageLimits(max_bytes=config.max_body_bytes, max_pixels=config.max_pixels),
+        max_batch=config.max_batch_size,
+    )
 
 
 def report(error: Exception) -> None:

@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 
 from gpt_serve.adapters.store import AdapterStore
+from gpt_serve.engine import engine as engine_module
+from gpt_serve.engine import evaluate as evaluation
 from gpt_serve.engine.engine import Engine
-from gpt_serve.engine.engine import engine as engine_module
-from gpt_serve.engine.engine import evaluate as evaluation
 from gpt_serve.engine.evaluate import evaluate_task
 from gpt_serve.errors import BackboneMismatch, DataError, UnknownTask, UsageError
 from gpt_serve.model.backbone import Backbone

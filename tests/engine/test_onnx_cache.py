@@ -13,9 +13,10 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from gpt_serve.engine import onnx_cache as cache
 from gpt_serve.engine.onnx_cache import cache_folder, file_name, serving_graph
 from gpt_serve.errors import ExportError
-from gpt_serve.export import cache, files, graphs
+from gpt_serve.export import files, graphs
 from gpt_serve.export.session import Graph
 from gpt_serve.model.backbone import Backbone
 from tests.tiny_vit import tiny_backbone

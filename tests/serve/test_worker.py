@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Thread
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from gpt_serve.engine.bank import BankStats
 from gpt_serve.engine.engine import Prediction, Row
 from gpt_serve.engine.scheduler import Scheduler
 from gpt_serve.errors import CheckpointError, GPTServeError, UndecodableImage, UnknownTask
-from gpt_serve.serve import ServeConfig, loading
+from gpt_serve.serve import ServeConfig, worker
 from gpt_serve.serve.link import Link, PipeTransport, take_all
 from gpt_serve.serve.worker import CONSUMER, Item, PredictAPI, report
 
@@ -50,6 +51,7 @@ class Engine:
 
     def __init__(self) -> None:
         self.bank = Bank()
+        self.backbone = SimpleNamespace(spec="the spec")
 
     def prepare(self, resident: Any, image: bytes) -> Row | GPTServeError:
         return UndecodableImage("damaged") if image == b"bad" else Row(resident, torch.zeros(1))
@@ -89,7 +91,7 @@ def api(monkeypatch: pytest.MonkeyPatch, ending: None) -> PredictAPI:
     """As the worker has it before ``setup``, with an engine that loads at once."""
     monkeypatch.setattr("gpt_serve.serve.worker.guard_child", lambda: None)
     monkeypatch.setattr("gpt_serve.serve.worker.configure_logging", lambda: None)
-    monkeypatch.setattr(loading, "load_engine", lambda config, device: (Engine(), "the spec"))
+    monkeypatch.setattr(worker, "_load_engine", lambda config, device: Engine())
     made = PredictAPI(ServeConfig())
     made.transport = Recorder()  # type: ignore[assignment]
     return made
@@ -157,7 +159,7 @@ def test_a_backbone_that_cannot_be_loaded_is_reported(api: PredictAPI, monkeypat
     def refuse(config: ServeConfig, device: str) -> None:
         raise CheckpointError("the file is damaged")
 
-    monkeypatch.setattr(loading, "load_engine", refuse)
+    monkeypatch.setattr(worker, "_load_engine", refuse)
     with pytest.raises(Ended):
         api.setup("cpu")
     assert list(api.transport.sent) == [("failed", ("CheckpointError", "the file is damaged"), None)]  # type: ignore[attr-defined]

@@ -18,7 +18,9 @@ from gpt_serve.cli.main import main
 from gpt_serve.errors import BackboneMismatch, DataError, UnknownTask, UsageError
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.model.batch import AdapterBatch
-from gpt_serve.train import card, closing, gate_search, loop
+from gpt_serve.train import card, loop
+from gpt_serve.train.closing import close as closing
+from gpt_serve.train.closing import search as gate_search
 from gpt_serve.train.closing.close import ClosingJob, close_gates
 from gpt_serve.train.closing.search import GateSearch, closed, most
 from gpt_serve.train.data.datasets import open_dataset

@@ -12,8 +12,8 @@ from gpt_serve.train.data.datasets import open_dataset
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import train_adapter
 from gpt_serve.train.job import Job
+from gpt_serve.train.methods import prompts as methods
 from gpt_serve.train.methods.prompts import METHODS
-from gpt_serve.train.methods.prompts import prompts as methods
 from gpt_serve.train.recipes.recipe import make_recipe
 from tests.train.conftest import Recorder
 

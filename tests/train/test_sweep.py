@@ -22,10 +22,10 @@ from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import train_adapter
 from gpt_serve.train.job import Job
 from gpt_serve.train.recipes.recipe import Recipe, Select, make_recipe
+from gpt_serve.train.sweep import trial as module
 from gpt_serve.train.sweep.ray import RayRunner
 from gpt_serve.train.sweep.report import plot_sweep, report_table
 from gpt_serve.train.sweep.sweep import Sweep, make_axes, make_grid, run_sweep
-from gpt_serve.train.sweep.sweep import trial as module
 from gpt_serve.train.sweep.trial import BackboneSource, Work, run_trial
 from gpt_serve.train.sweep.trials import Outcome, Trial, TrialStore, best_trial
 from tests.train.conftest import Recorder

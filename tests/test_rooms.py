@@ -1,0 +1,55 @@
+"""What one room alone may know stays there. Which room may import which is import-linter's to check (``make lint``)."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import gpt_serve
+
+PACKAGE = Path(gpt_serve.__file__).parent
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def exits(path: Path) -> set[str]:
+    """Mentions of ``SystemExit``, ``sys.exit``, ``ctx.exit`` and the builtins ``exit`` and ``quit``."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Name) and node.id in ("SystemExit", "exit", "quit"):
+            found.add(node.id)
+        if isinstance(node, ast.Attribute) and node.attr == "exit":
+            found.add(ast.unparse(node))
+    return found
+
+
+def test_only_the_command_line_knows_exit_codes() -> None:
+    knowing = {name_of(path): names for path in MODULES if (names := exits(path))}
+    assert set(knowing) == {"cli/main.py"}, knowing
+
+
+def test_attention_is_computed_in_one_file() -> None:
+    assert [name_of(path) for path in MODULES if "scaled_dot_product_attention" in path.read_text()] == [
+        "model/prompted.py"
+    ]
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "import gpt_serve",
+        "from gpt_serve.cli.main import main; main(['--help'], standalone_mode=False)",
+        "from gpt_serve.cli.main import main; main(['train', '--help'], standalone_mode=False)",
+        "from gpt_serve.cli.main import main; main(['sweep', '--help'], standalone_mode=False)",
+    ],
+)
+def test_starting_up_imports_nothing_heavy(program: str) -> None:
+    heavy = "{'torch', 'torchvision', 'timm', 'litserve', 'fastapi', 'sklearn', 'matplotlib', 'onnxruntime', 'ray'}"
+    check = f"import sys; sys.exit(str(sorted({heavy} & set(sys.modules))) if {heavy} & set(sys.modules) else 0)"
+    run = subprocess.run([sys.executable, "-c", f"{program}\n{check}"], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
