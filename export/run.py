@@ -192,7 +192,7 @@ def open_image(path: str | Path) -> Image.Image:
 
 
 def prepare(image: Image.Image, preprocess: Mapping[str, Any]) -> np.ndarray:
-    """An image to uint8 (H, W, 3), RGB: what gpt_serve/images.py does, with Pillow."""
+    """An image to uint8 (H, W, 3), RGB: what gpt_serve/images does, with Pillow."""
     image = to_rgb(image, exif=preprocess["exif"])
     height, width = preprocess["input_size"]
     resample = Image.Resampling[preprocess["interpolation"].upper()]

@@ -25,7 +25,8 @@ from gpt_serve.bench.inputs import CLASSES, photo, untrained_adapter
 from gpt_serve.bench.mixed import answer
 from gpt_serve.bench.timing import Plan, Ratio, interleave
 from gpt_serve.engine.malloc import reuse_freed_memory
-from gpt_serve.images.decode import decode, preprocess_image
+from gpt_serve.images.decode import decode
+from gpt_serve.images.preprocess import preprocess_image
 from gpt_serve.model.backbone import BUNDLED, Backbone
 from gpt_serve.train.data.datasets import open_dataset
 from gpt_serve.train.fit import build_module, load_views

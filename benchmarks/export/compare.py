@@ -30,7 +30,7 @@ from gpt_serve.bench.timing import Plan, Ratio, Row, interleave, to_rows
 from gpt_serve.export.files import quantize, save
 from gpt_serve.export.graphs import Form, single_graph
 from gpt_serve.export.session import FORMAT, Graph
-from gpt_serve.images.decode import normalize
+from gpt_serve.images.preprocess import normalize
 from gpt_serve.model.backbone import BUNDLED, Backbone
 from gpt_serve.model.batch import AdapterBatch
 from gpt_serve.model.prompted import embed, prompted_features

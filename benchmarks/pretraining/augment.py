@@ -10,7 +10,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.nn import functional as F
 
-from gpt_serve.images.decode import normalize
+from gpt_serve.images.preprocess import normalize
 
 LUMA = (0.299, 0.587, 0.114)
 _TO_YIQ = (LUMA, (0.5959, -0.2746, -0.3213), (0.2115, -0.5227, 0.3112))

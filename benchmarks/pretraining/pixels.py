@@ -16,7 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gpt_serve.errors import DataError, ImageError
-from gpt_serve.images.decode import LOCAL_LIMITS, decode, preprocess_image
+from gpt_serve.images.decode import LOCAL_LIMITS, decode
+from gpt_serve.images.preprocess import preprocess_image
 from gpt_serve.specs import Preprocess
 from gpt_serve.train.data.sources.folder import SUFFIXES
 

@@ -15,7 +15,8 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from gpt_serve.errors import DataError, ImageError
-from gpt_serve.images.decode import LOCAL_LIMITS, decode, normalize, preprocess_image
+from gpt_serve.images.decode import LOCAL_LIMITS, decode
+from gpt_serve.images.preprocess import normalize, preprocess_image
 from gpt_serve.model.backbone import BUNDLED, Backbone
 from gpt_serve.model.batch import AdapterBatch
 from gpt_serve.model.prompted import embed, prompted_features

@@ -1,7 +1,7 @@
 // Scales and crops an image as the server does, to the same bytes.
 //
 // A canvas would scale it in whatever way the browser likes, which moves the answers of a model with a small input.
-// This is the antialiased filter that `gpt_serve/images.py` runs: torch's for uint8, in fixed-point numbers, first
+// This is the antialiased filter that `gpt_serve/images/preprocess.py` runs: torch's for uint8, in fixed-point numbers, first
 // along the rows, then along the columns.
 
 const FILTERS = {

@@ -11,7 +11,8 @@ from gpt_serve.bench.mixed import UNLIKE, answer, publish
 from gpt_serve.bench.timing import Plan, Row, interleave, to_rows
 from gpt_serve.engine.build import faster_forward
 from gpt_serve.engine.engine import Engine
-from gpt_serve.images.decode import decode, preprocess_image
+from gpt_serve.images.decode import decode
+from gpt_serve.images.preprocess import preprocess_image
 from gpt_serve.model.backbone import BUNDLED, Backbone
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)

@@ -8,7 +8,8 @@ from gpt_serve.bench.inputs import photo, untrained_adapter
 from gpt_serve.bench.timing import Plan, Row, interleave, to_rows
 from gpt_serve.engine.engine import Engine, ImageInput
 from gpt_serve.errors import GPTServeError
-from gpt_serve.images.decode import decode, preprocess_image
+from gpt_serve.images.decode import decode
+from gpt_serve.images.preprocess import preprocess_image
 from gpt_serve.model.backbone import Backbone
 
 BATCH = 32

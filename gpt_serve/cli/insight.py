@@ -177,7 +177,8 @@ def _load(adapter: "Adapter | None", *, device: str, backbone: str, **options: A
 def _pixels(path: Path, preprocess: "Preprocess") -> "Tensor":
     """The image as the network sees it: uint8 (3, H, W)."""
     from gpt_serve.errors import ImageError
-    from gpt_serve.images.decode import LOCAL_LIMITS, decode, preprocess_image
+    from gpt_serve.images.decode import LOCAL_LIMITS, decode
+    from gpt_serve.images.preprocess import preprocess_image
 
     try:
         return preprocess_image(decode(read_file(path), LOCAL_LIMITS, exif=preprocess.exif), preprocess)

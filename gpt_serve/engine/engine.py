@@ -15,7 +15,8 @@ from gpt_serve.engine.bank import DEFAULT_BANK_BYTES, DEFAULT_HOST_BYTES, Adapte
 from gpt_serve.engine.passes import COSTS, PassPlanner
 from gpt_serve.engine.slab import gather
 from gpt_serve.errors import BankFull, GPTServeError, ImageError, UndecodableImage, UsageError
-from gpt_serve.images.decode import ImageLimits, decode, from_pil, normalize, preprocess_image
+from gpt_serve.images.decode import ImageLimits, decode, from_pil
+from gpt_serve.images.preprocess import normalize, preprocess_image
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.model.prompted import block, embed, prompted_features
 from gpt_serve.specs import Preprocess

@@ -17,7 +17,7 @@ from gpt_serve.export.files import EXTERNAL_BYTES, bank_folder, count_nodes, qua
 from gpt_serve.export.graphs import Form, InputKind, multi_graph, single_graph
 from gpt_serve.export.session import FORMAT, Array, Graph, bank_inputs
 from gpt_serve.export.verify import Answer, Tally, check, check_accuracy, verify
-from gpt_serve.images.decode import normalize
+from gpt_serve.images.preprocess import normalize
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.model.batch import AdapterBatch
 from gpt_serve.train.data.datasets import open_evaluation

@@ -14,7 +14,8 @@ from torch import Tensor
 from gpt_serve.adapters.adapter import Adapter
 from gpt_serve.errors import DataError, ExportError, ImageError
 from gpt_serve.export.session import Array
-from gpt_serve.images.decode import LOCAL_LIMITS, decode, normalize, preprocess_image
+from gpt_serve.images.decode import LOCAL_LIMITS, decode
+from gpt_serve.images.preprocess import normalize, preprocess_image
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.model.batch import AdapterBatch
 from gpt_serve.model.prompted import embed, prompted_features

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from gpt_serve.adapters.adapter import Adapter
-from gpt_serve.images.decode import normalize
+from gpt_serve.images.preprocess import normalize
 from gpt_serve.insight.figures import save_figure
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.model.batch import AdapterBatch

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gpt_serve.errors import DataError
-from gpt_serve.images.decode import normalize
+from gpt_serve.images.preprocess import normalize
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.train.data.views import View, ordered_batches, shuffled_batches
 from gpt_serve.train.distributed import World

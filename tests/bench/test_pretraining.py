@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torchvision.transforms.v2 import functional as vision
 
 from gpt_serve.errors import DataError, UsageError
-from gpt_serve.images.decode import normalize
+from gpt_serve.images.preprocess import normalize
 from gpt_serve.model.backbone import BUNDLED, Backbone, bundled_model
 from gpt_serve.train.checkpoint import RunCheckpoint
 from tests.tiny_vit import PREPROCESS, SIDE, random_images, tiny_vit

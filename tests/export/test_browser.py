@@ -24,7 +24,8 @@ import pytest
 import torch
 from PIL import Image
 
-from gpt_serve.images.decode import decode, preprocess_image
+from gpt_serve.images.decode import decode
+from gpt_serve.images.preprocess import preprocess_image
 from gpt_serve.specs import Preprocess
 
 pytestmark = pytest.mark.slow

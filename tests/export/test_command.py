@@ -13,7 +13,8 @@ from click.testing import Result
 
 from gpt_serve.adapters.store import AdapterStore
 from gpt_serve.engine.engine import Engine
-from gpt_serve.images.decode import decode, preprocess_image
+from gpt_serve.images.decode import decode
+from gpt_serve.images.preprocess import preprocess_image
 from gpt_serve.model.backbone import Backbone
 from tests.export.conftest import ADAPTERS, run_export
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gpt_serve.export.fold import fold_backbone, fold_pixels, fold_temperatures
-from gpt_serve.images.decode import normalize
+from gpt_serve.images.preprocess import normalize
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.model.batch import AdapterBatch
 from gpt_serve.model.prompted import embed, prompted_features

@@ -15,7 +15,7 @@ from gpt_serve.errors import ExportError
 from gpt_serve.export import graphs
 from gpt_serve.export.graphs import Form, multi_graph, single_graph
 from gpt_serve.export.session import Graph, bank_inputs, check_index
-from gpt_serve.images.decode import normalize
+from gpt_serve.images.preprocess import normalize
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.model.batch import AdapterBatch
 from gpt_serve.specs import Pool

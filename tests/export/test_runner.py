@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from gpt_serve.adapters.adapter import revision_of
-from gpt_serve.images.decode import decode, from_pil, preprocess_image
+from gpt_serve.images.decode import decode, from_pil
+from gpt_serve.images.preprocess import preprocess_image
 from gpt_serve.specs import Preprocess
 from tests.export.stand_in import LABELS, multi, multi_probabilities, single, single_probabilities, some_adapters
 from tests.factories import TINY_SPEC, make_adapter

@@ -9,7 +9,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from torch import Tensor
 from torch.nn import functional as F
 
-from gpt_serve.images.decode import normalize
+from gpt_serve.images.preprocess import normalize
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.train.data.datasets import open_dataset
 from gpt_serve.train.data.samples import Sample

@@ -12,7 +12,8 @@ from gpt_serve.adapters.store import AdapterStore
 from gpt_serve.engine.engine import Engine, Prediction
 from gpt_serve.errors import ExportError, UsageError
 from gpt_serve.export.job import ExportOptions, export_task, export_tasks
-from gpt_serve.images.decode import center_crop, decode, normalize, resize
+from gpt_serve.images.decode import decode
+from gpt_serve.images.preprocess import center_crop, normalize, resize
 from gpt_serve.insight.inspect import inspect_adapter
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.train.data.datasets import open_dataset

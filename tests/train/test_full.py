@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from gpt_serve.adapters.store import AdapterStore
 from gpt_serve.errors import UsageError
-from gpt_serve.images.decode import normalize
+from gpt_serve.images.preprocess import normalize
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.train.data.datasets import open_dataset
 from gpt_serve.train.data.views import View

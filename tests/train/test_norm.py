@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from gpt_serve.adapters.store import AdapterStore
 from gpt_serve.engine.engine import Engine, Prediction
 from gpt_serve.errors import BackboneError
-from gpt_serve.images.decode import normalize
+from gpt_serve.images.preprocess import normalize
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.train.data.datasets import open_dataset
 from gpt_serve.train.data.views import View

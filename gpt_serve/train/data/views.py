@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from gpt_serve.errors import ImageError
-from gpt_serve.images.decode import LOCAL_LIMITS, center_crop, decode, resize
+from gpt_serve.images.decode import LOCAL_LIMITS, decode
+from gpt_serve.images.preprocess import center_crop, resize
 from gpt_serve.specs import Preprocess
 from gpt_serve.train.data.datasets import Sample, Split
 from gpt_serve.train.data.samples import pick, rank_in_class

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 
-from gpt_serve.images.decode import center_crop, from_pil, normalize, preprocess_image, resize
+from gpt_serve.images.decode import from_pil
+from gpt_serve.images.preprocess import center_crop, normalize, preprocess_image, resize
 from gpt_serve.specs import Preprocess
 from tests.hostile_images import photo
 
