@@ -28,9 +28,19 @@ The message of each is one line for the person who caused it and says what to do
 Nothing here knows exit codes (``cli/``) or HTTP status codes (``serve/``).
 """
 
+from typing import Self
+
 
 class GPTServeError(Exception):
     """Base of every deliberate error. ``str(error)`` is a single line for the user."""
+
+    def fresh(self) -> Self:
+        """A new error of the same class and message, to raise in place of one that is kept.
+
+        Raising an exception writes to it (traceback, context): one that is raised twice, or from two threads, mixes
+        the tracebacks of both and keeps everything alive that they hold.
+        """
+        return type(self)(*self.args)
 
 
 class UsageError(GPTServeError):

@@ -1,12 +1,14 @@
 """Adapters with random weights for any backbone, in memory and without training."""
 
 import dataclasses
+import shutil
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from gpt_serve.adapters.adapter import Adapter
+from gpt_serve.adapters.store import AdapterStore
 from gpt_serve.specs import BackboneSpec
 from tests.tiny_vit import PREPROCESS, random_tensors
 
@@ -51,3 +53,8 @@ def make_adapter(
         **random_tensors(f"{method}-deep" if deep else method, spec.depth, spec.width, prompts=prompts, seed=seed),
     )
     return dataclasses.replace(adapter, **fields)
+
+
+def remove_adapter(store: AdapterStore, task: str) -> None:
+    """As a user removes a task: with its folder."""
+    shutil.rmtree(store.root / task)

@@ -15,7 +15,6 @@ from gpt_serve.errors import AdapterError, InvalidAdapter, InvalidTaskName, Unkn
 from gpt_serve.specs import BackboneSpec, check_task_name
 
 FILE_NAME = "adapter.safetensors"
-CARD_FILES = ("README.md", "gates.png", "confusion.png", "sweep.json", "sweep.md", "sweep.png")
 
 
 @dataclass(frozen=True)
@@ -185,7 +184,7 @@ class AdapterStore:
         """
         described = self._describe(task)
         if isinstance(described, BrokenAdapter):
-            raise described.error.with_traceback(None)  # else it grows with each time that it is raised
+            raise described.error.fresh()
         return described
 
     def _describe(self, task: str) -> TaskSummary | BrokenAdapter:
@@ -240,25 +239,6 @@ class AdapterStore:
                 f"adapter {adapter.task!r} cannot be written to {path.parent}: {error.strerror}"
             ) from error
         return revision_of(data)
-
-    def remove(self, task: str) -> None:
-        """Remove an adapter, its card, the sweep that found it and, when nothing else is in it, its folder.
-
-        Raises:
-            InvalidTaskName, UnknownTask: as `signature`.
-            UsageError: the disk refuses.
-        """
-        path = self._path(task)
-        try:
-            path.unlink()
-            for name in CARD_FILES:
-                path.with_name(name).unlink(missing_ok=True)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise _unreadable(task, error) from error
-        except OSError as error:
-            raise UsageError(f"adapter {task!r} cannot be removed from {path.parent}: {error.strerror}") from error
-        with contextlib.suppress(OSError):  # the user keeps other files there
-            path.parent.rmdir()
 
     def _path(self, task: str) -> Path:
         return self.root / check_task_name(task) / FILE_NAME

@@ -196,8 +196,7 @@ class AdapterBank:
     def _take_resident(self, task: str, signature: Signature) -> Resident | None:
         refusal = self._refused.get(task)
         if refusal is not None and refusal[0] == signature:
-            # A new one each time: what is raised collects a traceback, and with it the images of the batch.
-            raise type(refusal[1])(*refusal[1].args)
+            raise refusal[1].fresh()
         resident = self._resident.get(task)
         if resident is None or resident.signature != signature:
             return None
@@ -247,7 +246,7 @@ class AdapterBank:
             return  # the disk's trouble may pass without a trace in the signature
         with self._changed:
             self._retire(task)
-            self._refused[task] = signature, type(error)(*error.args)
+            self._refused[task] = signature, error.fresh()
             self._counts["refused"] += 1
             if len(self._refused) > MAX_REFUSALS:
                 self._refused.popitem(last=False)

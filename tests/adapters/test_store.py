@@ -15,9 +15,9 @@ import torch
 
 from gpt_serve.adapters import store as store_module
 from gpt_serve.adapters.adapter import Adapter
-from gpt_serve.adapters.store import CARD_FILES, FILE_NAME, AdapterStore, BrokenAdapter, TaskSummary
+from gpt_serve.adapters.store import FILE_NAME, AdapterStore, BrokenAdapter, TaskSummary
 from gpt_serve.errors import AdapterError, BackboneMismatch, InvalidAdapter, InvalidTaskName, UnknownTask, UsageError
-from tests.factories import TINY_SPEC, make_adapter
+from tests.factories import TINY_SPEC, make_adapter, remove_adapter
 from tests.hostile_adapters import hostile_adapters, with_metadata
 
 HOSTILE = hostile_adapters(TINY_SPEC)
@@ -88,7 +88,7 @@ def test_names_are_checked_before_the_disk_is_touched(store, monkeypatch, name):
 
     for function in ("open", "stat", "mkdir"):
         monkeypatch.setattr(os, function, refuse)
-    for use in (store.load, store.signature, store.summary, store.remove):
+    for use in (store.load, store.signature, store.summary):
         with pytest.raises(InvalidTaskName):
             use(name)
     with pytest.raises(InvalidTaskName):
@@ -100,7 +100,7 @@ def test_unknown_task(store):
     (store.root / "folder").mkdir()
     (store.root / "file").touch()
     for name in ("nothing", "folder", "file"):
-        for use in (store.load, store.signature, store.summary, store.remove):
+        for use in (store.load, store.signature, store.summary):
             with pytest.raises(UnknownTask, match=f"^unknown task '{name}': train it") as caught:
                 use(name)
             assert str(store.root) not in str(caught.value)
@@ -332,7 +332,7 @@ def test_removed_tasks_are_forgotten(store):
         store.publish(make_adapter(task=f"task-{number}"))
         store.summary(f"task-{number}")
     for number in range(4):
-        store.remove(f"task-{number}")
+        remove_adapter(store, f"task-{number}")
     assert store.tasks() == ["task-4"]
     assert set(store._described) == {"task-4"}
 
@@ -369,8 +369,29 @@ def test_a_remembered_refusal_does_not_keep_the_file_or_grow(store):
     for _ in range(3):
         with pytest.raises(InvalidAdapter) as caught:
             store.summary("bad")
-    assert caught.value is broken.error
+    assert str(caught.value) == str(broken.error)
     assert [entry.name for entry in caught.traceback].count("summary") == 1
+
+
+def test_threads_that_meet_a_remembered_refusal_share_no_exception(store):
+    """Raising writes to an exception: one for all would carry the traceback of whichever thread came last."""
+    put(store, "bad", b"nonsense")
+    (broken,) = store.describe()
+    caught: list[AdapterError] = []
+
+    def ask() -> None:
+        try:
+            store.summary("bad")
+        except AdapterError as error:
+            caught.append(error)
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({id(error) for error in [*caught, broken.error]}) == 9
+    assert broken.error.__traceback__ is None
 
 
 # crashes
@@ -452,39 +473,6 @@ def test_a_folder_that_cannot_be_written_to_is_the_users_mistake(store):
     store.root.touch()
     with pytest.raises(UsageError, match="adapter 'alpha' cannot be written to"):
         store.publish(make_adapter())
-
-
-# remove
-
-
-def test_remove_takes_the_card_and_the_empty_folder(store):
-    store.publish(make_adapter())
-    for name in CARD_FILES:
-        (store.root / "alpha" / name).touch()
-    store.remove("alpha")
-    assert list(store.root.iterdir()) == []
-    with pytest.raises(UnknownTask):
-        store.remove("alpha")
-
-
-def test_remove_keeps_what_it_does_not_know(store):
-    store.publish(make_adapter())
-    (store.root / "alpha" / "notes.txt").touch()
-    store.remove("alpha")
-    assert files_below(store.root) == ["alpha/notes.txt"]
-    assert store.tasks() == []
-
-
-def test_remove_takes_broken_adapters_too(store):
-    put(store, "bad", b"nonsense")
-    store.remove("bad")
-    assert store.tasks() == []
-
-
-def test_remove_says_why_it_cannot(store):
-    file_of(store, "alpha").mkdir(parents=True)
-    with pytest.raises(UsageError, match="adapter 'alpha' cannot be removed from .*alpha: "):
-        store.remove("alpha")
 
 
 # threads

@@ -24,7 +24,7 @@ from gpt_serve.errors import (
 )
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.specs import BackboneSpec
-from tests.factories import make_adapter
+from tests.factories import make_adapter, remove_adapter
 
 
 class CountingStore(AdapterStore):
@@ -155,7 +155,7 @@ def test_removed_adapter_is_unknown_and_dropped(tiny, store):
     store.publish(make_adapter(tiny.spec, "alpha"))
     bank = bank_of(tiny, store)
     get(bank, "alpha")
-    store.remove("alpha")
+    remove_adapter(store, "alpha")
     with pytest.raises(UnknownTask, match="unknown task 'alpha'"):
         get(bank, "alpha")
     assert len(bank) == 0
@@ -390,7 +390,7 @@ def test_an_old_revision_keeps_its_slot_while_it_is_held(tiny, store):
     for seed in (2, 3):
         store.publish(make_adapter(tiny.spec, "alpha", seed=seed))
         assert get(bank, "alpha").revision != held.revision
-    store.remove("alpha")
+    remove_adapter(store, "alpha")
     with pytest.raises(UnknownTask):
         bank.take("alpha")
     assert torch.equal(held.head[0], old.head_weight)

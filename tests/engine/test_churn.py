@@ -19,7 +19,7 @@ from gpt_serve.engine.slab import Packed
 from gpt_serve.errors import UnknownTask
 from gpt_serve.model.backbone import Backbone
 from tests import reference
-from tests.factories import make_adapter
+from tests.factories import make_adapter, remove_adapter
 from tests.tiny_vit import SIDE
 
 CLIENTS = 8
@@ -79,7 +79,7 @@ class Publisher(threading.Thread):
         while not self.stopped.wait(0.01):
             task = self.random.choice(TASKS)
             if task in TASKS[5:] and task in self.store.tasks() and self.random.random() < 0.5:
-                self.store.remove(task)
+                remove_adapter(self.store, task)
             else:
                 self.publish(task)
 

@@ -35,7 +35,7 @@ from gpt_serve.images.decode import ImageLimits
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.specs import BackboneSpec
 from tests import reference
-from tests.factories import make_adapter
+from tests.factories import make_adapter, remove_adapter
 from tests.tiny_vit import tiny_backbone
 
 Request = tuple[str, ImageInput]
@@ -347,7 +347,7 @@ def test_new_replaced_and_removed_adapters_take_effect_at_once(engine: Engine, s
         (result,) = answers(engine.predict([("late", image)]))
         assert result.revision == revision
         check_reference(result, engine.backbone, adapter, image)
-    store.remove("late")
+    remove_adapter(store, "late")
     assert isinstance(engine.predict([("late", GOOD)])[0], UnknownTask)
 
 
@@ -367,7 +367,7 @@ def test_all_rows_of_a_batch_answer_with_one_revision(
         with lock:
             if not replaced:
                 replaced.append(store.publish(new))
-                store.remove("deep")
+                remove_adapter(store, "deep")
         return prepare(*args)
 
     monkeypatch.setattr(engine_module, "preprocess_image", replace_first)

@@ -14,7 +14,7 @@ from gpt_serve.engine.evaluate import evaluate_task
 from gpt_serve.errors import BackboneMismatch, DataError, UnknownTask, UsageError
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.train.data.samples import Sample, readable
-from tests.factories import make_adapter
+from tests.factories import make_adapter, remove_adapter
 
 LABELS = ("ant", "bee", "cow")
 
@@ -119,7 +119,7 @@ def test_accuracy_is_of_one_revision(engine, tmp_path, monkeypatch, change):
         if len(seen) == 5 and change == "replace":
             store.publish(make_adapter(engine.backbone.spec, "alpha", labels=LABELS, seed=4))
         elif len(seen) == 5:
-            store.remove("alpha")
+            remove_adapter(store, "alpha")
         return decode(*args, **options)
 
     monkeypatch.setattr(engine_module, "decode", change_after_five)

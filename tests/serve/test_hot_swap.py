@@ -10,7 +10,7 @@ import pytest
 
 from gpt_serve.adapters.store import AdapterStore
 from gpt_serve.specs import BackboneSpec
-from tests.factories import make_adapter
+from tests.factories import make_adapter, remove_adapter
 from tests.serve.harness import ServerProcess
 
 
@@ -57,7 +57,7 @@ def test_no_request_is_lost_or_answered_by_a_wrong_revision(
         begun = time.monotonic()
         revision = None
         if version is None:
-            store.remove("swap")
+            remove_adapter(store, "swap")
         else:
             revision = store.publish(versions[version])
             labels[revision] = f"v{version}-"
@@ -85,4 +85,4 @@ def test_no_request_is_lost_or_answered_by_a_wrong_revision(
         assert revision in before + during
         seen.add(revision)
     assert seen == {None, *labels}
-    store.remove("swap")
+    remove_adapter(store, "swap")

@@ -121,7 +121,7 @@ class Admission:
         with self._lock:
             jobs = [waiting.popleft() for _ in range(len(waiting))]
         for job in jobs:
-            job.finish(type(known)(*known.args))  # what is raised collects a traceback: not to be shared
+            job.finish(known.fresh())
 
     def _take(self, task: str, expires: float) -> Resident:
         """`AdapterBank.take`. While it waits for room, no other job gets a pin.
