@@ -16,8 +16,7 @@ from gpt_serve.train.data.views import CACHE_BYTES, Scan, View, joined, scan
 from gpt_serve.train.distributed import World
 from gpt_serve.train.job import Job, Reporter, Views
 from gpt_serve.train.loop import EpochRecord, Trainer, predict_all
-from gpt_serve.train.methods.full import FullModule
-from gpt_serve.train.methods.modules import TaskModule
+from gpt_serve.train.methods.modules import FullModule, TaskModule
 from gpt_serve.train.methods.prompts import AdapterModule, find_method
 from gpt_serve.train.methods.start import start_from_data
 from gpt_serve.train.nmi import nmi_probe

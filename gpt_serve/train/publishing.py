@@ -17,8 +17,7 @@ from gpt_serve.model.backbone import Backbone
 from gpt_serve.train.card import confusion_matrix, write_card
 from gpt_serve.train.job import Job, Views
 from gpt_serve.train.loop import Progress
-from gpt_serve.train.methods.full import FullModule
-from gpt_serve.train.methods.modules import TaskModule
+from gpt_serve.train.methods.modules import FullModule, TaskModule
 from gpt_serve.train.methods.prompts import AdapterModule
 
 

@@ -12,7 +12,7 @@ from gpt_serve.model.backbone import Backbone
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import train_adapter
 from gpt_serve.train.job import Job
-from gpt_serve.train.methods.full import FullModule
+from gpt_serve.train.methods.modules import FullModule
 from gpt_serve.train.publishing import store_model
 from gpt_serve.train.recipes.recipe import make_recipe
 from tests.train.conftest import Recorder

@@ -22,8 +22,8 @@ from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import build_module, train_adapter
 from gpt_serve.train.job import Job
 from gpt_serve.train.methods.gates import sample_gates
-from gpt_serve.train.methods.prompt_init import patch_tokens, prompts_from_tokens
 from gpt_serve.train.methods.prompts import AdapterModule
+from gpt_serve.train.methods.start import patch_tokens, prompts_from_tokens
 from gpt_serve.train.recipes.recipe import Recipe, make_recipe
 from tests import reference
 from tests.factories import make_adapter

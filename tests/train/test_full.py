@@ -18,7 +18,7 @@ from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import build_module, train_adapter
 from gpt_serve.train.job import Job
 from gpt_serve.train.loop import Trainer
-from gpt_serve.train.methods.full import FullModule
+from gpt_serve.train.methods.modules import FullModule
 from gpt_serve.train.recipes.recipe import Recipe, make_recipe
 from tests.tiny_vit import PREPROCESS, random_images, tiny_vit
 from tests.train.conftest import Recorder

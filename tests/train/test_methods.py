@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.specs import BackboneSpec
 from gpt_serve.train.fit import build_module
-from gpt_serve.train.methods.modules import make_head
+from gpt_serve.train.methods.heads import make_head
 from gpt_serve.train.methods.prompts import METHODS, AdapterModule
 from gpt_serve.train.recipes.recipe import make_recipe
 from tests import reference

@@ -19,7 +19,7 @@ from gpt_serve.train.data.views import View
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import build_module, train_adapter
 from gpt_serve.train.job import Job
-from gpt_serve.train.methods.modules import HeadNorm
+from gpt_serve.train.methods.heads import HeadNorm
 from gpt_serve.train.methods.prompts import AdapterModule
 from gpt_serve.train.methods.start import start_from_data
 from gpt_serve.train.recipes.recipe import make_recipe

@@ -13,8 +13,8 @@ from gpt_serve.train.data.views import View
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import build_module
 from gpt_serve.train.loop import Trainer
-from gpt_serve.train.methods.prompt_init import POOLS
 from gpt_serve.train.methods.prompts import METHODS, GateKind, HeadInit, PromptInit
+from gpt_serve.train.methods.start import POOLS
 from gpt_serve.train.recipes.recipe import RECIPES, Recipe, learning_rate, make_recipe
 from tests.tiny_vit import PREPROCESS
 

@@ -1,21 +1,16 @@
-"""What a training loop fits: the interface that adapters and full fine-tuning share, and the head."""
+"""What a training loop fits: the interface that adapters and full fine-tuning share, and full fine-tuning itself.
 
-import math
-from collections.abc import Iterable
-from typing import Literal
+Full fine-tuning is the yardstick that adapters are compared with. Trained and evaluated, never served.
+"""
 
-import torch
+import copy
+
 from torch import Tensor, nn
 
-from gpt_serve.errors import BackboneError
-from gpt_serve.model.prompted import final_norm
-
-HEAD_BIAS = -math.log(99.0)
-HEAD_STD = {"small": 0.02, "tiny": 0.01}
-
-HeadInit = Literal["kaiming", "small", "tiny", "lda"]
-Norm = Literal["pretrained", "fresh", "standard"]
-VARIANCE_FLOOR = 1e-6  # of features that hardly vary
+from gpt_serve.model.backbone import Backbone
+from gpt_serve.model.batch import AdapterBatch
+from gpt_serve.model.prompted import embed, prompted_features
+from gpt_serve.train.methods.heads import HeadInit, HeadNorm, make_head
 
 
 class TaskModule(nn.Module):
@@ -53,75 +48,28 @@ class TaskModule(nn.Module):
         """Called after each optimizer step."""
 
 
-def make_head(width: int, classes: int, kind: HeadInit) -> nn.Linear:
-    """An untrained classifier: Kaiming-normal (fan-out) with biases of -ln 99, or truncated normal with biases of 0.
-
-    One by discriminant analysis is 0 until there are features, see `lda_head`.
-    """
-    head = nn.Linear(width, classes)
-    if kind == "kaiming":
-        nn.init.kaiming_normal_(head.weight, a=0, mode="fan_out")
-        nn.init.constant_(head.bias, HEAD_BIAS)
-    else:
-        nn.init.zeros_(head.bias)
-        if kind == "lda":
-            nn.init.zeros_(head.weight)
-        else:
-            nn.init.trunc_normal_(head.weight, std=HEAD_STD[kind])
-    return head
-
-
-class HeadNorm(nn.Module):
-    """What the head sees instead of the features: ``(features - shift) * scale``, which stays as it is while training.
-
-    As this is linear, a head that was trained behind it can be stored as one without, and serving needs to know
-    nothing of it. ``fresh`` undoes the weight ``w`` and bias ``b`` of the backbone's final LayerNorm, so that the head
-    sees what a new one would give: ``(features - b) / w``. ``standard`` gives every feature mean 0 and variance 1 over
-    the training images, as the batch norm of MAE's linear probes does (He et al. 2022, A.1).
+class FullModule(TaskModule):
+    """A copy of the backbone of which everything is trained, and a head.
 
     Args:
-        width: ``D``.
+        backbone: stays as it is.
+        classes: ``C``.
+        head_init: see `make_head`.
     """
 
-    shift: Tensor
-    scale: Tensor
-
-    def __init__(self, width: int) -> None:
+    def __init__(self, backbone: Backbone, classes: int, head_init: HeadInit) -> None:
         super().__init__()
-        self.register_buffer("shift", torch.zeros(width))
-        self.register_buffer("scale", torch.ones(width))
+        spec = backbone.spec
+        self.model = copy.deepcopy(backbone.model).requires_grad_(True)
+        self.head_norm = None
+        self.head = make_head(spec.width, classes, head_init)
+        self._bare = AdapterBatch.single(depth=spec.depth, width=spec.width, pool=spec.pool, device=backbone.device)
 
-    def forward(self, features: Tensor) -> Tensor:
-        """(B, D) -> (B, D)."""
-        return (features - self.shift) * self.scale
+    def features(self, model: nn.Module, images: Tensor) -> Tensor:
+        """Normalised images (B, 3, H, W) to what the norm puts out, (B, D); ``model`` plays no part."""
+        return prompted_features(self.model, embed(self.model, images), self._bare)
 
-    def folded(self, head: nn.Linear) -> tuple[Tensor, Tensor]:
-        """Weight (C, D) and bias (C,) of the head that gives the same on the features themselves."""
-        weight = head.weight * self.scale
-        return weight, head.bias - weight @ self.shift
-
-    @torch.no_grad()
-    def set_fresh(self, model: nn.Module) -> None:
-        """Undo the final norm of ``model``.
-
-        Raises:
-            BackboneError: it has none, or one with a weight of 0.
-        """
-        norm = final_norm(model)
-        if not isinstance(norm, nn.LayerNorm):
-            raise BackboneError("--norm fresh: the backbone has no final LayerNorm: leave it out")
-        if norm.weight.eq(0).any():
-            raise BackboneError("--norm fresh: the backbone's final norm has weights of 0: leave it out")
-        self.shift.copy_(norm.bias)
-        self.scale.copy_(1 / norm.weight)
-
-    @torch.no_grad()
-    def set_standard(self, batches: Iterable[Tensor]) -> None:
-        """Standardise by the mean and variance over all rows of ``batches``, (B, D) each."""
-        count, total, squares = 0, self.shift.double().zero_(), self.shift.double().zero_()
-        for features in batches:
-            rows = features.double()
-            count, total, squares = count + len(rows), total + rows.sum(0), squares + rows.square().sum(0)
-        mean = total / count
-        self.shift.copy_(mean)
-        self.scale.copy_((squares / count - mean.square() + VARIANCE_FLOOR).rsqrt())
+    def weights(self) -> dict[str, Tensor]:
+        """float32 copies on the CPU, by timm's names for a model with a classifier."""
+        tensors = self.model.state_dict() | {f"head.{name}": value for name, value in self.head.state_dict().items()}
+        return {name: value.detach().float().cpu().contiguous().clone() for name, value in tensors.items()}

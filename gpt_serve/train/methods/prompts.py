@@ -16,7 +16,8 @@ from gpt_serve.model.batch import AdapterBatch
 from gpt_serve.model.prompted import TAU_MAX, TAU_MIN, embed, prompted_features
 from gpt_serve.specs import BackboneSpec
 from gpt_serve.train.methods.gates import gumbel_temperature, harden, sample_gates
-from gpt_serve.train.methods.modules import HeadInit, HeadNorm, Norm, TaskModule, make_head
+from gpt_serve.train.methods.heads import HeadInit, HeadNorm, Norm, make_head
+from gpt_serve.train.methods.modules import TaskModule
 
 GateKind = Literal["soft", "hard"]
 PromptInit = Literal["random", "tokens", "kmeans", "mean", "max"]

@@ -1,19 +1,36 @@
-"""What training starts from: prompts, the norm and the head as the training images have them."""
+"""What training starts from: prompts, the norm and the head as the training images have them.
 
+Prompts may start from the task's own tokens (Self-Prompt Tuning, Wang et al., ICML 2024). Prompts of block 0 take rows
+of the patch embedding, without position embedding or norm; those of block ``i`` take patch tokens as block ``i - 1`` of
+the unprompted frozen model hands them on. Images stream through: what is kept does not grow with their number.
+
+Shapes: images ``B``, patch tokens ``N`` of each, width ``D``, prompts ``P``, layers ``R`` (1, or one for each block).
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any, Protocol
+
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from gpt_serve.errors import UsageError
 from gpt_serve.model.backbone import Backbone
-from gpt_serve.train.data.views import View, thinned
+from gpt_serve.model.prompted import block, embed
+from gpt_serve.train.data.views import View, ordered_batches, thinned
 from gpt_serve.train.job import Job, Reporter
-from gpt_serve.train.loop import features_of
-from gpt_serve.train.methods.discriminant import lda_head
+from gpt_serve.train.loop import features_of, normalized
+from gpt_serve.train.methods.heads import lda_head
 from gpt_serve.train.methods.modules import TaskModule
-from gpt_serve.train.methods.prompt_init import images_to_read, prompts_from_tokens
-from gpt_serve.train.methods.prompts import AdapterModule
+from gpt_serve.train.methods.prompts import AdapterModule, PromptInit
 
 MOST_FEATURES = 40_000  # that discriminant analysis takes: they are held at once
 AUGMENTED = 3  # augmented views of each image that it takes
+BATCH = 64
+LEAST_MINI_BATCH = 1024  # tokens, scikit-learn's own default
+SHARE = 0.3  # of the training images that mean, max and kmeans read
 
 
 def start_from_data(backbone: Backbone, module: TaskModule, job: Job, view: View, reporter: Reporter) -> None:
@@ -67,3 +84,177 @@ def _start_prompts(backbone: Backbone, prompts: nn.Parameter, job: Job, plain: V
     )
     with torch.no_grad():
         prompts.copy_(tokens)
+
+
+class Pool(Protocol):
+    """What is kept of a stream of tokens."""
+
+    def add(self, tokens: Tensor) -> None:
+        """The next (n, D) tokens."""
+
+    def prompts(self) -> Tensor:
+        """(P, D), once all were added."""
+
+
+class Drawn:
+    """``P`` of ``total`` tokens, without replacement."""
+
+    def __init__(self, total: int, prompts: int, seed: tuple[int, int]) -> None:
+        self.positions = torch.from_numpy(np.sort(np.random.default_rng(seed).choice(total, prompts, replace=False)))
+        self.seen = 0
+        self.kept: list[Tensor] = []
+
+    def add(self, tokens: Tensor) -> None:
+        here = (self.positions >= self.seen) & (self.positions < self.seen + len(tokens))
+        self.kept.append(tokens[(self.positions[here] - self.seen).to(tokens.device)])
+        self.seen += len(tokens)
+
+    def prompts(self) -> Tensor:
+        return torch.cat(self.kept)
+
+
+class Windows:
+    """``P`` of the means or maxima of consecutive tokens, at random; the last window may be shorter."""
+
+    def __init__(self, total: int, prompts: int, seed: tuple[int, int], *, largest: bool = False) -> None:
+        self.size = window_size(total, prompts)
+        count = math.ceil(total / self.size)
+        self.chosen = torch.from_numpy(np.random.default_rng(seed).choice(count, prompts, replace=False))
+        self.largest = largest
+        self.done: list[Tensor] = []
+        self.open: Tensor | None = None  # (D,): sum or maximum of the window that has begun
+        self.filled = 0  # tokens in it
+
+    def add(self, tokens: Tensor) -> None:
+        tokens = tokens.double()  # a window may span the tokens of many images
+        while len(tokens):
+            part, tokens = tokens.tensor_split([self.size - self.filled])
+            value = part.amax(0) if self.largest else part.sum(0)
+            if self.open is not None:
+                value = torch.maximum(self.open, value) if self.largest else self.open + value
+            self.open, self.filled = value, self.filled + len(part)
+            if self.filled == self.size:
+                self._close()
+
+    def _close(self) -> None:
+        assert self.open is not None
+        self.done.append(self.open if self.largest else self.open / self.filled)
+        self.open, self.filled = None, 0
+
+    def prompts(self) -> Tensor:
+        if self.filled:
+            self._close()
+        return torch.stack(self.done)[self.chosen.to(self.done[0].device)].float()
+
+
+class Centres:
+    """The ``P`` centres of mini-batch k-means; the first mini-batch, of 1,024 or 3 ``P`` at least, places them."""
+
+    def __init__(self, total: int, prompts: int, seed: tuple[int, int]) -> None:
+        from sklearn.cluster import MiniBatchKMeans
+
+        self.least = max(LEAST_MINI_BATCH, 3 * prompts)
+        self.left = total
+        self.waiting: list[Tensor] = []
+        state = int(np.random.default_rng(seed).integers(2**31))
+        self.kmeans: Any = MiniBatchKMeans(prompts, random_state=state, n_init=1)  # type: ignore[no-untyped-call]
+
+    def add(self, tokens: Tensor) -> None:
+        self.waiting.append(tokens.float().cpu())
+        self.left -= len(tokens)
+        # The last tokens join the mini-batch before them when they are too few for one of their own.
+        if self.left == 0 or (sum(map(len, self.waiting)) >= self.least and self.left >= self.least):
+            self.kmeans.partial_fit(torch.cat(self.waiting).numpy())
+            self.waiting = []
+
+    def prompts(self) -> Tensor:
+        return torch.from_numpy(self.kmeans.cluster_centers_).float()
+
+
+POOLS: dict[PromptInit, Callable[[int, int, tuple[int, int]], Pool]] = {
+    "tokens": Drawn,
+    "kmeans": Centres,
+    "mean": Windows,
+    "max": lambda total, prompts, seed: Windows(total, prompts, seed, largest=True),
+}
+
+
+def window_size(total: int, prompts: int) -> int:
+    """``total // (P - 1)`` consecutive tokens, so that with the remainder there are at least ``P`` windows.
+
+    Without a remainder that leaves ``P - 1``; then, and for a single prompt, it is ``total // P``.
+    """
+    size = total // max(1, prompts - 1)
+    return size if math.ceil(total / size) >= prompts else total // prompts
+
+
+def prompts_from_tokens(
+    backbone: Backbone,
+    view: View,
+    init: PromptInit,
+    shape: tuple[int, int],
+    *,
+    first_block: int = 0,
+    seed: int,
+    workers: int,
+    on_image: Callable[[], object] = lambda: None,
+) -> Tensor:
+    """Initial prompts (R, P, D) from images of ``view``, decided by ``seed``.
+
+    Args:
+        view: the training images, not augmented.
+        init: ``tokens`` draws them from the tokens of ``P`` images, ``kmeans`` takes the centres and ``mean`` and
+            ``max`` pool windows of the tokens of 30 % of the images (of more, when these have too few tokens).
+        shape: (R, P).
+        first_block: the block that the prompts enter.
+        on_image: called after each image that is read.
+
+    Raises:
+        UsageError: all images together have fewer than ``P`` tokens.
+    """
+    layers, prompts = shape
+    each = backbone.model.patch_embed.num_patches
+    chosen = _choose(len(view), each, init, prompts, seed)
+    total = len(chosen) * each
+    pools = [POOLS[init](total, prompts, (seed, layer)) for layer in range(layers)]
+    batches = [[chosen[index] for index in batch] for batch in ordered_batches(len(chosen), BATCH)]
+    for images, _ in view.batches(batches, workers):
+        entering = islice(patch_tokens(backbone, images), first_block, None)
+        for pool, tokens in zip(pools, entering, strict=False):
+            pool.add(tokens.flatten(0, 1))
+        for _ in images:
+            on_image()
+    return torch.stack([pool.prompts() for pool in pools])
+
+
+def images_to_read(count: int, each: int, init: PromptInit, prompts: int) -> int:
+    """How many of ``count`` images with ``each`` tokens `prompts_from_tokens` reads."""
+    wanted = prompts if init == "tokens" else math.ceil(SHARE * count)
+    return min(count, max(wanted, math.ceil(prompts / each)))
+
+
+def _choose(count: int, each: int, init: PromptInit, prompts: int, seed: int) -> list[int]:
+    """Indices of the images that are read, in random order."""
+    if count * each < prompts:
+        what = "fewer tokens than k-means has centres" if init == "kmeans" else "fewer tokens than that to draw from"
+        raise UsageError(
+            f"--prompts {prompts}: the {count} training images have {count * each} patch tokens, {what}; "
+            "choose fewer prompts, or --prompt-init random"
+        )
+    order: list[int] = np.random.default_rng(seed).permutation(count).tolist()
+    return order[: images_to_read(count, each, init, prompts)]
+
+
+@torch.no_grad()
+def patch_tokens(backbone: Backbone, images: Tensor) -> Iterator[Tensor]:
+    """(B, N, D) for each layer: the raw patch embedding, then what each block but the last hands on, without prefix.
+
+    Args:
+        images: uint8 (B, 3, H, W).
+    """
+    model, images = backbone.model, normalized(backbone, images.to(backbone.device))
+    yield model.patch_embed(images)
+    x = embed(model, images)
+    for blk in model.blocks[:-1]:
+        x = block(blk, x, None, None)
+        yield x[:, model.num_prefix_tokens :]

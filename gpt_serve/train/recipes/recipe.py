@@ -7,7 +7,7 @@ from typing import Any, Literal
 from gpt_serve.errors import UsageError
 from gpt_serve.specs import Preprocess
 from gpt_serve.train.data.datasets import Benchmark
-from gpt_serve.train.methods.modules import HeadInit, Norm
+from gpt_serve.train.methods.heads import HeadInit, Norm
 from gpt_serve.train.methods.prompts import GateKind, PromptInit, find_method
 
 Augment = Literal["crop-flip", "crop", "none"]
@@ -24,7 +24,7 @@ class Recipe:
     Attributes:
         method: a name of `METHODS`.
         prompts: prompt tokens ``P`` (per block for deep prompts).
-        prompt_init: how they start, see `AdapterModule` and `prompt_init`; None for the method's own choice.
+        prompt_init: how they start, see `AdapterModule` and `prompts_from_tokens`; None for the method's own choice.
         gate: soft gates, or hard ones of 0 or 1.
         gate_init: gamma starts at ``-gate_init``.
         temperature: whether attention temperatures are learned; None for the method's own choice.

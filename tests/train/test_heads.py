@@ -17,7 +17,7 @@ from gpt_serve.train.data.views import View, thinned
 from gpt_serve.train.fit import build_module
 from gpt_serve.train.job import Job
 from gpt_serve.train.methods import start
-from gpt_serve.train.methods.discriminant import ALIKE, FOLDS, SCALES, SHRINKAGES, Discriminant, lda_head
+from gpt_serve.train.methods.heads import ALIKE, FOLDS, SCALES, SHRINKAGES, Discriminant, lda_head
 from gpt_serve.train.methods.modules import TaskModule
 from gpt_serve.train.methods.start import start_from_data
 from gpt_serve.train.recipes.recipe import Recipe, make_recipe

@@ -1,6 +1,6 @@
-"""The head that linear discriminant analysis gives: where training starts with ``--head-init lda``.
+"""The linear head: how it starts, the norm before it, and the one that linear discriminant analysis gives.
 
-Classes are taken for Gaussians of one covariance, so the posterior is linear in the features (Fisher 1936; Hastie,
+With ``--head-init lda`` training starts from the latter. Classes are taken for Gaussians of one covariance, so the posterior is linear in the features (Fisher 1936; Hastie,
 Tibshirani, Friedman, The Elements of Statistical Learning, 4.3). With ``z`` the features at variance 1, ``m_c`` the
 mean of class ``c``, ``pi_c`` its share of the images and ``S`` the covariance within classes:
 
@@ -13,15 +13,26 @@ images that are left out: `FOLDS`-fold, without a look at validation images.
 Shapes: images ``n``, classes ``C``, width ``D``.
 """
 
+import math
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gpt_serve.errors import BackboneError
+from gpt_serve.model.prompted import final_norm
 from gpt_serve.train.data.samples import rank_in_class
-from gpt_serve.train.methods.modules import VARIANCE_FLOOR
+
+HEAD_BIAS = -math.log(99.0)
+HEAD_STD = {"small": 0.02, "tiny": 0.01}
+
+HeadInit = Literal["kaiming", "small", "tiny", "lda"]
+Norm = Literal["pretrained", "fresh", "standard"]
+VARIANCE_FLOOR = 1e-6  # of features that hardly vary
 
 FOLDS = 5
 NEAREST_MEAN = 1.0  # the shrinkage that leaves nothing of the covariance but its level
@@ -29,6 +40,80 @@ SHRINKAGES = (0.01, 0.03, 0.1, 0.3, NEAREST_MEAN)
 SCALES = tuple(2.0**-power for power in range(9))
 LEAST_LEVEL = 0.01  # of the variance within classes; features vary by 1
 ALIKE = 1e-3  # losses that differ by less say nothing: of such settings the least sure is taken
+
+
+def make_head(width: int, classes: int, kind: HeadInit) -> nn.Linear:
+    """An untrained classifier: Kaiming-normal (fan-out) with biases of -ln 99, or truncated normal with biases of 0.
+
+    One by discriminant analysis is 0 until there are features, see `lda_head`.
+    """
+    head = nn.Linear(width, classes)
+    if kind == "kaiming":
+        nn.init.kaiming_normal_(head.weight, a=0, mode="fan_out")
+        nn.init.constant_(head.bias, HEAD_BIAS)
+    else:
+        nn.init.zeros_(head.bias)
+        if kind == "lda":
+            nn.init.zeros_(head.weight)
+        else:
+            nn.init.trunc_normal_(head.weight, std=HEAD_STD[kind])
+    return head
+
+
+class HeadNorm(nn.Module):
+    """What the head sees instead of the features: ``(features - shift) * scale``, which stays as it is while training.
+
+    As this is linear, a head that was trained behind it can be stored as one without, and serving needs to know
+    nothing of it. ``fresh`` undoes the weight ``w`` and bias ``b`` of the backbone's final LayerNorm, so that the head
+    sees what a new one would give: ``(features - b) / w``. ``standard`` gives every feature mean 0 and variance 1 over
+    the training images, as the batch norm of MAE's linear probes does (He et al. 2022, A.1).
+
+    Args:
+        width: ``D``.
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("shift", torch.zeros(width))
+        self.register_buffer("scale", torch.ones(width))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, D) -> (B, D)."""
+        return (features - self.shift) * self.scale
+
+    def folded(self, head: nn.Linear) -> tuple[Tensor, Tensor]:
+        """Weight (C, D) and bias (C,) of the head that gives the same on the features themselves."""
+        weight = head.weight * self.scale
+        return weight, head.bias - weight @ self.shift
+
+    @torch.no_grad()
+    def set_fresh(self, model: nn.Module) -> None:
+        """Undo the final norm of ``model``.
+
+        Raises:
+            BackboneError: it has none, or one with a weight of 0.
+        """
+        norm = final_norm(model)
+        if not isinstance(norm, nn.LayerNorm):
+            raise BackboneError("--norm fresh: the backbone has no final LayerNorm: leave it out")
+        if norm.weight.eq(0).any():
+            raise BackboneError("--norm fresh: the backbone's final norm has weights of 0: leave it out")
+        self.shift.copy_(norm.bias)
+        self.scale.copy_(1 / norm.weight)
+
+    @torch.no_grad()
+    def set_standard(self, batches: Iterable[Tensor]) -> None:
+        """Standardise by the mean and variance over all rows of ``batches``, (B, D) each."""
+        count, total, squares = 0, self.shift.double().zero_(), self.shift.double().zero_()
+        for features in batches:
+            rows = features.double()
+            count, total, squares = count + len(rows), total + rows.sum(0), squares + rows.square().sum(0)
+        mean = total / count
+        self.shift.copy_(mean)
+        self.scale.copy_((squares / count - mean.square() + VARIANCE_FLOOR).rsqrt())
 
 
 @dataclass(frozen=True)

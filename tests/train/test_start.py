@@ -18,7 +18,8 @@ from gpt_serve.train.data.views import View
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import build_module, train_adapter
 from gpt_serve.train.job import Job
-from gpt_serve.train.methods.prompt_init import (
+from gpt_serve.train.methods.prompts import AdapterModule, PromptInit
+from gpt_serve.train.methods.start import (
     POOLS,
     Centres,
     Drawn,
@@ -26,10 +27,9 @@ from gpt_serve.train.methods.prompt_init import (
     images_to_read,
     patch_tokens,
     prompts_from_tokens,
+    start_from_data,
     window_size,
 )
-from gpt_serve.train.methods.prompts import AdapterModule, PromptInit
-from gpt_serve.train.methods.start import start_from_data
 from gpt_serve.train.recipes.recipe import Recipe, make_recipe
 from tests import reference
 from tests.tiny_vit import PREPROCESS, tiny_backbone
