@@ -1,8 +1,9 @@
 """The linear head: how it starts, the norm before it, and the one that linear discriminant analysis gives.
 
-With ``--head-init lda`` training starts from the latter. Classes are taken for Gaussians of one covariance, so the posterior is linear in the features (Fisher 1936; Hastie,
-Tibshirani, Friedman, The Elements of Statistical Learning, 4.3). With ``z`` the features at variance 1, ``m_c`` the
-mean of class ``c``, ``pi_c`` its share of the images and ``S`` the covariance within classes:
+With ``--head-init lda`` training starts from the latter. Classes are taken for Gaussians of one covariance, so the
+posterior is linear in the features (Fisher 1936; Hastie, Tibshirani, Friedman, The Elements of Statistical Learning,
+4.3). With ``z`` the features at variance 1, ``m_c`` the mean of class ``c``, ``pi_c`` its share of the images and ``S``
+the covariance within classes:
 
     S'      = (1 - shrinkage) S + shrinkage tr(S) / D I
     logit_c = scale (m_c S'^-1 z - m_c S'^-1 m_c / 2) + ln pi_c
