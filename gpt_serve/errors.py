@@ -28,11 +28,18 @@ The message of each is one line for the person who caused it and says what to do
 Nothing here knows exit codes (``cli/``) or HTTP status codes (``serve/``).
 """
 
-from typing import Self
+from typing import ClassVar, Self
 
 
 class GPTServeError(Exception):
     """Base of every deliberate error. ``str(error)`` is a single line for the user."""
+
+    named: ClassVar[dict[str, "type[GPTServeError]"]] = {}
+    """Every class of the tree by its name, for errors that travel between processes."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        GPTServeError.named[cls.__name__] = cls
 
     def fresh(self) -> Self:
         """A new error of the same class and message, to raise in place of one that is kept.
@@ -41,6 +48,14 @@ class GPTServeError(Exception):
         the tracebacks of both and keeps everything alive that they hold.
         """
         return type(self)(*self.args)
+
+
+def revive(name: str, message: str) -> GPTServeError:
+    """The error that another process sent as its class's name and its message.
+
+    A name that is not in the tree, such as that of an exception nobody raised on purpose, gives a `GPTServeError`.
+    """
+    return GPTServeError.named.get(name, GPTServeError)(message)
 
 
 class UsageError(GPTServeError):

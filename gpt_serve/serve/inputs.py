@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Request
-from starlette.datastructures import Headers, UploadFile
+from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
@@ -105,6 +105,17 @@ async def _form_fields(headers: Headers, body: bytes) -> dict[str, Any]:
         raise InvalidRequest(f"the form cannot be read: {error.message}") from None
     except ValueError:  # a charset that makes no sense
         raise InvalidRequest("the form cannot be read: its text is not UTF-8") from None
+    try:
+        fields = await _parts(form)
+    finally:
+        await form.close()  # what was uploaded, which is a file of its own
+    _check_names(fields)
+    if "top_k" in fields:
+        fields["top_k"] = _top_k(fields["top_k"])
+    return fields
+
+
+async def _parts(form: FormData) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for name, value in form.multi_items():
         if name in fields:
@@ -112,9 +123,6 @@ async def _form_fields(headers: Headers, body: bytes) -> dict[str, Any]:
         if isinstance(value, UploadFile) is not (name == "image"):
             raise InvalidRequest(f"field {name[:64]!r} must {'' if name == 'image' else 'not '}be a file")
         fields[name] = await value.read() if isinstance(value, UploadFile) else value
-    _check_names(fields)
-    if "top_k" in fields:
-        fields["top_k"] = _top_k(fields["top_k"])
     return fields
 
 
@@ -134,9 +142,17 @@ def _top_k(value: Any) -> int:
 
 
 def _base64(value: Any) -> bytes:
-    """The bytes behind ``value``; line breaks are allowed, as the usual tools write them."""
+    """The bytes behind ``value``; line breaks are allowed, as the usual tools write them.
+
+    A ``data:`` URI (RFC 2397), as browsers make them, is taken too: ``data:image/png;base64,iVBOR...``. What type it
+    promises does not matter, because the image's own bytes say what it is.
+    """
     if not isinstance(value, str):
         raise InvalidRequest("field 'image' must be a string with the file in base64")
+    if value[:5].lower() == "data:":
+        head, comma, value = value.partition(",")
+        if not comma or not head.lower().endswith(";base64"):
+            raise InvalidRequest("field 'image' is a data: URI without base64: send data:image/...;base64,...")
     try:
         return base64.b64decode("".join(value.split()), validate=True)
     except (binascii.Error, ValueError):

@@ -1,4 +1,4 @@
-"""Two pipes between the server and one worker: requests one way, messages the other, as many to a write as there are.
+"""Two pipes between the server and one worker: items one way, messages the other, as many to a write as there are.
 
 LitServe's own queues live in a process of their own, through which each upload and each answer would pass on its way.
 A pipe ends when either process does, so neither waits for the other in vain, and a new worker gets new pipes: nothing
@@ -7,52 +7,33 @@ that a dead one left behind can reach it.
 
 from collections.abc import Callable
 from multiprocessing import Pipe
-from multiprocessing.connection import Connection
 from queue import Empty, SimpleQueue
 from threading import Thread
 from typing import Any
-
-from litserve.transport.base import MessageTransport
-
-
-class PipeTransport(MessageTransport):
-    """A worker's way to the server. One thread sends, once the worker is set up."""
-
-    def __init__(self, connection: "Connection[Any, Any]") -> None:
-        self.connection = connection
-
-    def send(self, item: Any, consumer_id: int) -> None:
-        """Send a message; there is one consumer."""
-        self.connection.send(item)
-
-    async def areceive(self, timeout: int | None = None, consumer_id: int | None = None) -> Any:
-        """The server's side is `Link`."""
-        raise NotImplementedError
 
 
 class Link:
     """The server's side.
 
     Attributes:
-        requests: for the worker: from where it receives lists of what was sent.
-        transport: for the worker: to where it sends messages.
+        requests: the worker's end of one pipe; each `recv` gives a list of what was sent, one item or more.
+        messages: the worker's end of the other, for what it has to say.
     """
 
     def __init__(self) -> None:
         self.requests, self._requests = Pipe(duplex=False)
-        self._messages, writer = Pipe(duplex=False)
-        self.transport = PipeTransport(writer)
+        self._messages, self.messages = Pipe(duplex=False)
         self._outbox: SimpleQueue[Any] = SimpleQueue()
 
     def start(self, receive: Callable[[Any], None], ended: Callable[[], None]) -> None:
-        """Call it once the worker has its ends of the pipes.
+        """Begin to send and to receive; call it once the worker has its ends of the pipes.
 
         Args:
             receive: called with each message, in a thread of the link's own.
             ended: called when the last message of a worker that died was received.
         """
         self.requests.close()
-        self.transport.connection.close()
+        self.messages.close()
         Thread(target=self._send_loop, name="requests", daemon=True).start()
         Thread(target=self._receive_loop, args=(receive, ended), name="messages", daemon=True).start()
 

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from gpt_serve.errors import NotReady
+from gpt_serve.serve.messages import Stats
 from gpt_serve.serve.state import ServerState
-from gpt_serve.serve.worker import Stats
 
 # What the bank holds now, and what it has counted, by the names of `BankStats`.
 _HELD = {
@@ -73,12 +73,12 @@ class Metrics:
         self._seconds.observe(seconds)
 
     def worker(self, stats: Stats, *, new: bool) -> None:
-        """Count what came with a message; ``new``: of a worker that has just started, and counts from 0."""
-        batches, bank = stats
-        for seconds, waits in batches:
-            self._batch.observe(len(waits))
-            self._pass.observe(seconds)
-            for wait in waits:
+        """Count what came with a message; ``new`` says that its worker has just started, and counts from 0."""
+        bank = stats.bank
+        for done in stats.passes:
+            self._batch.observe(len(done.waits))
+            self._pass.observe(done.seconds)
+            for wait in done.waits:
                 self._wait.observe(wait)
         last = {} if new else self._last
         for key, counter in self._counted.items():

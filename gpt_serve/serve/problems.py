@@ -58,14 +58,6 @@ class HTTPError(Exception):
         self.headers = headers or {}
 
 
-def by_name(name: str, message: str) -> errors.GPTServeError:
-    """The error that the worker sent as its class name and message."""
-    for known in STATUS:
-        if known.__name__ == name:
-            return known(message)
-    return errors.GPTServeError(message)
-
-
 def problem_of(error: Exception) -> Response:
     """The response that tells the client about ``error``; the details of a 500 stay in the log."""
     if isinstance(error, HTTPError):

@@ -14,12 +14,12 @@ import uvicorn
 from fastapi import FastAPI
 
 from gpt_serve.errors import NotReady, UsageError
-from gpt_serve.serve.app import Lifespan, build_app
+from gpt_serve.serve.app import Door, Lifespan, build_app
 from gpt_serve.serve.config import ServeConfig
+from gpt_serve.serve.litserve import Launcher, PredictAPI
 from gpt_serve.serve.process import configure_logging
 from gpt_serve.serve.server import Server
 from gpt_serve.serve.supervisor import Supervisor
-from gpt_serve.serve.worker import PredictAPI
 
 logger = logging.getLogger("gpt_serve.serve")
 
@@ -42,10 +42,11 @@ def run_server(config: ServeConfig, api: type[PredictAPI] = PredictAPI) -> int:
     # (measured on two busy ones: 13 ms per image instead of 38).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with _listen(config) as sock:
-        server = Server(config, api(config))
-        supervisor = Supervisor(server, lambda: _announce(server, sock))
+        server = Server(config, Launcher(config, api(config)).start)
+        door = Door(config, server, server.state, server.metrics)
+        supervisor = Supervisor(server, lambda: _announce(door, sock))
         try:
-            app = build_app(server, _lifespan(server, supervisor))
+            app = build_app(door, _lifespan(server, supervisor))
             DrainingServer(server, app).run(sockets=[sock])
         finally:
             server.close(supervisor.worker)
@@ -129,9 +130,8 @@ def _listen(config: ServeConfig) -> socket.socket:
         ) from None
 
 
-def _announce(server: Server, sock: socket.socket) -> None:
+def _announce(door: Door, sock: socket.socket) -> None:
     host, port = sock.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
-    assert server.spec is not None and server.store is not None
-    count = len(server.store.tasks())
-    logger.info("ready on http://%s:%d: %s, %d task(s)", host, port, server.spec.name, count)
+    assert door.state.spec is not None
+    logger.info("ready on http://%s:%d: %s, %d task(s)", host, port, door.state.spec.name, len(door.store.tasks()))

@@ -1,10 +1,11 @@
-"""What the API process knows of the server's life. Only its event loop touches it, so it needs no lock."""
+"""What the routes know of the life of the server behind them. Only the event loop touches it, so it needs no lock."""
 
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal
 
 from gpt_serve.errors import GPTServeError, NotReady, Overloaded
+from gpt_serve.specs import BackboneSpec
 
 Phase = Literal["loading", "ready", "restarting"]
 
@@ -21,6 +22,7 @@ class ServerState:
     Attributes:
         limit: most requests admitted at once.
         phase: what the worker is doing.
+        spec: the backbone that a worker has loaded; None until the first one has.
         admitted: requests that hold a slot: from the first header until the worker is done with them, so that a
             client that left or gave up cannot make the queue grow.
         by_task: how many of them each task has; at most three quarters of the slots, unless these are few.
@@ -31,6 +33,7 @@ class ServerState:
 
     limit: int
     phase: Phase = "loading"
+    spec: BackboneSpec | None = None
     admitted: int = 0
     by_task: Counter[str] = field(default_factory=Counter)
     restarts: int = 0

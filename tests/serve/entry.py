@@ -16,8 +16,8 @@ from typing import Any
 
 from gpt_serve.errors import GPTServeError
 from gpt_serve.serve import ServeConfig
+from gpt_serve.serve.litserve import PredictAPI
 from gpt_serve.serve.runner import run_server
-from gpt_serve.serve.worker import PredictAPI
 
 
 class Troubled:

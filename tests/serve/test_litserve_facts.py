@@ -98,7 +98,7 @@ def test_an_exception_in_setup_is_logged_and_ends_the_worker(caplog: pytest.LogC
 
 
 def test_the_stock_handler_forgets_nothing_when_its_client_gives_up() -> None:
-    """Its entry in the buffer leaks, hence `Server.ask`."""
+    """Its entry in the buffer leaks, hence `gpt_serve.serve.server.Server.ask`."""
 
     async def main() -> None:
         server = litserve.LitServer(Api(), accelerator="cpu")

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from gpt_serve import errors
-from gpt_serve.serve.problems import RETRY_AFTER, STATUS, HTTPError, by_name, problem_of
+from gpt_serve.serve.problems import RETRY_AFTER, STATUS, HTTPError, problem_of
 
 
 def leaves(cls: type[errors.GPTServeError]) -> list[type[errors.GPTServeError]]:
@@ -21,12 +21,6 @@ def test_every_error_has_a_status(leaf: type[errors.GPTServeError]) -> None:
 
 def test_every_503_says_when_to_retry() -> None:
     assert {cls for cls, (status, _) in STATUS.items() if status == 503} == set(RETRY_AFTER)
-
-
-def test_an_error_survives_the_way_from_the_worker() -> None:
-    for cls in STATUS:
-        error = by_name(cls.__name__, "why")
-        assert type(error) is cls and str(error) == "why"
 
 
 def test_problem_of_a_clients_error() -> None:

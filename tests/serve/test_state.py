@@ -8,6 +8,7 @@ import pytest
 
 from gpt_serve.engine.bank import BankStats
 from gpt_serve.errors import NotReady, Overloaded
+from gpt_serve.serve.messages import Passed, Stats
 from gpt_serve.serve.metrics import Metrics
 from gpt_serve.serve.state import ServerState
 
@@ -79,12 +80,12 @@ def bank(**numbers: Any) -> dict[str, float]:
 
 def test_a_new_worker_counts_from_nothing_and_the_server_goes_on() -> None:
     metrics = Metrics(ready(8))
-    metrics.worker(([], bank(resident=1, loads=1, bytes_used=10, bytes_total=100)), new=True)
-    metrics.worker(([(0.5, (0.1, 0.2))], bank(resident=2, loads=2, hits=7, load_seconds=0.25)), new=False)
-    metrics.worker(([(0.5, (0.1,))], bank(resident=2, loads=2, hits=9, load_seconds=0.25)), new=False)
+    metrics.worker(Stats(bank(resident=1, loads=1, bytes_used=10, bytes_total=100)), new=True)
+    metrics.worker(Stats(bank(resident=2, loads=2, hits=7, load_seconds=0.25), [Passed(0.5, (0.1, 0.2))]), new=False)
+    metrics.worker(Stats(bank(resident=2, loads=2, hits=9, load_seconds=0.25), [Passed(0.5, (0.1,))]), new=False)
     assert sample(metrics, "gpt_serve_bank_loads_total") == 2
     assert sample(metrics, "gpt_serve_bank_hits_total") == 9
-    metrics.worker(([], bank(resident=1, loads=1, hits=3, load_seconds=0.5, bytes_total=100)), new=True)
+    metrics.worker(Stats(bank(resident=1, loads=1, hits=3, load_seconds=0.5, bytes_total=100)), new=True)
     assert sample(metrics, "gpt_serve_bank_loads_total") == 3
     assert sample(metrics, "gpt_serve_bank_hits_total") == 12
     assert sample(metrics, "gpt_serve_bank_load_seconds_total") == 0.75

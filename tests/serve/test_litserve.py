@@ -1,9 +1,11 @@
 """The worker's verbs and its loop, in process."""
 
+import json
 import os
 import time
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Thread
@@ -20,9 +22,10 @@ from gpt_serve.engine.bank import BankStats
 from gpt_serve.engine.engine import Prediction, Row
 from gpt_serve.engine.scheduler import Scheduler
 from gpt_serve.errors import CheckpointError, GPTServeError, UndecodableImage, UnknownTask
-from gpt_serve.serve import ServeConfig, worker
-from gpt_serve.serve.link import Link, PipeTransport, take_all
-from gpt_serve.serve.worker import CONSUMER, Item, PredictAPI, report
+from gpt_serve.serve import ServeConfig, litserve
+from gpt_serve.serve.link import Link, take_all
+from gpt_serve.serve.litserve import CONSUMER, PipeTransport, PredictAPI, report
+from gpt_serve.serve.messages import Answer, Answered, Failure, Item, Ready
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,16 +92,16 @@ def ending(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def api(monkeypatch: pytest.MonkeyPatch, ending: None) -> PredictAPI:
     """As the worker has it before ``setup``, with an engine that loads at once."""
-    monkeypatch.setattr("gpt_serve.serve.worker.guard_child", lambda: None)
-    monkeypatch.setattr("gpt_serve.serve.worker.configure_logging", lambda: None)
-    monkeypatch.setattr(worker, "_load_engine", lambda config, device: Engine())
+    monkeypatch.setattr("gpt_serve.serve.litserve.guard_child", lambda: None)
+    monkeypatch.setattr("gpt_serve.serve.litserve.configure_logging", lambda: None)
+    monkeypatch.setattr(litserve, "_load_engine", lambda config, device: Engine())
     made = PredictAPI(ServeConfig())
     made.transport = Recorder()  # type: ignore[assignment]
     return made
 
 
 def item(task: str, top_k: int = 5, *, image: bytes = b"image", seconds: float = 10) -> Item:
-    return (task, image, top_k, time.monotonic() + seconds)
+    return Item(task, image, top_k, time.monotonic() + seconds)
 
 
 def work(api: PredictAPI, *messages: list[tuple[int, Item]]) -> dict[int, Any]:
@@ -113,7 +116,7 @@ def work(api: PredictAPI, *messages: list[tuple[int, Item]]) -> dict[int, Any]:
             if self.left:
                 return self.left.pop(0)
             end = time.monotonic() + 10
-            while sum(len(content) for kind, content, _ in sent if kind == "answers") < wanted:
+            while sum(len(message.replies) for message in sent if isinstance(message, Answered)) < wanted:
                 assert time.monotonic() < end
                 time.sleep(0.001)
             raise EOFError
@@ -122,7 +125,7 @@ def work(api: PredictAPI, *messages: list[tuple[int, Item]]) -> dict[int, Any]:
     with pytest.raises(Ended):
         inference_worker(api, "cpu", 0, Requests(), api.transport, status, CallbackRunner(), False)  # type: ignore[arg-type]
     api.scheduler.close()
-    answers = [answer for kind, content, _ in sent if kind == "answers" for answer in content]
+    answers = [reply for message in sent if isinstance(message, Answered) for reply in message.replies]
     assert len({number for number, _ in answers}) == wanted == len(answers)
     return dict(answers)
 
@@ -134,24 +137,37 @@ def test_errors_are_values(api: PredictAPI) -> None:
         [(2, item("good", image=b"bad")), (3, item("good", seconds=-1)), (4, item("broken"))],
         [(5, item("other"))],
     )
-    assert replies[0] == ("UnknownTask", "no such task")
+    assert replies[0] == Failure("UnknownTask", "no such task")
     best = {"label": "b", "probability": 0.75}
-    assert replies[1] == ("", {"task": "good", "revision": "0123456789ab", "predictions": [best]})
-    assert replies[2] == ("UndecodableImage", "damaged")
-    assert replies[3] == ("DeadlineExceeded", "the deadline passed while the request was queued")
-    assert replies[4] == ("GPTServeError", "RuntimeError in the engine")
+    assert content(replies[1]) == {"task": "good", "revision": "0123456789ab", "predictions": [best]}
+    assert replies[2] == Failure("UndecodableImage", "damaged")
+    assert replies[3] == Failure("DeadlineExceeded", "the deadline passed while the request was queued")
+    assert replies[4] == Failure("GPTServeError", "RuntimeError in the engine")
     predictions = [best, {"label": "a", "probability": 0.25}]
-    assert replies[5] == ("", {"task": "other", "revision": "0123456789ab", "predictions": predictions})
+    assert content(replies[5]) == {"task": "other", "revision": "0123456789ab", "predictions": predictions}
+
+
+def content(reply: Any) -> Any:
+    assert isinstance(reply, Answer) and reply.revision == "0123456789ab" and reply.media_type == "application/json"
+    return json.loads(reply.content)
+
+
+def test_probabilities_that_are_no_numbers_are_the_adapters_fault(api: PredictAPI) -> None:
+    """Finite but huge weights can end there; JSON has no word for it, and 500 would blame the server."""
+    output: Future[Prediction] = Future()
+    output.set_result(Prediction("huge", "0123456789ab", ("a", "b"), torch.full((2,), float("nan"))))
+    reply = api.encode_response(output, top_k=2)
+    assert isinstance(reply, Failure) and reply.name == "InvalidAdapter" and "'huge'" in reply.message
 
 
 def test_numbers_come_along_once(api: PredictAPI) -> None:
     work(api, [(number, item("good")) for number in range(20)], [(20, item("good", image=b"bad"))])
     messages = api.transport.sent  # type: ignore[attr-defined]
-    kind, content, (passes, bank) = messages[0]
-    assert (kind, content, passes, bank["hits"]) == ("ready", "the spec", [], 0)
-    waits = [wait for *_, (passes, _) in messages for _seconds, waits in passes for wait in waits]
+    assert isinstance(messages[0], Ready) and messages[0].spec == "the spec"
+    assert messages[0].stats.passes == [] and messages[0].stats.bank["hits"] == 0
+    waits = [wait for message in messages for done in message.stats.passes for wait in done.waits]
     assert len(waits) == 20 and all(0 <= wait < 10 for wait in waits)
-    *_, (_, bank) = messages[-1]
+    bank = messages[-1].stats.bank
     assert bank["hits"] == 21 and bank["resident"] == 1
 
 
@@ -159,10 +175,10 @@ def test_a_backbone_that_cannot_be_loaded_is_reported(api: PredictAPI, monkeypat
     def refuse(config: ServeConfig, device: str) -> None:
         raise CheckpointError("the file is damaged")
 
-    monkeypatch.setattr(worker, "_load_engine", refuse)
+    monkeypatch.setattr(litserve, "_load_engine", refuse)
     with pytest.raises(Ended):
         api.setup("cpu")
-    assert list(api.transport.sent) == [("failed", ("CheckpointError", "the file is damaged"), None)]  # type: ignore[attr-defined]
+    assert list(api.transport.sent) == [Failure("CheckpointError", "the file is damaged")]  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda:0"])
@@ -188,7 +204,7 @@ def test_a_lost_device_ends_the_worker_and_nothing_else_does(ending: None, caplo
 
 def test_a_link_carries_requests_and_messages_in_order() -> None:
     link = Link()
-    requests, replies = link.requests, link.transport.connection
+    requests, replies = link.requests, link.messages
     worker = [type(end)(os.dup(end.fileno())) for end in (requests, replies)]  # as a spawned one has them
     received: SimpleQueue[Any] = SimpleQueue()
     link.start(received.put, lambda: received.put("ended"))

@@ -1,26 +1,31 @@
-"""The worker process: LitServe's verbs around one `Scheduler`.
+"""Everything that is LitServe's: the worker process, its verbs around one `Scheduler`, and how it is started.
 
-Everything on the pipes is built of plain Python values. This module stays free of torch, so that the parent can spawn
-the worker at once.
+No other module imports LitServe. ``LitServer.run`` is not used: it answers nothing while the model loads, never looks
+at a killed process, and on SIGTERM leaves its children alive. What is used is the worker process with its verbs, its
+loop and its transport. This module stays free of torch, so that the parent can spawn the worker at once.
 """
 
+import json
 import logging
 import re
 from concurrent.futures import Future
 from dataclasses import asdict
 from functools import partial
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from queue import SimpleQueue
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
-from litserve import LitAPI
+from litserve import LitAPI, LitServer
 from litserve.loops.base import LitLoop
 from litserve.transport.base import MessageTransport
 
 from gpt_serve.engine.malloc import reuse_freed_memory
-from gpt_serve.errors import GPTServeError
+from gpt_serve.errors import GPTServeError, InvalidAdapter
 from gpt_serve.serve.config import ServeConfig
-from gpt_serve.serve.link import take_all
+from gpt_serve.serve.link import Link, take_all
+from gpt_serve.serve.messages import Answer, Answered, Failure, Item, Message, Passed, Ready, Stats
 from gpt_serve.serve.process import configure_logging, end_child, guard_child
 
 if TYPE_CHECKING:
@@ -31,14 +36,20 @@ logger = logging.getLogger("gpt_serve.serve")
 
 CONSUMER = 0  # LitServe numbers its API processes; here it is the only one
 
-# task, image file, top_k, time.monotonic() when nobody waits any more
-Item = tuple[str, bytes, int, float]
-# name of an error class or "", the error's message or the answer
-Reply = tuple[str, Any]
-# passes since the last message: seconds and each row's wait before it; what the bank's numbers are now
-Stats = tuple[list[tuple[float, tuple[float, ...]]], dict[str, float]]
-# "ready" with a BackboneSpec, "failed" with a Reply, or "answers" with a list of (number of the request, Reply)
-Message = tuple[str, Any, Stats | None]
+
+class PipeTransport(MessageTransport):
+    """A worker's way to the server. One thread sends, once the worker is set up."""
+
+    def __init__(self, connection: "Connection[Any, Any]") -> None:
+        self.connection = connection
+
+    def send(self, item: Message, consumer_id: int) -> None:
+        """Send a message; there is one consumer."""
+        self.connection.send(item)
+
+    async def areceive(self, timeout: int | None = None, consumer_id: int | None = None) -> Any:
+        """The server's side is `Link`."""
+        raise NotImplementedError
 
 
 class StreamLoop(LitLoop):
@@ -65,25 +76,25 @@ class StreamLoop(LitLoop):
                 items = request_queue.recv()
             except (EOFError, OSError):
                 end_child()  # the server is gone
-            for uid, item in items:
-                lit_api.predict(item).add_done_callback(partial(_put, answered, uid, item[2]))
+            for number, item in items:
+                lit_api.predict(item).add_done_callback(partial(_put, answered, number, item.top_k))
 
     def answer(self, lit_api: "PredictAPI", transport: MessageTransport, answered: "SimpleQueue[Any]") -> None:
         """Send what is answered, all that is there in one message."""
         while True:
             futures = take_all(answered)
-            answers = [(uid, lit_api.encode_response(future, top_k=top_k)) for uid, top_k, future in futures]
+            replies = [(number, lit_api.encode_response(future, top_k=top_k)) for number, top_k, future in futures]
             try:
-                transport.send(("answers", answers, lit_api.stats()), CONSUMER)
+                transport.send(Answered(replies, lit_api.stats()), CONSUMER)
             except OSError:
                 end_child()  # the server is gone
 
 
 class PredictAPI(LitAPI):
-    """Answers `Item`s with `Reply`s; errors travel as values.
+    """Answers each `Item` with an `Answer` or a `Failure`; errors travel as values.
 
     Attributes:
-        transport: to the server, which waits for a message "ready" or "failed".
+        transport: to the server, which waits for `Ready` or a `Failure`.
         scheduler: what does the work, from `setup` on.
     """
 
@@ -106,7 +117,7 @@ class PredictAPI(LitAPI):
         try:
             engine = _load_engine(self.config, device)
         except GPTServeError as error:
-            self.transport.send(("failed", _error(error), None), CONSUMER)
+            self.transport.send(Failure.of(error), CONSUMER)
             end_child()
         self.batches = SimpleQueue()
         self.scheduler = Scheduler(
@@ -117,28 +128,57 @@ class PredictAPI(LitAPI):
             on_batch=self.batches.put,
             on_error=report,
         )
-        self.transport.send(("ready", engine.backbone.spec, self.stats()), CONSUMER)
+        self.transport.send(Ready(engine.backbone.spec, self.stats()), CONSUMER)
 
     def predict(self, x: Item, **_: Any) -> "Future[Prediction]":
-        """What will hold the answer."""
-        task, image, _top_k, expires = x
-        return self.scheduler.submit(task, image, expires)
+        """The future that will hold the prediction for ``x``, or its error."""
+        return self.scheduler.submit(x.task, x.image, x.expires)
 
-    def encode_response(self, output: "Future[Prediction]", *, top_k: int = 1, **_: Any) -> Reply:
+    def encode_response(self, output: "Future[Prediction]", *, top_k: int = 1, **_: Any) -> Answer | Failure:
         """The answer, or the error, of a future that is done."""
         error = output.exception()
         if error is not None:
-            return _error(error)
+            return Failure.of(error)
         result = output.result()
         best = [{"label": label, "probability": probability} for label, probability in result.top(top_k)]
-        return "", {"task": result.task, "revision": result.revision, "predictions": best}
+        content = {"task": result.task, "revision": result.revision, "predictions": best}
+        try:
+            text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        except ValueError:
+            return Failure.of(InvalidAdapter(f"adapter {result.task!r} is refused: its probabilities are no numbers"))
+        return Answer(result.task, result.revision, text.encode())
 
     def stats(self) -> Stats:
-        """For one message, so that every pass is counted once."""
+        """The numbers for one message: every pass is in one of them, and only in one."""
         assert self.batches is not None
         batches = [self.batches.get_nowait() for _ in range(self.batches.qsize())]
-        bank = self.scheduler.engine.bank.stats()
-        return [(batch.seconds, batch.waits) for batch in batches], asdict(bank)
+        passes = [Passed(batch.seconds, batch.waits) for batch in batches]
+        return Stats(asdict(self.scheduler.engine.bank.stats()), passes)
+
+
+class Launcher:
+    """Starts worker processes the way that LitServe does.
+
+    Args:
+        config: the options; they say which device the worker gets.
+        api: what the worker runs.
+    """
+
+    def __init__(self, config: ServeConfig, api: PredictAPI) -> None:
+        kind, _, index = config.device.partition(":")
+        devices: Any = 1 if kind == "cpu" else [int(index or 0)]
+        # timeout=False: the deadline travels with each item.
+        self._server = LitServer(api, accelerator=kind, devices=devices, timeout=False)  # type: ignore[arg-type]
+        self._server.workers_setup_status = {}  # type: ignore[assignment]  # the worker changes its own copy: messages say how it is
+        self._api = api
+
+    def start(self, link: Link) -> SpawnProcess:
+        """Spawn a worker at the other end of ``link``; call `Link.start` next."""
+        transport = PipeTransport(link.messages)
+        self._api.transport = self._server._transport = transport
+        self._server.litapi_request_queues[self._api.api_path] = link.requests
+        worker: SpawnProcess = self._server.launch_single_inference_worker(self._api, 0)
+        return worker
 
 
 def _load_engine(config: ServeConfig, device: str) -> "Engine":
@@ -168,8 +208,8 @@ def report(error: Exception) -> None:
         end_child()
 
 
-def _put(answered: "SimpleQueue[Any]", uid: int, top_k: int, future: "Future[Prediction]") -> None:
-    answered.put((uid, top_k, future))
+def _put(answered: "SimpleQueue[Any]", number: int, top_k: int, future: "Future[Prediction]") -> None:
+    answered.put((number, top_k, future))
 
 
 def _device_is_lost(error: Exception) -> bool:
@@ -177,7 +217,3 @@ def _device_is_lost(error: Exception) -> bool:
     import torch
 
     return isinstance(error, torch.AcceleratorError) or bool(re.search(r"CUDA failure (?!2:)", str(error)))
-
-
-def _error(error: BaseException) -> Reply:
-    return type(error).__name__, str(error)
