@@ -35,7 +35,7 @@ class Costs:
 
 
 # The CPU's are measured (benchmarks/README.md); the GPU's are estimates: a few milliseconds of kernel launches.
-COSTS = {"cpu": Costs(2e9, 3 * REUSED_BYTES // 4), "cuda": Costs(5e11, None), "mps": Costs(5e10, None)}
+COSTS = {"cpu": Costs(2e9, 3 * REUSED_BYTES // 4), "cuda": Costs(5e11, None)}
 
 
 @dataclass(frozen=True)

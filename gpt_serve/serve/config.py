@@ -10,7 +10,7 @@ from gpt_serve.specs import Precision
 
 EngineName = Literal["torch", "onnx"]
 
-FASTEST: dict[str, EngineName] = {"cpu": "onnx", "cuda": "torch", "mps": "torch"}
+FASTEST: dict[str, EngineName] = {"cpu": "onnx", "cuda": "torch"}
 """What ``auto`` means on each kind of device: measured on the CPU by ``gpt-serve bench --only engines``."""
 
 
@@ -25,7 +25,7 @@ class ServeConfig:
         backbone: timm name or the bundled name; every adapter must have been trained on it.
         checkpoint: weights file for the backbone instead of the hub's.
         input_size: side of the backbone's input in pixels; None takes its own.
-        device: ``cpu``, ``cuda``, ``cuda:<index>`` or ``mps``.
+        device: ``cpu``, ``cuda`` or ``cuda:<index>``.
         engine: what runs the forward pass, ``torch``, ``onnx`` (onnxruntime) or ``auto``: the faster one.
         precision: of weights and activations; bf16 is computed by torch.
         compile: let ``torch.compile`` fuse the blocks; computed by torch.
@@ -81,16 +81,14 @@ class ServeConfig:
             if getattr(self, name) < 0:
                 raise UsageError(f"{name} is {getattr(self, name)}: it must not be negative")
         kind, _, index = self.device.partition(":")
-        if kind not in ("cpu", "cuda", "mps") or (index and not index.isdecimal()):
-            raise UsageError(f"unknown device {self.device!r}: use cpu, cuda, cuda:<index> or mps")
+        if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
+            raise UsageError(f"unknown device {self.device!r}: use cpu, cuda or cuda:<index>")
         if self.engine not in ("torch", "onnx", "auto"):
             raise UsageError(f"unknown engine {self.engine!r}: use torch, onnx or auto")
         if self.precision not in ("fp32", "bf16"):
             raise UsageError(f"unknown precision {self.precision!r}: use fp32 or bf16")
         if self.engine == "onnx" and self._needs_torch:
             raise UsageError("--precision bf16 and --compile are torch's: use --engine torch or auto")
-        if (kind, self.engine) == ("mps", "onnx"):
-            raise UsageError("onnxruntime computes on cpu and cuda only: use --engine torch, or another --device")
 
     @property
     def chosen_engine(self) -> EngineName:

@@ -15,7 +15,6 @@ from gpt_serve.serve import ServeConfig
         ("cpu", "auto", "onnx"),
         ("cuda", "auto", "torch"),
         ("cuda:1", "auto", "torch"),
-        ("mps", "auto", "torch"),
         ("cpu", "torch", "torch"),
         ("cuda:1", "onnx", "onnx"),
     ],
@@ -36,10 +35,15 @@ def test_a_precision_that_there_is_not() -> None:
         ServeConfig(precision="fp8")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(("device", "engine"), [("cpu", "tensorflow"), ("mps", "onnx")])
-def test_engines_that_there_are_not(device: str, engine: str) -> None:
+def test_an_engine_that_there_is_not() -> None:
     with pytest.raises(UsageError, match="use .*torch"):
-        ServeConfig(device=device, engine=engine)  # type: ignore[arg-type]
+        ServeConfig(engine="tensorflow")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("device", ["mps", "cuda:x", "cpux"])
+def test_a_device_that_there_is_not(device: str) -> None:
+    with pytest.raises(UsageError, match="use cpu, cuda or cuda:<index>$"):
+        ServeConfig(device=device)
 
 
 def test_default_sizes_are_the_banks_own() -> None:
