@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from pretraining.loop import Epoch, Recipe, Run
-from pretraining.mae import MAE
-from pretraining.mocov3 import MoCoV3
-from pretraining.pixels import load_pixels
-from pretraining.probe import compare
-from pretraining.result import card, save_weights
+from loop import Epoch, Recipe, Run
+from mae import MAE
+from mocov3 import MoCoV3
+from pixels import load_pixels
+from probe import compare
+from result import card, save_weights
 
 from gpt_serve.errors import UsageError
 from gpt_serve.model.backbone import BUNDLED, Backbone, bundled_model

@@ -4,10 +4,10 @@ Shapes: batch ``B``, patches ``N``, sequence ``S = 1 + N``, of which ``K`` rows 
 ``D``, patch side ``p``.
 """
 
+from augment import crop_flip_normalize
 from lightly.models import utils
 from lightly.models.modules.masked_vision_transformer_decoder_timm import MaskedVisionTransformerDecoderTIMM
 from lightly.models.modules.masked_vision_transformer_timm import MaskedVisionTransformerTIMM
-from pretraining.augment import crop_flip_normalize
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F

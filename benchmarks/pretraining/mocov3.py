@@ -7,10 +7,10 @@ blurred.
 import copy
 
 import torch
+from augment import contrastive_view
 from lightly.models import utils
 from lightly.models.modules.heads import MoCoProjectionHead
 from lightly.utils.scheduler import cosine_schedule
-from pretraining.augment import contrastive_view
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F

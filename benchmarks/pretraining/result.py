@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from pretraining.loop import Recipe
+from loop import Recipe
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 

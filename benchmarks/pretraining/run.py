@@ -1,7 +1,7 @@
 """Make the bundled backbone, and measure how good frozen weights are.
 
-    python benchmarks/pretrain_backbone.py train --data ../shared/data/tiny-imagenet-32.tar.xz --output pretrained
-    python benchmarks/pretrain_backbone.py evaluate --data ../shared/data/flowers12 --checkpoint pretrained/FILE
+    python benchmarks/pretraining/run.py train --data ../shared/data/tiny-imagenet-32.tar.xz --output pretrained
+    python benchmarks/pretraining/run.py evaluate --data ../shared/data/flowers12 --checkpoint pretrained/FILE
 
 ``train`` needs ``pip install -e '.[pretrain]'``.
 """
@@ -20,7 +20,7 @@ from gpt_serve.engine.malloc import reuse_freed_memory
 from gpt_serve.errors import UsageError
 
 if TYPE_CHECKING:
-    from pretraining.loop import Epoch
+    from loop import Epoch
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "mae": {
@@ -81,8 +81,8 @@ def train(
 ) -> None:
     """Pretrain anew; writes METHOD-vit-tiny-32.safetensors and README.md."""
     try:
-        from pretraining.job import Job, pretrain
-        from pretraining.loop import Recipe
+        from job import Job, pretrain
+        from loop import Recipe
     except ModuleNotFoundError as error:
         raise UsageError(f"the module {error.name} is missing: pip install 'gpt-serve[pretrain]'") from error
 
@@ -104,7 +104,7 @@ def _line(epoch: "Epoch", epochs: int) -> str:
 @device_option
 def evaluate(sources: Sequence[str], paths: Sequence[Path], device: str) -> None:
     """Nearest neighbours and a linear probe on frozen features, of the bundled weights and of each --checkpoint."""
-    from pretraining.probe import compare
+    from probe import compare
 
     click.echo("\n".join(compare([None, *paths], sources, resolve_device(device))))
 
