@@ -239,11 +239,14 @@ def to_rgb(image: Image.Image, *, exif: bool) -> Image.Image:
 
 
 def read_orientation(image: Image.Image) -> int:
-    """The EXIF tag of a loaded image, 1 to 8; a photo whose EXIF is damaged is still a photo."""
+    """The EXIF tag of a loaded image, 1 to 8, whatever its type; a photo whose EXIF is damaged is still a photo."""
     try:
         exif = Image.Exif()
         exif.load(image.info["exif"])
-        return int(exif.get(0x0112, 1))
+        value = exif.get(0x0112, 1)
+        if isinstance(value, bytes | tuple):  # Pillow's form of type BYTE, and of several values
+            value = value[0]
+        return value if isinstance(value, int) else 1
     except Exception:
         return 1
 

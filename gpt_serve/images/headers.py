@@ -21,7 +21,10 @@ _MAX_SCANS = 50
 _MAX_MARKERS = 5_000
 _MAX_STRAY_BYTES = 64 * 2**10
 
+_EXIF_PREFIX = b"Exif\0\0"
 _ORIENTATION_TAG = 0x0112
+# Bytes of a value by its type (TIFF 6.0, section 2): BYTE, SHORT, LONG, SBYTE, UNDEFINED, SSHORT, SLONG, IFD, LONG8.
+_INTEGER_SIZES = {1: 1, 3: 2, 4: 4, 6: 1, 7: 1, 8: 2, 9: 4, 13: 4, 16: 8}
 
 
 def identify(data: bytes) -> str:
@@ -84,18 +87,33 @@ def webp_size(data: bytes) -> tuple[int, int]:
 def orientation(exif: bytes | None) -> int:
     """The orientation tag of the first EXIF directory (EXIF 2.32, section 4.6): 1 to 8, anything else means 1.
 
-    Damage never raises: a photo whose EXIF is broken is still a photo.
+    The standard stores it as SHORT. Cameras and editors have stored it as every other type of integer, too, and in
+    either byte order: the number counts, not how it is written. Of several such entries the last one does, as for
+    Pillow. Damage never raises: a photo whose EXIF is broken is still a photo.
+
+    Args:
+        exif: a TIFF structure, with or without the prefix ``Exif\\0\\0``.
     """
-    tiff = (exif or b"").removeprefix(b"Exif\0\0")
+    tiff = (exif or b"").removeprefix(_EXIF_PREFIX).removeprefix(_EXIF_PREFIX)  # some writers put it twice
     if tiff[:2] not in (b"II", b"MM"):
         return 1
+    found = 1
+    first = _number(tiff, 4, 4) + 2
+    for entry in range(first, min(first + 12 * _number(tiff, first - 2, 2), len(tiff)), 12):
+        if _number(tiff, entry, 2) == _ORIENTATION_TAG:
+            found = _first_integer(tiff, entry)
+    return found
 
-    def number(position: int, size: int) -> int:
-        return int.from_bytes(tiff[position : position + size], "little" if tiff[:2] == b"II" else "big")
 
-    directory = number(4, 4)
-    first = directory + 2
-    for entry in range(first, min(first + 12 * number(directory, 2), len(tiff)), 12):
-        if number(entry, 2) == _ORIENTATION_TAG:
-            return number(entry + 8, 2)
-    return 1
+def _first_integer(tiff: bytes, entry: int) -> int:
+    """The first value of the directory entry at ``entry``; 1 if it holds none, or is no integer."""
+    size, count = _INTEGER_SIZES.get(_number(tiff, entry + 2, 2), 0), _number(tiff, entry + 4, 4)
+    if size * count == 0:
+        return 1
+    # Up to four bytes lie in the entry itself; of more it holds the place.
+    return _number(tiff, entry + 8 if size * count <= 4 else _number(tiff, entry + 8, 4), size)
+
+
+def _number(tiff: bytes, position: int, size: int) -> int:
+    """The integer of ``size`` bytes in the byte order of the file."""
+    return int.from_bytes(tiff[position : position + size], "little" if tiff[:2] == b"II" else "big")

@@ -1,6 +1,7 @@
 """The torch-free runner as a library: preprocessing, single-task graphs, banks, hostile files, providers."""
 
 import io
+import struct
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from PIL import Image
 
 from gpt_serve.adapters.adapter import revision_of
 from gpt_serve.images.decode import decode, from_pil
+from gpt_serve.images.headers import orientation
 from gpt_serve.images.preprocess import preprocess_image
 from gpt_serve.specs import Preprocess
 from tests.export.stand_in import LABELS, multi, multi_probabilities, single, single_probabilities, some_adapters
@@ -78,16 +80,34 @@ def test_preprocessing_of_real_images_is_the_servers(shared_data: Path) -> None:
     compare([run.open_image(file) for file in files], preprocess((32, 32), 1.0))
 
 
-@pytest.mark.parametrize("orientation", range(10))
+@pytest.mark.parametrize("turn", range(10))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_exif_orientation(kind: str, orientation: int, tmp_path: Path) -> None:
+def test_exif_orientation(kind: str, turn: int, tmp_path: Path) -> None:
     exif = Image.Exif()
-    exif[0x0112] = orientation
+    exif[0x0112] = turn
     data = encode(kind, photo(), exif=exif)
     (tmp_path / "image").write_bytes(data)
     for wanted in (True, False):
         found = np.asarray(run.to_rgb(run.open_image(tmp_path / "image"), exif=wanted))
         assert np.array_equal(found, decode(data, exif=wanted).permute(1, 2, 0))
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's, on entries that lie outside the file
+def test_orientation_is_read_as_in_the_server_whatever_its_type() -> None:
+    rng, seen = np.random.default_rng(0), set()
+    for _ in range(2000):
+        order, count = rng.choice(["<", ">"]), int(rng.choice([0, 1, 1, 1, 2, 5]))
+        values = rng.choice([*range(10), 255], 12).astype(f"{order}u{rng.choice([1, 2, 4, 8])}").tobytes()
+        place = values[:4] if rng.random() < 0.7 else struct.pack(order + "I", 26)
+        entry = struct.pack(order + "HHI", 0x0112, rng.integers(1, 18), count) + place
+        head = b"II*\0" if order == "<" else b"MM\0*"
+        exif = b"Exif\0\0" + head + struct.pack(order + "IH", 8, 1) + entry + bytes(4) + values
+        image = Image.new("L", (2, 1))
+        image.info["exif"] = exif
+        ours, servers = (value if 2 <= value <= 8 else 1 for value in (run.read_orientation(image), orientation(exif)))
+        assert ours == servers, exif
+        seen.add(ours)
+    assert seen == set(range(1, 9))
 
 
 def test_exif_behind_the_pixels_and_damaged_exif() -> None:

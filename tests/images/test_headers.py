@@ -67,6 +67,13 @@ def test_webp_size_of_too_short_a_file(kept):
         webp_size(encode("WEBP")[:kept])
 
 
+def directory(order: str, *entries: tuple[int, int, int, bytes]) -> bytes:
+    """A TIFF header and a directory of (tag, type, count, four bytes); what is added to one entry lies at byte 26."""
+    head = b"II*\0" if order == "<" else b"MM\0*"
+    packed = b"".join(struct.pack(order + "HHI", *entry[:3]) + entry[3] for entry in entries)
+    return head + struct.pack(order + "IH", 8, len(entries)) + packed + bytes(4)
+
+
 def tiff(order: str, tag: int = 0x0112, value: int = 6, count: int = 1) -> bytes:
     """A TIFF header with one entry of type SHORT."""
     head = b"II*\0" if order == "<" else b"MM\0*"
@@ -74,9 +81,31 @@ def tiff(order: str, tag: int = 0x0112, value: int = 6, count: int = 1) -> bytes
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
-@pytest.mark.parametrize("prefix", [b"", b"Exif\0\0"])
+@pytest.mark.parametrize("prefix", [b"", b"Exif\0\0", b"Exif\0\0Exif\0\0"])
 def test_orientation_in_both_byte_orders(order, prefix):
     assert orientation(prefix + tiff(order)) == 6
+
+
+# Type of TIFF 6.0 to its format in `struct`.
+INTEGERS = {1: "B", 3: "H", 4: "L", 6: "b", 7: "B", 8: "h", 9: "l", 13: "L", 16: "Q"}
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("kind", INTEGERS)
+def test_orientation_is_the_number_whatever_integer_it_is_stored_as(kind, count, order):
+    values = struct.pack(f"{order}{count}{INTEGERS[kind]}", *range(6, 6 + count))
+    place = values.ljust(4, b"\0") if len(values) <= 4 else struct.pack(order + "I", 26)
+    assert orientation(directory(order, (0x0112, kind, count, place)) + values) == 6
+
+
+@pytest.mark.parametrize(("kind", "count"), [(2, 1), (5, 1), (11, 1), (12, 1), (99, 1), (3, 0)])
+def test_orientation_that_is_no_integer_is_1(kind, count):
+    assert orientation(directory("<", (0x0112, kind, count, b"\6\0\0\0")) + bytes(8)) == 1
+
+
+def test_the_last_of_several_orientations_counts():
+    assert orientation(directory(">", (0x0112, 3, 1, b"\0\3\0\0"), (0x0112, 3, 1, b"\0\6\0\0"))) == 6
 
 
 @pytest.mark.parametrize("exif", [None, b"", b"Exif\0\0", b"XX*\0" + bytes(20), b"II", tiff("<", tag=0x010F)])
