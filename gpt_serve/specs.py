@@ -120,3 +120,16 @@ class BackboneSpec:
     width: int
     pool: Pool
     preprocess: Preprocess
+
+    def told_from(self, name: str, fingerprint: str, input_size: tuple[int, int]) -> str:
+        """How this backbone differs from one of another fingerprint, and what to do: the end of a refusal.
+
+        Position embeddings are resampled to the input size, so the same backbone at another size has other weights.
+        """
+        if name != self.name or input_size == self.preprocess.input_size:
+            return f"{name} ({fingerprint[:12]}), not on {self.name} ({self.fingerprint[:12]}): load that backbone"
+        own, other = ("{} x {}".format(*size) for size in (self.preprocess.input_size, input_size))
+        return (
+            f"{name} at {other} pixels ({fingerprint[:12]}), not at {own} ({self.fingerprint[:12]}): "
+            f"load it with --input-size {input_size[0]}"
+        )

@@ -101,10 +101,8 @@ class Adapter:
             InvalidAdapter: its shapes or input size are not the backbone's.
         """
         if self.backbone_sha256 != spec.fingerprint:
-            raise BackboneMismatch(
-                f"trained on backbone {self.backbone} ({self.backbone_sha256[:12]}), "
-                f"not on {spec.name} ({spec.fingerprint[:12]}): load that backbone or train again"
-            )
+            told = spec.told_from(self.backbone, self.backbone_sha256, self.preprocess.input_size)
+            raise BackboneMismatch(f"trained on backbone {told} or train again")
         if self.head_weight.shape[1] != spec.width:
             raise InvalidAdapter(f"width {self.head_weight.shape[1]} is not the backbone's {spec.width}")
         first = self.first_block

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from gpt_serve.errors import UsageError
+from gpt_serve.specs import TASK_PATTERN
 
 BUNDLED = "mae-vit-tiny-32"
 
@@ -179,11 +180,16 @@ def read_file(path: Path) -> bytes:
 
 
 def data_by_task(data: Sequence[str], tasks: Sequence[str]) -> dict[str, str]:
-    """``TASK=DATA``, or ``DATA`` alone for the only task; data may have a ``=`` after its ``?``."""
+    """``TASK=DATA``, or ``DATA`` alone for the only task.
+
+    What stands before a ``=`` may also be the beginning of a path, or of a name with options: it is a task if it is
+    one of ``tasks``, or if there is no such path and it could be one.
+    """
     sources = {}
     for item in data:
         task, equals, source = item.partition("=")
-        named = bool(equals) and "?" not in task
+        named = task in tasks or bool(TASK_PATTERN.fullmatch(task) and not Path(item).exists())
+        named = named and bool(equals)
         if not named and len(tasks) > 1:
             raise UsageError(f"--data {item} does not say for which task: --data TASK={item}")
         sources[task if named else tasks[0]] = source if named else item

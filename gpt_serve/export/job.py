@@ -161,10 +161,11 @@ def add_task(
     if opened.metadata["kind"] != "multi":
         raise ExportError(f"{graph} is a graph of one task: export it again with --tasks to add more")
     if opened.metadata["backbone_sha256"] != backbone.fingerprint:
-        raise ExportError(
-            f"{graph} was exported from {opened.metadata['backbone']} ({opened.metadata['backbone_sha256'][:12]}), "
-            f"not from {backbone.name} ({backbone.fingerprint[:12]}): name its --backbone"
+        height, width = json.loads(opened.metadata["preprocess"])["input_size"]
+        named = backbone.spec.told_from(
+            opened.metadata["backbone"], opened.metadata["backbone_sha256"], (height, width)
         )
+        raise ExportError(f"{graph} was made on backbone {named}, or export it again")
     options = replace(options, precision=opened.metadata["precision"])  # type: ignore[arg-type]
     stored = _load(backbone, store, task)
     adapter = stored.adapter

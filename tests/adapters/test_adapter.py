@@ -206,6 +206,15 @@ def test_check_backbone():
         make_adapter().check_backbone(dataclasses.replace(TINY_SPEC, name="other", fingerprint="cd" * 32))
 
 
+def test_the_same_backbone_at_another_size_is_told_by_the_size():
+    size = dataclasses.replace(TINY_SPEC.preprocess, input_size=(48, 48))
+    told = (
+        r"on backbone tiny at 16 x 16 pixels \(abab\w+\), not at 48 x 48 \(cdcd\w+\): load it with --input-size 16 or"
+    )
+    with pytest.raises(BackboneMismatch, match=told):
+        make_adapter().check_backbone(dataclasses.replace(TINY_SPEC, fingerprint="cd" * 32, preprocess=size))
+
+
 @pytest.mark.parametrize(("method", "name"), [("vpt-deep", "prompt"), ("gated", "gamma")])
 def test_check_backbone_counts_blocks(method, name):
     with pytest.raises(InvalidAdapter, match=f"{name} is for 3 blocks, the backbone has 4"):

@@ -156,9 +156,19 @@ def test_the_digest_follows_content_not_order() -> None:
     assert digest(first) != digest([("train/a", 0, "aa"), ("train/b", 0, "cc")])
 
 
+def test_a_path_with_an_equals_sign_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "split=3/x").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for path in ("split=3/x", f"{tmp_path}/split=3/x", "./split=4"):
+        assert data_by_task([path], ["birds"]) == {"birds": path}
+    assert data_by_task(["birds=split=3/x"], ["birds", "split"]) == {"birds": "split=3/x"}
+    assert data_by_task(["split=3/x"], ["birds", "split"]) == {"split": "3/x"}
+
+
 def test_data_may_be_given_by_task_and_with_options() -> None:
     tasks = ("birds", "cars")
     assert data_by_task(["birds=DIR", "cars=hf:o/n?label=x"], tasks) == {"birds": "DIR", "cars": "hf:o/n?label=x"}
     assert data_by_task(["hf:o/n?label=x"], tasks[:1]) == {"birds": "hf:o/n?label=x"}
+    assert data_by_task(["brds=DIR"], tasks[:1]) == {"brds": "DIR"}  # a typing error, which export then names
     with pytest.raises(UsageError, match="does not say for which task"):
         data_by_task(["hf:o/n?label=x"], tasks)
