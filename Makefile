@@ -1,14 +1,17 @@
-# make serve, make test, make lint, make bench; each creates .venv when it is not there.
+# make serve, make quick, make test, make lint, make bench; each creates .venv when it is not there.
 PYTHON ?= python3
 PORT ?= 8000
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: serve test lint format bench clean
+.PHONY: serve quick test lint format bench clean
 
 serve: $(STAMP)
 	exec $(BIN)/gpt-serve serve --port $(PORT) --adapters adapters
+
+quick: $(STAMP)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m 'not slow'
 
 test: $(STAMP)
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
