@@ -17,7 +17,7 @@ RUN /opt/gpt-serve/bin/pip install --no-cache-dir --constraint constraints.txt .
 COPY --chown=serve adapters /adapters
 USER serve
 WORKDIR /home/serve
-ENV PATH=/opt/gpt-serve/bin:$PATH PYTHONUNBUFFERED=1
+ENV PATH=/opt/gpt-serve/bin:$PATH PYTHONUNBUFFERED=1 ORT_DISABLE_TELEMETRY=1
 EXPOSE 8000
 # /health answers as long as the process lives; orchestrators ask /ready before they send traffic.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=60s \

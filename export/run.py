@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
-import onnxruntime as ort
 from PIL import Image, UnidentifiedImageError
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # or it keeps a device id on disk and reports to Microsoft
+import onnxruntime as ort  # noqa: E402
 
 FORMAT = "gpt-serve-onnx/1"
 CPU = "CPUExecutionProvider"

@@ -3,6 +3,7 @@
 Attributes load on first use, so that ``import gpt_serve`` stays instant (no torch).
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,16 @@ _HOMES = {
     "GPTServeError": "errors",
     "Prediction": "engine.engine",
 }
+
+# What dependencies report to their makers unless told otherwise. Each reads its variable when it is imported, which is
+# after this, in child processes too. Who wants the reports sets the variable.
+for _variable, _off in {
+    "ORT_DISABLE_TELEMETRY": "1",  # onnxruntime: a device id on disk, events to Microsoft
+    "RAY_USAGE_STATS_ENABLED": "0",  # Ray: the cluster and what runs on it
+    "HF_HUB_DISABLE_TELEMETRY": "1",  # timm and datasets, by way of huggingface_hub: versions, what started it
+    "HF_UPDATE_DOWNLOAD_COUNTS": "0",  # datasets: a request for each data set that is opened
+}.items():
+    os.environ.setdefault(_variable, _off)
 
 
 def __getattr__(name: str) -> Any:

@@ -18,7 +18,6 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import torch
 from plain import PlainGated
 from torch import Tensor
@@ -99,6 +98,8 @@ def _naive(backbone: Backbone, adapter: Adapter, folder: Path) -> Call:
         warnings.simplefilter("ignore")
         module = PlainGated(backbone, adapter).eval()
         torch.onnx.export(module, (example,), path, dynamic_shapes=dynamic, external_data=False, verbose=False)
+    import onnxruntime as ort  # after gpt_serve, which switches its reports off
+
     options = ort.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the others run in between
