@@ -53,7 +53,7 @@ def read_bank(
     Raises:
         BankError: no such task, or its file is damaged, hostile or of another backbone.
     """
-    there = sorted(file.name.removesuffix(".safetensors") for file in folder.glob("*.safetensors"))
+    there = sorted(file.name.removesuffix(".safetensors") for file in folder.glob("[!.]*.safetensors"))
     require(there, f"no adapters in {folder}: move that folder together with the graph")
     unknown = sorted(set(tasks) - set(there))
     require(not unknown, f"no task {', '.join(unknown)} in {folder}: there are {', '.join(there)}")

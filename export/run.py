@@ -1,7 +1,7 @@
 """Classify images with a graph that `gpt-serve export` wrote. Needs numpy, pillow and onnxruntime; no torch.
 
     python run.py flowers.onnx photo.jpg ...
-    python run.py multi.onnx --task flowers photo.jpg ...      # reads multi.bank/flowers.safetensors too
+    python run.py multi.onnx --task flowers photo.jpg ...      # reads flowers.safetensors of its bank, too
 
 Copy it beside any graph (with bank.py if that has several tasks) and run it there, or import `Model`.
 """
@@ -76,6 +76,15 @@ class Model:
 
     def __init__(self, path: str | Path, tasks: Sequence[str] = (), providers: Sequence[str] = (CPU,)) -> None:
         path = Path(path)
+        while True:
+            opened = identity(path)
+            try:
+                return self._open(path, tasks, providers)
+            except RunnerError:
+                if identity(path) == opened:
+                    raise  # else another export took its place while it was read, and its files away
+
+    def _open(self, path: Path, tasks: Sequence[str], providers: Sequence[str]) -> None:
         self.session = open_session(path, providers)
         self.metadata: dict[str, str] = self.session.get_modelmeta().custom_metadata_map
         if (found := self.metadata.get("format", "none")) != FORMAT:
@@ -85,8 +94,9 @@ class Model:
             from bank import read_bank  # a file that single-task graphs do without
 
             shapes = {item.name: item.shape for item in self.session.get_inputs()}
+            folder = path.with_name(Path(self.metadata.get("bank", f"{path.stem}.bank")).name)
             try:
-                held, self.bank = read_bank(path.with_suffix(".bank"), tasks, self.metadata, shapes)
+                held, self.bank = read_bank(folder, tasks, self.metadata, shapes)
             except ValueError as error:
                 raise RunnerError(str(error)) from error
         else:
@@ -150,6 +160,15 @@ class Model:
         return scores
 
 
+def identity(path: Path) -> tuple[int, int] | None:
+    """What tells the file at ``path`` from one that replaces it; None where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
 def open_session(path: Path, providers: Sequence[str]) -> ort.InferenceSession:
     """A session that really uses the first of ``providers``: onnxruntime by itself falls back to the CPU."""
     if not path.is_file():
@@ -167,7 +186,7 @@ def open_session(path: Path, providers: Sequence[str]) -> ort.InferenceSession:
     except Exception as error:  # onnxruntime's errors have no base class of their own
         text = " ".join(str(error).split())
         if "External" in text:
-            raise RunnerError(f"{path} needs its weights, {path.name}.data, beside it: move both together") from error
+            raise RunnerError(f"{path} needs its weights, a .data file, beside it: move both together") from error
         if isinstance(error, RuntimeError) or "CPU EP" in text:
             raise refused from error
         raise RunnerError(f"{path} is not an ONNX graph that onnxruntime {ort.__version__} loads: {text}") from error

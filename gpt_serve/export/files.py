@@ -2,6 +2,8 @@
 
 import logging
 import os
+import re
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import onnx
 import onnx_ir as ir
+from google.protobuf.message import DecodeError
 
 from gpt_serve.errors import ExportError
 
@@ -17,14 +20,18 @@ EXTERNAL_BYTES = 2**31 - 2**26  # protobuf ends at 2 GiB; the rest is for everyt
 SUFFIX = ".onnx"
 DATA_SUFFIX = ".data"
 BANK_SUFFIX = ".bank"
+BANK_KEY = "bank"  # of a graph's metadata: the name of the folder beside it that holds its tasks
 
 
 @contextmanager
 def staged(output: Path) -> Iterator[Path]:
-    """A new folder beside ``output``; what was written there is moved into place at the end, and only then.
+    """Give a new folder beside ``output`` to write an export to; at the end all of it takes ``output``'s place.
+
+    The folder holds the graph, and beside it its weights (``<graph>.data``) and its bank (``<stem>.bank``) if it has
+    any. Nothing of it is seen before the end, and nothing is left of it after a failure; see `publish`.
 
     Raises:
-        ExportError: the folder cannot be written to.
+        ExportError: the folder or its place cannot be written to.
     """
     if output.suffix != SUFFIX:
         raise ExportError(f"--output {output}: the name of a graph ends in {SUFFIX}")
@@ -45,22 +52,86 @@ def staged(output: Path) -> Iterator[Path]:
 
 
 def publish(folder: Path, output: Path) -> None:
-    """Move weights, then the bank, then the graph that refers to them."""
-    data = output.with_name(output.name + DATA_SUFFIX)
-    if (folder / data.name).exists():
-        os.replace(folder / data.name, data)
-    else:
-        data.unlink(missing_ok=True)  # of an earlier export to this name
-    bank = bank_folder(output)
-    if (folder / bank.name).exists():
-        shutil.rmtree(bank, ignore_errors=True)
-        os.replace(folder / bank.name, bank)
-    os.replace(folder / output.name, output)
+    """Move the graph ``folder / output.name`` and what belongs to it beside and over ``output``, by one rename.
+
+    Weights and bank get names of their own, which no other export has, and the graph says which are its own. So they
+    can lie beside an earlier export's, and the rename of the graph switches everything at once: who opens ``output``,
+    at any time and after a crash at any point, finds the earlier export or this one, whole. What the earlier one left
+    is removed last. Who opened the earlier graph and looks for its weights only now finds none: an error, never a
+    mixture, and opening ``output`` again gives the new export. A crash can leave files that nothing refers to.
+
+    Raises:
+        OSError: the disk refuses; ``output`` is as it was, unless only the removal failed.
+    """
+    companions = _name_companions(folder / output.name)
+    replaced = _companions(output)
+    moved = []
+    try:
+        for name in companions:
+            os.replace(folder / name, output.with_name(name))
+            moved.append(output.with_name(name))
+        os.replace(folder / output.name, output)
+    except BaseException:
+        _remove(moved)
+        raise
+    _remove(replaced)
 
 
-def bank_folder(graph: Path) -> Path:
-    """Where the tasks of a multi-task graph lie."""
-    return graph.with_suffix(BANK_SUFFIX)
+def bank_folder(graph: Path, metadata: Mapping[str, str]) -> Path:
+    """Return where the tasks of a multi-task graph lie; graphs of earlier versions do not say so."""
+    return graph.with_name(Path(metadata.get(BANK_KEY, f"{graph.stem}{BANK_SUFFIX}")).name)
+
+
+def _name_companions(graph: Path) -> list[str]:
+    """Rename the weights and the bank beside a staged graph to names of their own; return these names."""
+    token = secrets.token_hex(4)
+    names = {
+        f"{graph.name}{DATA_SUFFIX}": f"{graph.stem}.{token}{SUFFIX}{DATA_SUFFIX}",
+        f"{graph.stem}{BANK_SUFFIX}": f"{graph.stem}.{token}{BANK_SUFFIX}",
+    }
+    names = {plain: own for plain, own in names.items() if (graph.parent / plain).exists()}
+    if names:
+        model = onnx.load(graph, load_external_data=False)
+        for entry in _locations(model):
+            entry.value = names[entry.value]
+        if (bank := names.get(f"{graph.stem}{BANK_SUFFIX}")) is not None:
+            onnx.helper.set_model_props(model, _metadata(model) | {BANK_KEY: bank})
+        onnx.save(model, graph)
+    for plain, own in names.items():
+        (graph.parent / plain).rename(graph.parent / own)
+    return list(names.values())
+
+
+def _companions(graph: Path) -> list[Path]:
+    """What belongs to the export at ``graph`` beside it; nothing where there is none, or a file of somebody else."""
+    try:
+        model = onnx.load(graph, load_external_data=False)
+    except (FileNotFoundError, DecodeError):
+        return []
+    metadata = _metadata(model)
+    named = {entry.value for entry in _locations(model)}
+    if metadata.get("kind") == "multi":
+        named.add(bank_folder(graph, metadata).name)
+    ours = re.compile(rf"{re.escape(graph.stem)}(\.[0-9a-f]{{8}})?({SUFFIX}{DATA_SUFFIX}|{BANK_SUFFIX})")
+    return [graph.with_name(name) for name in named if ours.fullmatch(name)]
+
+
+def _locations(model: onnx.ModelProto) -> Iterator[onnx.StringStringEntryProto]:
+    """Where the graph says that its external weights lie, once for each tensor."""
+    for tensor in model.graph.initializer:
+        yield from (entry for entry in tensor.external_data if entry.key == "location")
+
+
+def _metadata(model: onnx.ModelProto) -> dict[str, str]:
+    return {entry.key: entry.value for entry in model.metadata_props}
+
+
+def _remove(paths: list[Path]) -> None:
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def save(model: ir.Model, path: Path, metadata: Mapping[str, str], external_bytes: int = EXTERNAL_BYTES) -> None:

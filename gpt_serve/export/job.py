@@ -13,10 +13,20 @@ from torch import Tensor
 from gpt_serve.adapters.adapter import Adapter
 from gpt_serve.adapters.store import AdapterStore, StoredAdapter
 from gpt_serve.errors import ExportError, UsageError
-from gpt_serve.export.files import EXTERNAL_BYTES, bank_folder, count_nodes, quantize, save, set_metadata, staged
+from gpt_serve.export.files import (
+    BANK_SUFFIX,
+    EXTERNAL_BYTES,
+    bank_folder,
+    count_nodes,
+    quantize,
+    save,
+    set_metadata,
+    staged,
+)
 from gpt_serve.export.graphs import Form, InputKind, multi_graph, single_graph
 from gpt_serve.export.session import FORMAT, Array, Graph, bank_inputs
 from gpt_serve.export.verify import Answer, Tally, check, check_accuracy, verify
+from gpt_serve.files import replacing
 from gpt_serve.images.preprocess import normalize
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.model.batch import AdapterBatch
@@ -139,7 +149,7 @@ def export_tasks(
         tallies = _verify_bank(backbone, Graph(path), adapters, options)
         reports = {task: tally.to_dict() for task, tally in tallies.items()}
         set_metadata(path, metadata | {"verification": json.dumps(_worst(tallies) | {"tasks": reports})})
-        bank = folder / bank_folder(output).name
+        bank = path.with_suffix(BANK_SUFFIX)
         bank.mkdir()
         for stored in loaded.values():
             _write_bank_file(bank, stored)
@@ -172,11 +182,12 @@ def add_task(
     options.check([adapter])
     _check_shared(adapter, backbone, opened.metadata["pool"])
     tally = _verify_bank(backbone, opened, {task: adapter}, options)[task]
+    bank = bank_folder(graph, opened.metadata)
     try:
-        bank_folder(graph).mkdir(exist_ok=True)
-        _write_bank_file(bank_folder(graph), stored)
+        bank.mkdir(exist_ok=True)
+        _write_bank_file(bank, stored)
     except OSError as error:
-        raise ExportError(f"{bank_folder(graph)} cannot be written: {error.strerror}") from error
+        raise ExportError(f"{bank} cannot be written: {error.strerror}") from error
     return {"task": task, "revision": stored.revision, "output": str(graph), "verification": tally.to_dict()}
 
 
@@ -264,11 +275,9 @@ def _check_shared(adapter: Adapter, backbone: Backbone, pool: str) -> None:
 
 
 def _write_bank_file(folder: Path, stored: StoredAdapter) -> None:
-    """A copy of the adapter's file, in place at once."""
-    path = folder / f"{stored.adapter.task}.safetensors"
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(stored.data)
-    partial.replace(path)
+    """Put a copy of the adapter's file into the bank, in place at once."""
+    with replacing(folder / f"{stored.adapter.task}.safetensors") as path:
+        path.write_bytes(stored.data)
 
 
 def _worst(tallies: Mapping[str, Tally]) -> dict[str, Any]:

@@ -74,8 +74,15 @@ def single_probabilities(pixels: Array, *, classes: int = 3, preprocess: Preproc
     return _softmax(_flat(pixels, preprocess) @ _noise(pixels[0].size, classes))
 
 
-def multi(path: Path, adapters: Sequence[Adapter], *, deep: bool = False, spec: BackboneSpec = TINY_SPEC) -> Path:
-    """Write a multi-task graph, and beside it the bank folder with ``adapters``."""
+def multi(
+    path: Path,
+    adapters: Sequence[Adapter],
+    *,
+    deep: bool = False,
+    spec: BackboneSpec = TINY_SPEC,
+    external: bool = False,
+) -> Path:
+    """Write a multi-task graph, and beside it the bank folder with ``adapters``; ``external`` as for `single`."""
     height, width = spec.preprocess.input_size
     layers = spec.depth if deep else 1
     text = f"""stand_in (
@@ -119,7 +126,7 @@ def multi(path: Path, adapters: Sequence[Adapter], *, deep: bool = False, spec: 
     bank.mkdir(parents=True)
     for adapter in adapters:
         (bank / f"{adapter.task}.safetensors").write_bytes(adapter.to_bytes())
-    return _save(path, text, weights | _scaling(spec.preprocess), metadata)
+    return _save(path, text, weights | _scaling(spec.preprocess), metadata, external)
 
 
 def multi_probabilities(adapter: Adapter, pixels: Array, spec: BackboneSpec = TINY_SPEC) -> Array:

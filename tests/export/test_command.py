@@ -13,6 +13,8 @@ from click.testing import Result
 
 from gpt_serve.adapters.store import AdapterStore
 from gpt_serve.engine.engine import Engine
+from gpt_serve.export.files import bank_folder
+from gpt_serve.export.session import Graph
 from gpt_serve.images.decode import decode
 from gpt_serve.images.preprocess import preprocess_image
 from gpt_serve.model.backbone import Backbone
@@ -43,7 +45,7 @@ def test_the_table_for_people(multi_export: tuple[Path, Result]) -> None:
     assert lines[0].split()[:2] == ["task", "images"]
     assert [line.split()[0] for line in lines[1:3]] == ["digits", "flowers"]
     assert lines[-1].startswith(str(output)) and "MB" in lines[-1] and "nodes" in lines[-1]
-    bank = sorted(path.name for path in output.with_suffix(".bank").iterdir())
+    bank = sorted(path.name for path in bank_folder(output, Graph(output).metadata).iterdir())
     assert bank == ["caltech101.safetensors", "digits.safetensors", "flowers.safetensors"]
 
 

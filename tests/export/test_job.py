@@ -1,6 +1,7 @@
 """From an adapter to a verified file, or to nothing at all."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from PIL import Image
 from gpt_serve.adapters.store import AdapterStore
 from gpt_serve.errors import BackboneMismatch, DataError, ExportError, UnknownTask, UsageError
 from gpt_serve.export import ExportOptions, Graph, add_task, export_task, export_tasks, files, graphs
+from gpt_serve.export.files import bank_folder
 from gpt_serve.export.session import _check_placement
 from gpt_serve.export.verify import Tally, check_accuracy
 from gpt_serve.model.backbone import Backbone
@@ -89,10 +91,12 @@ def test_nothing_but_the_graph_is_left(single: dict[str, Any]) -> None:
 
 def test_many_tasks_and_their_bank(tiny: Backbone, store: AdapterStore, multi: dict[str, Any]) -> None:
     output = Path(multi["output"])
-    assert sorted(path.name for path in output.parent.iterdir()) == ["many.bank", "many.onnx"]
+    bank = bank_folder(output, Graph(output).metadata)
+    assert sorted(path.name for path in output.parent.iterdir()) == [bank.name, "many.onnx"]
+    assert re.fullmatch(r"many\.[0-9a-f]{8}\.bank", bank.name)
     assert multi["tasks"] == {task: store.load(task).revision for task in ("alpha", "beta")}
     for task in ("alpha", "beta"):
-        data = (output.with_suffix(".bank") / f"{task}.safetensors").read_bytes()
+        data = (bank / f"{task}.safetensors").read_bytes()
         assert data == (store.root / task / "adapter.safetensors").read_bytes()
     graph = Graph(output)
     assert [graph.metadata[key] for key in ("kind", "pool", "deep")] == ["multi", "mean", "0"]
@@ -108,7 +112,7 @@ def test_a_task_is_added_without_a_new_graph(tiny: Backbone, multi: dict[str, An
     result = add_task(tiny, more, "gamma", output)
     assert result["verification"]["max_abs_difference"] <= 1e-5
     assert output.read_bytes() == before
-    assert (output.with_suffix(".bank") / "gamma.safetensors").is_file()
+    assert (bank_folder(output, Graph(output).metadata) / "gamma.safetensors").is_file()
     assert result["revision"] == more.load("gamma").revision
 
 
@@ -178,11 +182,14 @@ def test_a_disk_that_fills_up_leaves_nothing(
 
 
 def test_large_weights_go_beside_the_graph(tiny: Backbone, store: AdapterStore, tmp_path: Path) -> None:
-    """And a smaller export to the same name takes the old ones away."""
+    """And the next export to the same name takes the old ones away."""
+    old = export_task(tiny, store, "alpha", tmp_path / "graph.onnx", ExportOptions(external_bytes=0))
+    (old_weights,) = tmp_path.glob("graph.*.onnx.data")
     output = tmp_path / "graph.onnx"
     result = export_task(tiny, store, "alpha", output, ExportOptions(external_bytes=0))
-    weights = tmp_path / "graph.onnx.data"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["graph.onnx", "graph.onnx.data"]
+    (weights,) = tmp_path.glob("graph.*.onnx.data")
+    assert weights != old_weights and old == result
+    assert sorted(tmp_path.iterdir()) == [weights, output]
     assert weights.stat().st_size > 0.9 * 4 * sum(p.numel() for p in tiny.model.parameters())
     assert output.stat().st_size + weights.stat().st_size == pytest.approx(result["size_bytes"], rel=0.02)
     onnx.checker.check_model(str(output))
@@ -203,7 +210,8 @@ def test_int8(tiny: Backbone, store: AdapterStore, data: str, tmp_path: Path) ->
     assert Graph(output).metadata["precision"] == "int8"
     assert 1e-5 < result["verification"]["max_abs_difference"] < 0.5
     assert set(result["verification"]["accuracy"]) == {"torch", "graph", "images"}
-    assert output.with_name("graph.onnx.data").stat().st_size > output.stat().st_size * 0.1
+    (weights,) = tmp_path.glob("graph.*.onnx.data")
+    assert weights.stat().st_size > output.stat().st_size * 0.1
 
 
 def tally(torch_correct: int, graph_correct: int) -> Tally:

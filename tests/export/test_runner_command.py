@@ -169,7 +169,7 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
     "empty": (["empty.onnx", "one.png"], "empty.onnx is not an ONNX graph"),
     "foreign": (["foreign.onnx", "one.png"], "foreign.onnx is not a graph of gpt-serve export: its format is 'none'"),
     "newer": (["other.onnx", "one.png"], "its format is 'gpt-serve-onnx/9', not 'gpt-serve-onnx/1'"),
-    "no weights": (["large.onnx", "one.png"], "large.onnx needs its weights, large.onnx.data, beside it"),
+    "no weights": (["large.onnx", "one.png"], "large.onnx needs its weights, a .data file, beside it"),
     "cut weights": (["short.onnx", "one.png"], "short.onnx needs its weights"),
     "missing image": (["flowers.onnx", "one.png", "absent.png"], "absent.png cannot be read: No such file"),
     "image a folder": (["flowers.onnx", "multi.bank"], "multi.bank cannot be read: Is a directory"),
