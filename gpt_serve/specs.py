@@ -107,11 +107,13 @@ class BackboneSpec:
 
     Attributes:
         name: timm name or bundled name.
-        fingerprint: SHA-256 (hex) of the frozen weights.
+        fingerprint: SHA-256 (hex) of the frozen weights before their position embeddings are interpolated to the input.
         depth: number of blocks ``L``.
         width: embedding dimension ``D``.
         pool: the pooling that the pretraining calls for.
         preprocess: the evaluation preprocessing; its ``input_size`` is the only one the backbone takes.
+        resized_fingerprint: of the weights after the interpolation, which older adapters carry; it may differ between
+            processors. None where it is not known.
     """
 
     name: str
@@ -120,16 +122,17 @@ class BackboneSpec:
     width: int
     pool: Pool
     preprocess: Preprocess
+    resized_fingerprint: str | None = None
+
+    def fits(self, fingerprint: str, input_size: tuple[int, int]) -> bool:
+        """Whether what was made on a backbone with this fingerprint and input size works on this one."""
+        weights = fingerprint in (self.fingerprint, self.resized_fingerprint)
+        return weights and input_size == self.preprocess.input_size
 
     def told_from(self, name: str, fingerprint: str, input_size: tuple[int, int]) -> str:
-        """How this backbone differs from one of another fingerprint, and what to do: the end of a refusal.
-
-        Position embeddings are resampled to the input size, so the same backbone at another size has other weights.
-        """
-        if name != self.name or input_size == self.preprocess.input_size:
+        """How this backbone differs from one that does not fit, and what to do: the end of a refusal."""
+        same = name == self.name or fingerprint == self.fingerprint
+        if not same or input_size == self.preprocess.input_size:
             return f"{name} ({fingerprint[:12]}), not on {self.name} ({self.fingerprint[:12]}): load that backbone"
         own, other = ("{} x {}".format(*size) for size in (self.preprocess.input_size, input_size))
-        return (
-            f"{name} at {other} pixels ({fingerprint[:12]}), not at {own} ({self.fingerprint[:12]}): "
-            f"load it with --input-size {input_size[0]}"
-        )
+        return f"{name} at {other} pixels, not at {own}: load it with --input-size {input_size[0]}"

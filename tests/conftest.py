@@ -25,8 +25,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def bundled() -> Backbone:
-    """The backbone that ships with the package: 12 blocks, width 192, 32x32 input, mean pooling."""
+    """The smaller backbone that ships with the package: 12 blocks, width 192, 32x32 input, mean pooling."""
     return Backbone.load("mae-vit-tiny-32")
+
+
+@pytest.fixture(scope="session")
+def small() -> Backbone:
+    """The larger one: 12 blocks, width 384, patches of 14x14, CLS pooling. Shared: don't change it."""
+    return Backbone.load("vit-small-14")
 
 
 @pytest.fixture(scope="session")

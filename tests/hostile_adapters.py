@@ -300,6 +300,11 @@ def _foreign(spec: BackboneSpec) -> Iterator[Hostile]:
     for name, message, pretender in (
         ("foreign-width", f"width 8 is not the backbone's {spec.width}", replace(spec, width=8)),
         ("foreign-depth", f"for {spec.depth + 1} blocks, the backbone has", replace(spec, depth=spec.depth + 1)),
-        ("foreign-input-size", rf"input size \({side}, {side}\) is not the backbone's", larger),
     ):
         yield Hostile(name, message, make_adapter(pretender, name).to_bytes())
+    yield Hostile(
+        "foreign-input-size",
+        rf"trained on backbone {spec.name} at {side} x {side} pixels, not at .*--input-size {side} or train again",
+        make_adapter(larger, "foreign-input-size").to_bytes(),
+        BackboneMismatch,
+    )

@@ -27,7 +27,8 @@ from gpt_serve.bench.timing import Plan, Ratio, interleave
 from gpt_serve.engine.malloc import reuse_freed_memory
 from gpt_serve.images.decode import decode
 from gpt_serve.images.preprocess import preprocess_image
-from gpt_serve.model.backbone import BUNDLED, Backbone
+from gpt_serve.model.backbone import Backbone
+from gpt_serve.model.catalog import TINY
 from gpt_serve.train.data.datasets import open_dataset
 from gpt_serve.train.fit import build_module, load_views
 from gpt_serve.train.job import Job
@@ -79,7 +80,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=20, help="rounds of a comparison")
     plan = Plan(parser.parse_args().repeats, comparison_seconds=60)
     reuse_freed_memory()
-    backbone = Backbone.load(BUNDLED)
+    backbone = Backbone.load(TINY.name)
     times = {"training": interleave({method: training_step(backbone, method) for method in METHODS}, plan)}
     starts = {name: start(backbone, settings) for name, settings in STARTS.items()}
     started = interleave({"gated": training_step(backbone, "gated"), **starts}, plan)

@@ -25,8 +25,9 @@ from gpt_serve.adapters.adapter import Adapter
 from gpt_serve.adapters.store import AdapterStore
 from gpt_serve.bench.timing import Plan, Ratio, interleave
 from gpt_serve.engine.malloc import reuse_freed_memory
-from gpt_serve.model.backbone import BUNDLED, Backbone
+from gpt_serve.model.backbone import Backbone
 from gpt_serve.model.batch import AdapterBatch
+from gpt_serve.model.catalog import TINY
 from gpt_serve.model.prompted import embed, prompted_features, remember
 
 HERE = Path(__file__).parent
@@ -137,7 +138,7 @@ def main() -> None:
     options = parser.parse_args()
     reuse_freed_memory()  # as every command of gpt-serve does
     steps = {task: close(task, options.data, options.work) for task in options.tasks}
-    backbone = Backbone.load(BUNDLED)
+    backbone = Backbone.load(TINY.name)
     plan = Plan(options.repeats)
     results = {
         task: {"closing": step, "speed": [speed(backbone, task, options.work, count, plan) for count in PROMPTS]}

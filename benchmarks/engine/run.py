@@ -31,7 +31,8 @@ from soak import bench_soak  # noqa: E402
 from gpt_serve.bench.http import bench_http  # noqa: E402
 from gpt_serve.bench.timing import Plan, Row  # noqa: E402
 from gpt_serve.engine.malloc import reuse_freed_memory  # noqa: E402
-from gpt_serve.model.backbone import BUNDLED, Backbone  # noqa: E402
+from gpt_serve.model.backbone import Backbone  # noqa: E402
+from gpt_serve.model.catalog import TINY  # noqa: E402
 
 HERE = Path(__file__).parent
 SMALL, BASE = "vit_small_patch16_224", "vit_base_patch16_224"
@@ -56,14 +57,14 @@ PARTS: dict[str, Part] = {
 }
 # What a run without --only measures, and on which backbones.
 DEFAULT = {
-    "peers": (BUNDLED, SMALL, BASE),
-    "tasks": (BUNDLED, SMALL, BASE),
-    "prompts": (BUNDLED, SMALL, BASE),
-    "bank": (BUNDLED, SMALL),
+    "peers": (TINY.name, SMALL, BASE),
+    "tasks": (TINY.name, SMALL, BASE),
+    "prompts": (TINY.name, SMALL, BASE),
+    "bank": (TINY.name, SMALL),
     "cold": (BASE,),
-    "overhead": (BUNDLED, SMALL),
+    "overhead": (TINY.name, SMALL),
 }
-NAMED = {"http": (SMALL,), "soak": (BUNDLED,), "passes": (BUNDLED, SMALL)}
+NAMED = {"http": (SMALL,), "soak": (TINY.name,), "passes": (TINY.name, SMALL)}
 
 
 def main() -> None:

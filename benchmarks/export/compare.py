@@ -30,8 +30,9 @@ from gpt_serve.export.files import quantize, save
 from gpt_serve.export.graphs import Form, single_graph
 from gpt_serve.export.session import FORMAT, Graph
 from gpt_serve.images.preprocess import normalize
-from gpt_serve.model.backbone import BUNDLED, Backbone
+from gpt_serve.model.backbone import Backbone
 from gpt_serve.model.batch import AdapterBatch
+from gpt_serve.model.catalog import TINY
 from gpt_serve.model.prompted import embed, prompted_features
 
 BATCHES = (1, 8)
@@ -132,7 +133,7 @@ def main() -> None:
     options = parser.parse_args()
     machine = machine_facts("cpu") | {name: version(name) for name in ("onnx", "onnxscript", "onnxruntime-gpu")}
     plan, rows = Plan(options.repeats), []
-    for name in options.backbones or [BUNDLED, "vit_small_patch16_224", "vit_base_patch16_224"]:
+    for name in options.backbones or [TINY.name, "vit_small_patch16_224", "vit_base_patch16_224"]:
         print(name, flush=True)
         rows += bench_export(Backbone.load(name, pretrained=False), plan, prompts=options.prompts)
     report = Report(machine, plan, rows, "python benchmarks/export/compare.py")

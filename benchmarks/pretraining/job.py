@@ -13,7 +13,8 @@ from probe import compare
 from result import card, save_weights
 
 from gpt_serve.errors import UsageError
-from gpt_serve.model.backbone import BUNDLED, Backbone, bundled_model
+from gpt_serve.model.backbone import Backbone, create_bundled
+from gpt_serve.model.catalog import TINY
 from gpt_serve.train.checkpoint import RunCheckpoint
 
 MODELS = {"mae": MAE, "mocov3": MoCoV3}
@@ -48,10 +49,10 @@ def pretrain(job: Job, report: Callable[[Epoch], None], notice: Callable[[str], 
         KeyboardInterrupt: interrupted; the last finished epoch is stored for ``resume``.
     """
     checkpoint = _open_checkpoint(job)
-    scaling = replace(Backbone.load(BUNDLED).spec.preprocess, crop_pct=1.0)
+    scaling = replace(Backbone.load(TINY.name).spec.preprocess, crop_pct=1.0)
     pixels, digest = load_pixels(job.data, job.splits, scaling, job.output)
     torch.manual_seed(job.recipe.seed)
-    model = MODELS[job.recipe.method](bundled_model()).to(job.device)
+    model = MODELS[job.recipe.method](create_bundled(TINY)).to(job.device)
     run = Run(model, pixels.to(job.device), job.recipe, checkpoint, digest)
     if job.resume:
         run.resume()

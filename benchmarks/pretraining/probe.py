@@ -17,8 +17,9 @@ from torch import Tensor
 from gpt_serve.errors import DataError, ImageError
 from gpt_serve.images.decode import LOCAL_LIMITS, decode
 from gpt_serve.images.preprocess import normalize, preprocess_image
-from gpt_serve.model.backbone import BUNDLED, Backbone
+from gpt_serve.model.backbone import Backbone
 from gpt_serve.model.batch import AdapterBatch
+from gpt_serve.model.catalog import TINY
 from gpt_serve.model.prompted import embed, prompted_features
 from gpt_serve.train.data.datasets import Sample, open_dataset
 
@@ -104,7 +105,7 @@ def compare(checkpoints: Sequence[Path | None], sources: Sequence[str], device: 
     heads = [f"{Path(source).name}, {kind}" for source in sources for kind in (f"k-NN ({NEIGHBOURS})", "linear probe")]
     lines = [["weights", *heads], ["---", *["---:"] * len(heads)]]
     for path in checkpoints:
-        backbone = Backbone.load(BUNDLED, checkpoint=path, device=device)
+        backbone = Backbone.load(TINY.name, checkpoint=path, device=device)
         cells = [cell for source in sources for cell in score(backbone, source).cells()]
         lines.append([f"{path or 'bundled'} ({backbone.fingerprint[:12]})", *cells])
     return [f"| {' | '.join(line)} |" for line in lines]

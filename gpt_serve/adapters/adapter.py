@@ -97,10 +97,10 @@ class Adapter:
         """Raise unless the adapter belongs to the backbone.
 
         Raises:
-            BackboneMismatch: it was trained on other weights; both are named.
-            InvalidAdapter: its shapes or input size are not the backbone's.
+            BackboneMismatch: it was trained on other weights or at another input size; both are named.
+            InvalidAdapter: its shapes are not the backbone's.
         """
-        if self.backbone_sha256 != spec.fingerprint:
+        if not spec.fits(self.backbone_sha256, self.preprocess.input_size):
             told = spec.told_from(self.backbone, self.backbone_sha256, self.preprocess.input_size)
             raise BackboneMismatch(f"trained on backbone {told} or train again")
         if self.head_weight.shape[1] != spec.width:
@@ -116,10 +116,6 @@ class Adapter:
         for name, depth in depths.items():
             if depth is not None and depth != spec.depth:
                 raise InvalidAdapter(f"{name} is for {depth} blocks, the backbone has {spec.depth}")
-        if self.preprocess.input_size != spec.preprocess.input_size:
-            raise InvalidAdapter(
-                f"input size {self.preprocess.input_size} is not the backbone's {spec.preprocess.input_size}"
-            )
 
 
 def revision_of(data: bytes) -> str:

@@ -13,7 +13,8 @@ from gpt_serve.engine.build import faster_forward
 from gpt_serve.engine.engine import Engine
 from gpt_serve.images.decode import decode
 from gpt_serve.images.preprocess import preprocess_image
-from gpt_serve.model.backbone import BUNDLED, Backbone
+from gpt_serve.model.backbone import Backbone
+from gpt_serve.model.catalog import BUNDLED
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 CLOSED = ("vpt-deep", 100)  # what torch computes in both engines: no row of prompts behind closed gates
@@ -56,5 +57,5 @@ def onnx_engine(backbone: Backbone, store: AdapterStore, folder: Path, max_batch
     Graphs of random weights are kept in ``folder``, as a server would with it for ``XDG_CACHE_HOME``: nobody needs them
     again.
     """
-    kept = None if backbone.name == BUNDLED else folder / "gpt-serve"
+    kept = None if backbone.name in BUNDLED else folder / "gpt-serve"
     return Engine(backbone, store, max_batch=max_batch, forward=faster_forward(backbone, kept))

@@ -27,7 +27,8 @@ from gpt_serve.bench.mixed import ALIKE, BATCH, answer, publish
 from gpt_serve.bench.timing import Plan, Ratio, Row, interleave, to_rows
 from gpt_serve.engine.engine import Engine
 from gpt_serve.errors import GPTServeError
-from gpt_serve.model.backbone import BUNDLED, Backbone
+from gpt_serve.model.backbone import Backbone
+from gpt_serve.model.catalog import BUNDLED
 from gpt_serve.serve import ServeConfig
 
 CLIENTS = (8, 32, 64)
@@ -137,7 +138,7 @@ def _server(backbone: Backbone, folder: Path) -> Iterator[int]:
     options = ["--port", "0", "--adapters", str(folder / "adapters"), "--backbone", backbone.name]
     options += ["--device", str(backbone.device), "--max-batch-size", str(BATCH), "--deadline", str(PATIENCE)]
     environment = dict(os.environ)
-    if backbone.name != BUNDLED:
+    if backbone.name not in BUNDLED:
         environment["XDG_CACHE_HOME"] = str(folder)  # where the graph of these weights is
         save_file(backbone.model.state_dict(), folder / "weights.safetensors")
         options += ["--checkpoint", str(folder / "weights.safetensors")]

@@ -8,9 +8,8 @@ from typing import Any
 import click
 
 from gpt_serve.errors import UsageError
+from gpt_serve.model.catalog import DEFAULT_BACKBONE
 from gpt_serve.specs import TASK_PATTERN
-
-BUNDLED = "mae-vit-tiny-32"
 
 
 class ByteSize(click.ParamType[int]):
@@ -51,7 +50,10 @@ adapters_option = click.option(
 device_option = click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 weights_options = option_group(
     click.option(
-        "--backbone", default=BUNDLED, show_default=True, help="timm name of a plain ViT, or the bundled one."
+        "--backbone",
+        default=DEFAULT_BACKBONE,
+        show_default=True,
+        help="Bundled backbone or timm name of a plain ViT.",
     ),
     click.option("--checkpoint", type=click.Path(path_type=Path), help="Weights file: MAE, MoCo v3 or timm."),
     click.option("--input-size", type=click.IntRange(1, 4096), help="Side of the input in pixels."),
@@ -145,9 +147,9 @@ bench_options = option_group(
         "--backbone",
         "backbones",
         multiple=True,
-        default=[BUNDLED, "vit_small_patch16_224"],
+        default=[DEFAULT_BACKBONE, "vit_small_patch16_224"],
         show_default=True,
-        help="timm name of a plain ViT, given random weights, or the bundled one; repeat for more.",
+        help="A bundled backbone, or a timm name of a plain ViT, given random weights; repeat for more.",
     ),
     click.option("--repeats", type=click.IntRange(1), default=20, show_default=True, help="Most rounds a comparison."),
     click.option(

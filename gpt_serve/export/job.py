@@ -170,8 +170,8 @@ def add_task(
     opened = Graph(graph)
     if opened.metadata["kind"] != "multi":
         raise ExportError(f"{graph} is a graph of one task: export it again with --tasks to add more")
-    if opened.metadata["backbone_sha256"] != backbone.fingerprint:
-        height, width = json.loads(opened.metadata["preprocess"])["input_size"]
+    height, width = json.loads(opened.metadata["preprocess"])["input_size"]
+    if not backbone.spec.fits(opened.metadata["backbone_sha256"], (height, width)):
         named = backbone.spec.told_from(
             opened.metadata["backbone"], opened.metadata["backbone_sha256"], (height, width)
         )

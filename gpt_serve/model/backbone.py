@@ -2,9 +2,8 @@
 
 import hashlib
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,14 +12,13 @@ import torch
 from timm.data import resolve_data_config
 from timm.layers import Attention, PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
 from gpt_serve.errors import BackboneError, UnsupportedBackbone
+from gpt_serve.model.catalog import BUNDLED, DEFAULT_BACKBONE, Bundled, known_names
 from gpt_serve.model.checkpoints import load_checkpoint
 from gpt_serve.specs import BackboneSpec, Family, Pool, Preprocess
 
-BUNDLED = "mae-vit-tiny-32"
-BUNDLED_SIDE = 32
 POOL_OF: dict[Family, Pool] = {"mae": "mean", "mocov3": "cls"}
 
 
@@ -64,50 +62,50 @@ class Backbone:
         device: str = "cpu",
         pretrained: bool = True,
     ) -> "Backbone":
-        """Load any plain timm ViT, or the bundled ``mae-vit-tiny-32``.
+        """Load a bundled backbone or any plain timm ViT.
 
         Args:
-            name: timm model name such as ``vit_base_patch16_224.mae``, or the bundled name.
-            checkpoint: weights from a file (MAE, MoCo v3 or a timm state dict) instead of the hub.
+            name: a name of `gpt_serve.model.catalog.BUNDLED`, or a timm model such as ``vit_base_patch16_224.mae``.
+            checkpoint: weights from a file (MAE, MoCo v3 or a timm state dict) instead of the bundled or the hub's.
             input_size: side of the square input in pixels; position embeddings are interpolated to it.
             pool: ``cls`` or ``mean``; None picks what the pretraining calls for (MAE: mean).
-            pretrained: False leaves the weights random (tests and benchmarks).
+            pretrained: False leaves the weights of a timm model random (tests and benchmarks).
 
         Raises:
             UnsupportedBackbone: the name is unknown or no plain ViT.
             CheckpointError: the file cannot be read or does not fit.
             BackboneError: the weights cannot be downloaded, or the patches do not tile the input.
         """
-        if name == BUNDLED:
-            return cls._load_bundled(checkpoint, input_size, pool, device)
+        if name in BUNDLED:
+            return cls._load_bundled(BUNDLED[name], checkpoint, input_size, pool, device)
         _check_name(name, input_size)
         from_hub = pretrained and checkpoint is None
-        model = _create(name, pretrained=from_hub, input_size=input_size)
-        config = resolve_data_config({}, pretrained_cfg=model.pretrained_cfg)
-        preprocess = _preprocess(config, model)
+        model = _create(name, pretrained=from_hub)
+        size = (input_size, input_size) if input_size is not None else model.patch_embed.img_size
+        preprocess = _preprocess(resolve_data_config({}, pretrained_cfg=model.pretrained_cfg), size)
         family: Family | None = "mae" if "mae" in name.rpartition(".")[2].split("_") else None
         if checkpoint is not None:
             family = load_checkpoint(model, checkpoint) or family
         pool = pool or (_default_pool(model) if family is None else POOL_OF[family])
-        return cls.from_model(model, name, preprocess, pool, device=device, family=family)
+        return cls.from_model(model, name, preprocess, pool, input_size=size, device=device, family=family)
 
     @classmethod
     def _load_bundled(
-        cls, checkpoint: str | Path | None, input_size: int | None, pool: Pool | None, device: str
+        cls,
+        bundled: Bundled,
+        checkpoint: str | Path | None,
+        input_size: int | None,
+        pool: Pool | None,
+        device: str,
     ) -> "Backbone":
-        _check_input_size(BUNDLED, input_size, 4)
-        model = bundled_model(input_size or BUNDLED_SIDE)
-        path = checkpoint or Path(str(files("gpt_serve"))) / "backbones" / f"{BUNDLED}.safetensors"
-        family = load_checkpoint(model, path) or "mae"
-        preprocess = Preprocess(
-            input_size=model.patch_embed.img_size,
-            crop_pct=0.875,
-            crop_mode="center",
-            interpolation="bicubic",
-            mean=(0.485, 0.456, 0.406),
-            std=(0.229, 0.224, 0.225),
+        _check_input_size(bundled.name, input_size, bundled.patch)
+        model = create_bundled(bundled)
+        family = load_checkpoint(model, checkpoint or bundled.weights) or bundled.family
+        size = (input_size, input_size) if input_size is not None else bundled.preprocess.input_size
+        pool = pool or (bundled.pool if family is None else POOL_OF[family])
+        return cls.from_model(
+            model, bundled.name, bundled.preprocess, pool, input_size=size, device=device, family=family
         )
-        return cls.from_model(model, BUNDLED, preprocess, pool or POOL_OF[family], device=device, family=family)
 
     @classmethod
     def from_model(
@@ -117,10 +115,16 @@ class Backbone:
         preprocess: Preprocess,
         pool: Pool,
         *,
+        input_size: tuple[int, int] | None = None,
         device: str = "cpu",
         family: Family | None = None,
     ) -> "Backbone":
         """Freeze ``model`` and take it as a backbone.
+
+        Args:
+            preprocess: how images become input; its ``input_size`` does not count.
+            input_size: (height, width) that the position embeddings are interpolated to once the fingerprint is taken;
+                None for the model's own.
 
         Raises:
             UnsupportedBackbone: not a plain Vision Transformer, or ``cls`` pooling without a CLS token.
@@ -131,20 +135,24 @@ class Backbone:
             raise UnsupportedBackbone(f"backbone {name!r} has no CLS token: use --pool mean")
         model.requires_grad_(False)
         model.eval()
+        size = input_size or tuple(model.patch_embed.img_size)
+        own, resized = _resize(model, size)
         spec = BackboneSpec(
             name=name,
-            fingerprint=fingerprint(model),
+            fingerprint=own,
             depth=len(model.blocks),
             width=model.embed_dim,
             pool=pool,
-            preprocess=replace(preprocess, input_size=tuple(model.patch_embed.img_size)),
+            preprocess=replace(preprocess, input_size=size),
+            resized_fingerprint=resized,
         )
         return cls(model, spec, device, family)
 
 
-def bundled_model(input_size: int = BUNDLED_SIDE) -> VisionTransformer:
-    """The architecture of the bundled backbone with random weights: 12 blocks, width 192, patches of 4x4 pixels."""
-    return timm.create_model("vit_tiny_patch16_224", img_size=input_size, patch_size=4, num_classes=0)
+def create_bundled(bundled: Bundled) -> VisionTransformer:
+    """The architecture of a bundled backbone at its default input size, with random weights."""
+    size = bundled.preprocess.input_size
+    return timm.create_model(bundled.architecture, img_size=size, num_classes=0, **bundled.arguments)
 
 
 def check_plain(model: nn.Module, name: str) -> None:
@@ -166,11 +174,29 @@ def check_plain(model: nn.Module, name: str) -> None:
 
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 (64 hex digits) over the names, shapes and float32 values of all weights, in name order."""
-    digest = hashlib.sha256()
-    for key, tensor in sorted(model.state_dict().items()):
+    return _updated(hashlib.sha256(), sorted(model.state_dict().items())).hexdigest()
+
+
+def _resize(model: VisionTransformer, size: tuple[int, int]) -> tuple[str, str]:
+    """Interpolate the position embeddings to an input of ``size``; the fingerprints before and after.
+
+    What precedes ``pos_embed`` in name order, nearly everything, stays as it is and is hashed once.
+    """
+    state = sorted(model.state_dict().items())
+    first = next((index for index, (key, _) in enumerate(state) if key >= "pos_embed"), len(state))
+    common = _updated(hashlib.sha256(), state[:first])
+    before = _updated(common.copy(), state[first:]).hexdigest()
+    if size == tuple(model.patch_embed.img_size):
+        return before, before
+    model.set_input_size(img_size=size)
+    return before, _updated(common, sorted(model.state_dict().items())[first:]).hexdigest()
+
+
+def _updated(digest: "hashlib._Hash", state: Iterable[tuple[str, Tensor]]) -> "hashlib._Hash":
+    for key, tensor in state:
         digest.update(f"{key}{tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().data)
-    return digest.hexdigest()
+    return digest
 
 
 def _move(model: VisionTransformer, device: str) -> VisionTransformer:
@@ -183,13 +209,13 @@ def _move(model: VisionTransformer, device: str) -> VisionTransformer:
 def _check_name(name: str, input_size: int | None) -> None:
     """Refuse what is not a plain ViT, or not at this size, before any weights are made or downloaded."""
     if not timm.is_model(name):
-        raise UnsupportedBackbone(f"unknown backbone {name!r}: use {BUNDLED!r} or a timm model name")
+        raise UnsupportedBackbone(f"unknown backbone {name!r}: use {known_names()} or a timm model name")
     try:
         with torch.device("meta"):
             model = timm.create_model(name, num_classes=0)
     except RuntimeError as error:  # no such tag after the dot
         raise UnsupportedBackbone(
-            f"unknown backbone {name!r}: use {BUNDLED!r} or a timm model name ({_first_line(error)})"
+            f"unknown backbone {name!r}: use {known_names()} or a timm model name ({_first_line(error)})"
         ) from error
     check_plain(model, name)
     _check_input_size(name, input_size, max(model.patch_embed.patch_size))
@@ -204,16 +230,16 @@ def _check_input_size(name: str, input_size: int | None, patch: int) -> None:
         )
 
 
-def _create(name: str, *, pretrained: bool, input_size: int | None) -> VisionTransformer:
-    size: dict[str, Any] = {} if input_size is None else {"img_size": input_size}
+def _create(name: str, *, pretrained: bool) -> VisionTransformer:
+    """The timm model at its own input size, so that its position embeddings are those that were published."""
     try:
-        return timm.create_model(name, pretrained=pretrained, num_classes=0, **size)
+        return timm.create_model(name, pretrained=pretrained, num_classes=0)
     except Exception as error:  # timm and the hub raise whatever their HTTP stack raises
         if not pretrained:
             raise BackboneError(f"backbone {name!r} cannot be built: {_first_line(error)}") from error
         raise BackboneError(
-            f"weights of {name!r} cannot be had from the hub; pass --checkpoint FILE or use --backbone {BUNDLED} "
-            f"({type(error).__name__}: {_first_line(error)})"
+            f"weights of {name!r} cannot be had from the hub; pass --checkpoint FILE or use --backbone "
+            f"{DEFAULT_BACKBONE} ({type(error).__name__}: {_first_line(error)})"
         ) from error
 
 
@@ -223,10 +249,10 @@ def _first_line(error: Exception) -> str:
     return textwrap.shorten(lines[0], 160, placeholder=" ...") if lines else type(error).__name__
 
 
-def _preprocess(config: Mapping[str, Any], model: VisionTransformer) -> Preprocess:
+def _preprocess(config: Mapping[str, Any], size: tuple[int, int]) -> Preprocess:
     interpolation: Literal["bilinear", "bicubic"] = "bilinear" if config["interpolation"] == "bilinear" else "bicubic"
     return Preprocess(
-        input_size=tuple(model.patch_embed.img_size),
+        input_size=size,
         crop_pct=float(config["crop_pct"]),
         crop_mode="squash" if config.get("crop_mode") == "squash" else "center",
         interpolation=interpolation,

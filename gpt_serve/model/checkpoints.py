@@ -1,5 +1,6 @@
 """Weights from files: MAE, MoCo v3 and timm checkpoints, in .safetensors or .pth."""
 
+import math
 import re
 import textwrap
 import warnings
@@ -68,7 +69,7 @@ def _stated_family(path: Path) -> Family | None:
 
 
 def load_checkpoint(model: VisionTransformer, path: str | Path) -> Family | None:
-    """Load the file's weights into ``model``, interpolating position embeddings to its input size.
+    """Load the file's weights into ``model``, which takes on the input size of the file's position embeddings.
 
     Returns:
         The family of the checkpoint, None when unknown.
@@ -81,6 +82,7 @@ def load_checkpoint(model: VisionTransformer, path: str | Path) -> Family | None
     if isinstance(model.norm, nn.Identity):
         weights = {_to_fc_norm(key): value for key, value in weights.items()}
     try:
+        _take_on_size(model, weights)
         weights = checkpoint_filter_fn(weights, model)
         result = model.load_state_dict(weights, strict=False)
     except Exception as error:  # tensors of any shape meet timm's conversions here
@@ -91,6 +93,18 @@ def load_checkpoint(model: VisionTransformer, path: str | Path) -> Family | None
             f"checkpoint {path} does not fit the backbone: {', '.join(wrong[:4])} ({len(wrong)} keys)"
         )
     return family
+
+
+def _take_on_size(model: VisionTransformer, weights: Mapping[str, Tensor]) -> None:
+    """Give ``model`` the input that the file's position embeddings are for, so that nothing interpolates them."""
+    names = ("pos_embed", "visual.positional_embedding")
+    tables = [value for key, value in weights.items() if key in names]
+    rows = tables[0].shape[-2] if tables and tables[0].ndim > 1 else 0
+    patches = (rows - (0 if model.no_embed_class else model.num_prefix_tokens), rows - 1, rows)
+    side = next((math.isqrt(count) for count in patches if count > 0 and math.isqrt(count) ** 2 == count), None)
+    if side is not None:
+        height, width = model.patch_embed.patch_size
+        model.set_input_size(img_size=(side * height, side * width))
 
 
 def _read(path: Path) -> Mapping[str, Any]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from gpt_serve.errors import UsageError
+from gpt_serve.model.catalog import DEFAULT_BACKBONE
 from gpt_serve.specs import Precision
 
 EngineName = Literal["torch", "onnx"]
@@ -22,7 +23,7 @@ class ServeConfig:
         host: address to listen on; ``0.0.0.0`` or ``::`` for all.
         port: TCP port; 0 picks a free one, which the ready line names.
         adapters: directory with one ``<task>/adapter.safetensors`` per task; watched, not copied.
-        backbone: timm name or the bundled name; every adapter must have been trained on it.
+        backbone: timm name or a bundled name; every adapter must have been trained on it.
         checkpoint: weights file for the backbone instead of the hub's.
         input_size: side of the backbone's input in pixels; None takes its own.
         device: ``cpu``, ``cuda`` or ``cuda:<index>``.
@@ -45,7 +46,7 @@ class ServeConfig:
     host: str = "127.0.0.1"
     port: int = 8000
     adapters: Path = Path("adapters")
-    backbone: str = "mae-vit-tiny-32"
+    backbone: str = DEFAULT_BACKBONE
     checkpoint: Path | None = None
     input_size: int | None = None
     device: str = "cpu"

@@ -181,5 +181,6 @@ def _without(dataset: Dataset, names: set[str]) -> Dataset:
 
 def run_identity(backbone: Backbone, job: Job, data: str) -> dict[str, Any]:
     """What must be equal for a run to continue, as plain JSON values; ``data`` is the images' digest."""
-    identity = {"task": job.task, "backbone": backbone.fingerprint, "pool": backbone.spec.pool, "data": data}
-    return identity | {"nmi": job.nmi, **job.recipe.to_dict()}
+    spec = backbone.spec
+    identity = {"task": job.task, "backbone": spec.fingerprint, "pool": spec.pool, "data": data}
+    return identity | {"input_size": list(spec.preprocess.input_size)} | {"nmi": job.nmi, **job.recipe.to_dict()}

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gpt_serve.model.backbone import BUNDLED, Backbone
+from gpt_serve.model.backbone import Backbone
+from gpt_serve.model.catalog import TINY
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "pretraining" / "run.py"
 pytestmark = pytest.mark.slow
@@ -48,7 +49,7 @@ def test_images_become_weights_that_load_as_a_backbone(images: Path, tmp_path: P
         ["README.md", weights.name]
     )
     assert "40 images of images (train, test)" in (output / "README.md").read_text()
-    backbone = Backbone.load(BUNDLED, checkpoint=weights)
+    backbone = Backbone.load(TINY.name, checkpoint=weights)
     assert (backbone.family, backbone.spec.pool) == (method, pool)
 
 

@@ -280,7 +280,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "not an image": (["predict", "--task", "alpha", "text.png"], "text.png: file is not a JPEG, PNG or WebP image"),
     "unknown backbone": (
         ["predict", "--task", "alpha", "--backbone", "vit_nope", "one.png"],
-        "unknown backbone 'vit_nope': use 'mae-vit-tiny-32' or a timm model name",
+        "unknown backbone 'vit_nope': use 'mae-vit-tiny-32', 'vit-small-14' or a timm model name",
     ),
     "unsupported backbone": (
         ["predict", "--task", "alpha", "--backbone", "resnet18", "one.png"],

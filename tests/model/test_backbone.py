@@ -5,20 +5,25 @@ from typing import Any
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 from timm.data import resolve_data_config
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from gpt_serve.cli.options import BUNDLED as BUNDLED_OPTION
-from gpt_serve.errors import BackboneError, UnsupportedBackbone
-from gpt_serve.model.backbone import BUNDLED, Backbone, check_plain, fingerprint
+from gpt_serve.errors import BackboneError, BackboneMismatch, UnsupportedBackbone
+from gpt_serve.model.backbone import Backbone, check_plain, fingerprint
 from gpt_serve.model.batch import AdapterBatch
+from gpt_serve.model.catalog import BUNDLED, SMALL, TINY
 from gpt_serve.model.prompted import embed, prompted_features
 from gpt_serve.specs import Pool
+from tests.factories import make_adapter
 from tests.tiny_vit import PREPROCESS, tiny_backbone, tiny_vit
 
-BUNDLED_FINGERPRINT = "35d41c0de1083b33359b7b7935367fa778837facf94d1796a3f82d98edfa2954"
+FINGERPRINTS = {
+    TINY.name: "35d41c0de1083b33359b7b7935367fa778837facf94d1796a3f82d98edfa2954",
+    SMALL.name: "1cb67d26e8baa2729a74193aac831dfc2a9fba3130afb0b21f6efcae10d47b51",
+}
 
 
 def refusal(name: str, error: type[BackboneError] = UnsupportedBackbone, **options: Any) -> str:
@@ -30,34 +35,63 @@ def refusal(name: str, error: type[BackboneError] = UnsupportedBackbone, **optio
     return message
 
 
-# The bundled one
+# The bundled ones
 
 
-def test_bundled_backbone(bundled: Backbone) -> None:
-    assert BUNDLED == BUNDLED_OPTION
+def test_tiny_backbone(bundled: Backbone) -> None:
     spec = bundled.spec
-    assert (bundled.name, spec.depth, spec.width, spec.pool) == (BUNDLED, 12, 192, "mean")
-    assert spec.preprocess.input_size == (32, 32)
+    assert (bundled.name, spec.depth, spec.width, spec.pool) == (TINY.name, 12, 192, "mean")
+    assert (spec.preprocess.input_size, bundled.family) == ((32, 32), "mae")
     assert bundled.model.num_prefix_tokens == 1
     assert bundled.fingerprint == spec.fingerprint
 
 
-def test_fingerprint_is_the_same_in_every_process(bundled: Backbone) -> None:
+def test_small_backbone(small: Backbone) -> None:
+    spec = small.spec
+    assert (small.name, spec.depth, spec.width, spec.pool) == (SMALL.name, 12, 384, "cls")
+    assert (spec.preprocess.input_size, small.family) == (SMALL.preprocess.input_size, None)
+    assert small.model.num_prefix_tokens == 1 and small.model.blocks[0].attn.num_heads == 6
+
+
+@torch.inference_mode()
+def test_small_backbone_equals_timm_with_the_same_file(small: Backbone) -> None:
+    side = SMALL.preprocess.input_size[0]
+    plain = timm.create_model("vit_small_patch14_dinov2", img_size=side, num_classes=0)
+    weights = load_file(SMALL.weights)
+    table = resample_abs_pos_embed(weights.pop("pos_embed").float(), [side // 14] * 2, num_prefix_tokens=1)
+    plain.load_state_dict({key: value.float() for key, value in weights.items()} | {"pos_embed": table})
+    images = torch.rand(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(bare_features(small, images), plain.eval()(images), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_fingerprint_is_the_same_in_every_process_and_at_every_size(name: str) -> None:
     """Adapters carry it: what trained them and what serves them must agree on it."""
-    assert bundled.fingerprint == BUNDLED_FINGERPRINT
+    patch = BUNDLED[name].patch
+    assert [Backbone.load(name, input_size=size).fingerprint for size in (None, 4 * patch)] == 2 * [FINGERPRINTS[name]]
 
 
 def test_bundled_backbone_at_another_size(bundled: Backbone) -> None:
-    larger = Backbone.load(BUNDLED, input_size=48)
+    larger = Backbone.load(TINY.name, input_size=48)
     assert larger.spec.preprocess.input_size == (48, 48)
-    assert larger.fingerprint != bundled.fingerprint
     expected = resample_abs_pos_embed(bundled.model.pos_embed, [12, 12], num_prefix_tokens=1)
     torch.testing.assert_close(larger.model.pos_embed, expected, rtol=0, atol=1e-6)
     assert torch.equal(larger.model.pos_embed[:, :1], bundled.model.pos_embed[:, :1])
 
 
+def test_adapters_with_the_fingerprint_of_interpolated_weights_go_on_loading() -> None:
+    """Until fingerprints were taken before the interpolation, this was the one in every adapter at another size."""
+    backbone = Backbone.load(TINY.name, input_size=48)
+    before = fingerprint(backbone.model)
+    assert before != backbone.fingerprint
+    make_adapter(backbone.spec, backbone_sha256=before).check_backbone(backbone.spec)
+    make_adapter(backbone.spec).check_backbone(backbone.spec)
+    with pytest.raises(BackboneMismatch):
+        make_adapter(backbone.spec, backbone_sha256="ab" * 32).check_backbone(backbone.spec)
+
+
 def test_pool_can_be_chosen() -> None:
-    assert Backbone.load(BUNDLED, pool="cls").spec.pool == "cls"
+    assert Backbone.load(TINY.name, pool="cls").spec.pool == "cls"
 
 
 # Fingerprint
@@ -105,7 +139,7 @@ def test_fingerprint_is_of_the_float32_values() -> None:
 # Frozen
 
 
-@pytest.mark.parametrize("name", [BUNDLED, "vit_tiny_patch16_224"])
+@pytest.mark.parametrize("name", [TINY.name, "vit_tiny_patch16_224"])
 def test_everything_is_frozen(name: str) -> None:
     backbone = Backbone.load(name, pretrained=False, input_size=32)
     assert not any(weight.requires_grad for weight in backbone.model.parameters())
@@ -220,7 +254,7 @@ def test_model_that_is_no_plain_vit(name: str) -> None:
 )
 def test_unknown_name(name: str) -> None:
     message = refusal(name)
-    assert message.startswith(f"unknown backbone {name!r}: use 'mae-vit-tiny-32' or a timm model name")
+    assert message.startswith(f"unknown backbone {name!r}: use 'mae-vit-tiny-32', 'vit-small-14' or a timm model name")
 
 
 @pytest.mark.parametrize(
@@ -253,10 +287,10 @@ def test_cls_pooling_needs_a_cls_token() -> None:
 @pytest.mark.parametrize(
     ("name", "size", "advice"),
     [
-        (BUNDLED, 30, "4-pixel patches of backbone 'mae-vit-tiny-32': use 32"),
-        (BUNDLED, 1, "use 4"),
-        (BUNDLED, 0, "use 4"),
-        (BUNDLED, -8, "use 4"),
+        (TINY.name, 30, "4-pixel patches of backbone 'mae-vit-tiny-32': use 32"),
+        (TINY.name, 1, "use 4"),
+        (TINY.name, 0, "use 4"),
+        (TINY.name, -8, "use 4"),
         ("vit_tiny_patch16_224", 100, "16-pixel patches of backbone 'vit_tiny_patch16_224': use 96"),
         ("vit_small_patch14_dinov2", 224 + 1, "use 224"),
     ],
@@ -310,5 +344,5 @@ def test_model_without_published_weights() -> None:
 
 @pytest.mark.parametrize("device", ["cuda:99", "abacus"])
 def test_device_that_is_not_there(device: str) -> None:
-    message = refusal(BUNDLED, BackboneError, device=device)
+    message = refusal(TINY.name, BackboneError, device=device)
     assert message.startswith(f"device {device!r} cannot be used here: use cpu or auto (")

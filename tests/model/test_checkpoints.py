@@ -156,13 +156,29 @@ def test_model_that_pools_before_its_norm(tmp_path: Path, weights: Weights) -> N
     assert all(torch.equal(value, own[key]) for key, value in model.state_dict().items())
 
 
-def test_position_embeddings_are_interpolated_in_float32(tmp_path: Path, weights: Weights) -> None:
-    halves = {key: value.half() for key, value in weights.items()}
+def test_model_takes_on_the_size_of_the_file(tmp_path: Path, weights: Weights) -> None:
+    """So that the fingerprint is that of the file's own tensors; `Backbone` interpolates them afterwards."""
     model = blank(img_size=24)
-    load_checkpoint(model, saved(tmp_path, halves))
+    load_checkpoint(model, saved(tmp_path, weights))
+    assert tuple(model.patch_embed.img_size) == (16, 16)
+    assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("options", [{}, {"reg_tokens": 4}, {"reg_tokens": 4, "no_embed_class": True}], ids=str)
+def test_size_of_the_file_with_any_prefix(tmp_path: Path, options: dict[str, Any]) -> None:
+    own = tiny_vit(img_size=40, **options).state_dict()
+    model = blank(img_size=24, **options)
+    load_checkpoint(model, saved(tmp_path, own))
+    assert tuple(model.patch_embed.img_size) == (40, 40)
+    assert torch.equal(model.pos_embed, own["pos_embed"])
+
+
+def test_position_embeddings_are_interpolated_in_float32(tmp_path: Path, bundled: Backbone) -> None:
+    halves = {key: value.half() for key, value in bundled.model.state_dict().items()}
+    loaded = Backbone.load(bundled.name, checkpoint=saved(tmp_path, halves), input_size=24)
     expected = resample_abs_pos_embed(halves["pos_embed"].float(), [6, 6], num_prefix_tokens=1)
-    assert torch.equal(model.pos_embed, expected)
-    assert torch.equal(model.norm.weight, halves["norm.weight"].float())
+    assert torch.equal(loaded.model.pos_embed, expected)
+    assert torch.equal(loaded.model.norm.weight, halves["norm.weight"].float())
 
 
 @pytest.mark.parametrize(("family", "pool"), [("mae", "mean"), ("moco", "cls"), ("timm", "cls")])

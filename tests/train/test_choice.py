@@ -9,7 +9,8 @@ from click.testing import CliRunner
 
 from gpt_serve.cli.main import main
 from gpt_serve.errors import UsageError
-from gpt_serve.model.backbone import BUNDLED, Backbone
+from gpt_serve.model.backbone import Backbone
+from gpt_serve.model.catalog import TINY
 from gpt_serve.specs import Family
 from gpt_serve.train.recipes.choice import choose_recipe
 from gpt_serve.train.recipes.paper_table import find_row, table_tasks
@@ -57,7 +58,7 @@ def test_what_no_row_decides(
 
 
 def test_the_bundled_backbone_keeps_its_own_default_and_names_the_row() -> None:
-    model = backbone("mae", BUNDLED)
+    model = backbone("mae", TINY.name)
     recipe, text = choose_recipe("auto", "flowers", model)
     assert recipe == RECIPES["lda"]
     assert text == (
@@ -97,7 +98,7 @@ def test_the_spt_recipe_is_the_default_of_its_methods_on_published_backbones() -
     recipe, text = choose_recipe("auto", "cub", backbone("mocov3"), method="spt-shallow", lr=0.1)
     assert text == "recipe spt (Wang et al., MAE on CUB)"
     assert (recipe.prompts, recipe.head_weight_decay, recipe.head_init, recipe.lr) == (100, 0.5, "tiny", 0.1)
-    assert choose_recipe("auto", "cub", backbone("mae", BUNDLED), method="spt-deep")[1] == "recipe adamw"
+    assert choose_recipe("auto", "cub", backbone("mae", TINY.name), method="spt-deep")[1] == "recipe adamw"
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@
 from typing import Any
 
 from gpt_serve.errors import UsageError
-from gpt_serve.model.backbone import BUNDLED, Backbone
+from gpt_serve.model.backbone import Backbone
+from gpt_serve.model.catalog import BUNDLED
 from gpt_serve.train.data.datasets import Benchmark
 from gpt_serve.train.methods.prompts import find_method
 from gpt_serve.train.recipes.paper_table import Row, find_row
@@ -16,7 +17,7 @@ def choose_recipe(
     """The recipe of a run, and a line that says where it came from.
 
     ``paper`` takes the row of Table 5 for the task and the backbone's family, and values from the middle of the table
-    where there is none. ``auto`` takes that row for the method ``gated``, or ``lda`` where there is none and on the
+    where there is none. ``auto`` takes that row for the method ``gated``, or ``lda`` where there is none and on a
     bundled backbone, where it measured better; the SPT methods get ``spt`` on other MAE and MoCo v3 backbones, full
     fine-tuning ``full`` and every other method ``adamw``.
 
@@ -60,7 +61,7 @@ def choose_recipe(
 
 def _of_method(method: str | None, row: Row | None, backbone: Backbone) -> str:
     """What ``auto`` means."""
-    published = backbone.name != BUNDLED
+    published = backbone.name not in BUNDLED
     if method in (None, "gated"):
         return "paper" if published and row is not None else "lda"
     if method in ("spt-shallow", "spt-deep") and published and backbone.family is not None:
