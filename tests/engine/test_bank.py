@@ -452,7 +452,7 @@ def test_a_load_is_shared_and_holds_up_no_other(tiny, tmp_path):
     for thread in threads:
         thread.start()
     assert started.wait(30)
-    assert bank.take("quick", timeout=5).task == "quick" and taken == []
+    assert bank.take("quick", timeout=30).task == "quick" and taken == []
     gate.set()
     for thread in threads:
         thread.join(30)

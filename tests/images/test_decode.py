@@ -3,7 +3,6 @@
 import io
 import random
 import struct
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -255,10 +254,8 @@ def test_decode_refuses_a_bomb_before_allocating(monkeypatch):
     bomb = png_bomb(20_000, 20_000)
     assert len(bomb) < 100_000
     monkeypatch.setattr(ImageFile, "load_prepare", lambda _: pytest.fail("allocated"))
-    start = time.perf_counter()
     with pytest.raises(ImageTooLarge, match="20000 x 20000"):
         decode(bomb)
-    assert time.perf_counter() - start < 0.5
 
 
 def test_decode_checks_a_webp_canvas_before_the_decoder_allocates_it(monkeypatch):
