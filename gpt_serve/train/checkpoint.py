@@ -1,19 +1,69 @@
-"""What an interrupted run leaves behind: one file per task, replaced after each epoch."""
+"""What an interrupted run leaves behind: a folder for each task, held by one process at a time."""
 
-import contextlib
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from gpt_serve.errors import UsageError
 from gpt_serve.files import replacing
 
 
+def run_folder(adapters: Path, task: str) -> Path:
+    """Where runs of ``task`` store what resuming needs: no other task's run reads, writes or removes anything there."""
+    return adapters / ".train" / task
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Make a `run_folder` and keep other processes out of it until the block ends; it goes when it is empty then.
+
+    The lock is a file beside the folder. It stays, as whoever removes a lock takes it from those who wait for it. The
+    system gives it free when its process ends, however that happens.
+
+    Raises:
+        UsageError: another process trains the task, or the disk refuses: this is known before anything trains.
+    """
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"), blocking=False)  # no task's name begins with a dot
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise UsageError(
+            f"{folder.name!r} is being trained in {folder.parent.parent} by another process: "
+            "wait for its end, or choose another --task"
+        ) from error
+    except OSError as error:
+        raise _unwritable(folder.parent, error) from error
+    try:
+        _make(folder)
+        yield
+    finally:
+        with suppress(OSError):  # something is left to resume
+            folder.rmdir()
+        lock.release()
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
+def _unwritable(folder: Path, error: OSError) -> UsageError:
+    return UsageError(f"the folder {folder} cannot be made or written to: {error.strerror}")
+
+
 class RunCheckpoint:
-    """The state of one training run at ``adapters/.train/<task>.pt``.
+    """The state of one training run at ``adapters/.train/<task>/checkpoint.pt``.
 
     Args:
         adapters: the adapter folder.
@@ -21,25 +71,11 @@ class RunCheckpoint:
     """
 
     def __init__(self, adapters: Path, task: str) -> None:
-        self.path = adapters / ".train" / f"{task}.pt"
+        self.path = run_folder(adapters, task) / "checkpoint.pt"
 
     def exists(self) -> bool:
         """Whether an interrupted run is stored."""
         return self.path.is_file()
-
-    def prepare(self) -> None:
-        """Make the folder, so that one that cannot be written to is known before anything trains.
-
-        Raises:
-            UsageError: it cannot be made or written to.
-        """
-        folder = self.path.parent
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with TemporaryFile(dir=folder):
-                pass
-        except OSError as error:
-            raise UsageError(f"the folder {folder} cannot be made or written to: {error.strerror}") from error
 
     def save(self, identity: dict[str, Any], state: dict[str, Any]) -> None:
         """Replace the stored state; a crash leaves the old one.
@@ -89,5 +125,3 @@ class RunCheckpoint:
     def delete(self) -> None:
         """Forget the run; called once its adapter is published."""
         self.path.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # other runs still keep theirs in the folder
-            self.path.parent.rmdir()

@@ -2,6 +2,7 @@
 
 import os
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from gpt_serve.errors import DataError
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.specs import check_task_name
-from gpt_serve.train.checkpoint import RunCheckpoint
+from gpt_serve.train.checkpoint import RunCheckpoint, held, run_folder
 from gpt_serve.train.data.datasets import Dataset, Split, digest, open_dataset
 from gpt_serve.train.data.views import CACHE_BYTES, Scan, View, joined, scan
 from gpt_serve.train.distributed import World
@@ -31,10 +32,17 @@ def train_adapter(backbone: Backbone, job: Job, reporter: Reporter, world: World
         The summary that ``--json`` prints; None in processes other than the leader.
 
     Raises:
-        GPTServeError: before anything is trained when the task name, the data or the settings cannot work.
+        GPTServeError: before anything is trained when the task name, the data or the settings cannot work, or when
+            another process trains the task.
         KeyboardInterrupt: interrupted; the last finished epoch is stored for ``resume``.
     """
     check_task_name(job.task)
+    with held(run_folder(job.adapters, job.task)) if world.leader else nullcontext():
+        return train_in_folder(backbone, job, reporter, world)
+
+
+def train_in_folder(backbone: Backbone, job: Job, reporter: Reporter, world: World) -> dict[str, Any] | None:
+    """`train_adapter` for one who holds the task's `run_folder`."""
     started = time.perf_counter()
     make_deterministic(backbone)
     checkpoint = RunCheckpoint(job.adapters, job.task)
@@ -49,9 +57,6 @@ def train_adapter(backbone: Backbone, job: Job, reporter: Reporter, world: World
         reporter.notice(f"resuming after epoch {trainer.progress.epoch} of {job.recipe.epochs}")
     elif checkpoint.exists():
         reporter.notice(f"an interrupted run of {job.task!r} is replaced; --resume would have continued it")
-
-    if world.leader:
-        checkpoint.prepare()
 
     def store_epoch(record: EpochRecord) -> None:
         if world.leader:

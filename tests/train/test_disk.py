@@ -23,13 +23,13 @@ def test_a_disk_that_is_full_ends_with_one_line_and_the_old_files(
     tiny: Backbone, colours: Path, tmp_path: Path, method: str
 ) -> None:
     recipe = make_recipe("full" if method == "full" else "adamw", method=method, epochs=1, warmup=0)
-    stored = tmp_path / ".train" / "colours.pt"
-    stored.parent.mkdir()
+    stored = tmp_path / ".train" / "colours" / "checkpoint.pt"
+    stored.parent.mkdir(parents=True)
     stored.write_bytes(b"older")
     with file_size_limit(4096), pytest.raises(UsageError, match=r"the checkpoint .* cannot be written: ") as caught:
         train_adapter(tiny, Job("colours", str(colours), tmp_path, recipe), Recorder(), World())
     assert "\n" not in str(caught.value)
-    assert [path.name for path in stored.parent.iterdir()] == ["colours.pt"] and stored.read_bytes() == b"older"
+    assert [path.name for path in stored.parent.iterdir()] == ["checkpoint.pt"] and stored.read_bytes() == b"older"
 
 
 def test_a_fine_tuned_model_that_does_not_fit_leaves_the_old_one(tiny: Backbone, tmp_path: Path) -> None:

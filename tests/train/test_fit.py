@@ -108,7 +108,7 @@ def test_an_interrupted_run_resumes_to_the_very_same_adapter(tiny: Backbone, col
     whole, parts = (AdapterStore(tmp_path / name).load("colours").adapter for name in ("whole", "parts"))
     for name in ("prompt", "gamma", "tau", "head_weight", "head_bias"):
         assert torch.equal(getattr(whole, name), getattr(parts, name)), name
-    assert not (tmp_path / "parts" / ".train").exists()
+    assert not (tmp_path / "parts" / ".train" / "colours").exists()
 
 
 def test_resume_refuses_other_settings_and_a_missing_or_damaged_run(
@@ -123,7 +123,7 @@ def test_resume_refuses_other_settings_and_a_missing_or_damaged_run(
         train(tiny, job(colours, tmp_path, resume=True, recipe=other))
     with pytest.raises(UsageError, match=r"pool was mean and is cls"):
         train(tiny_backbone(pool="cls"), job(colours, tmp_path, resume=True))
-    (tmp_path / ".train" / "colours.pt").write_bytes(b"garbage")
+    (tmp_path / ".train" / "colours" / "checkpoint.pt").write_bytes(b"garbage")
     with pytest.raises(UsageError, match="is damaged"):
         train(tiny, job(colours, tmp_path, resume=True))
 
@@ -141,7 +141,7 @@ def test_unreadable_images_are_listed_by_path_before_anything_trains(
         train(tiny, job(data, tmp_path / "adapters"), recorder)
     assert [image.name for image in recorder.bad] == [str(path) for path in bad]
     assert recorder.epochs == []
-    assert not (tmp_path / "adapters").exists()
+    assert not (tmp_path / "adapters" / ".train" / "colours").exists()
     summary = train(tiny, job(data, tmp_path / "adapters", skip_unreadable=True))
     counts = summary["data"]
     assert (counts["train"] + counts["val"], counts["test"]) == (29, 11)  # type: ignore[index]

@@ -217,7 +217,7 @@ def test_the_published_adapter_is_what_train_gives_with_the_best_recipe(
     assert json.loads((folder / "sweep.json").read_text()) == report
     assert report["revision"] in (folder / "sweep.md").read_text()
     assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
-    assert not (tmp_path / "swept" / ".train").exists() and not list(folder.glob(".*"))
+    assert not (tmp_path / "swept" / ".train" / "colours").exists() and not list(folder.glob(".*"))
 
 
 def test_the_report_lists_what_all_trials_share(tiny: Backbone, colours: Path, tmp_path: Path) -> None:
@@ -332,7 +332,7 @@ def test_when_all_trials_fail_one_line_says_why(tiny: Backbone, colours: Path, t
     what = plan(colours, tmp_path, {"lr": [0.02], "prompts": [4000, 3999]}, prompt_init="tokens")
     with pytest.raises(DataError, match=r"^all 2 trials failed; the first: .*4000"):
         sweep(tiny, what)
-    assert not (tmp_path / ".train").exists() and AdapterStore(tmp_path).tasks() == []
+    assert not (tmp_path / ".train" / "colours").exists() and AdapterStore(tmp_path).tasks() == []
 
 
 def test_a_trial_whose_validation_loss_is_not_finite_fails(

@@ -39,7 +39,7 @@ def start(data: str, adapters: Path, *args: str, **options: Any) -> subprocess.P
 def test_an_interrupted_sweep_resumes_and_publishes_what_train_would(
     bundled: Backbone, colours: Path, tmp_path: Path
 ) -> None:
-    stored = tmp_path / ".train" / "colours.sweep"
+    stored = tmp_path / ".train" / "colours" / "trials"
     # Ctrl-C reaches every process of the terminal's group, Ray's among them.
     first = start(str(colours), tmp_path, start_new_session=True)
     assert first.stdout is not None and first.stderr is not None
@@ -65,7 +65,7 @@ def test_an_interrupted_sweep_resumes_and_publishes_what_train_would(
     trials = report["sweep"]["trials"]
     assert [trial["status"] for trial in trials] == ["finished"] * 3
     assert trials[0]["val_loss"] == kept["outcome"]["val_loss"]
-    assert not (tmp_path / ".train").exists()
+    assert not (tmp_path / ".train" / "colours").exists()
 
     best = trials[report["sweep"]["best"]]
     recipe = make_recipe("lda", epochs=1, lr=best["lr"], gate_init=5.0, prompts=2)

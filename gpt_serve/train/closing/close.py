@@ -15,6 +15,7 @@ from gpt_serve.errors import DataError, UsageError
 from gpt_serve.insight.inspect import inspect_adapter
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.train.card import card_text, confusion_matrix
+from gpt_serve.train.checkpoint import held, run_folder
 from gpt_serve.train.closing.search import GateSearch
 from gpt_serve.train.data.datasets import open_dataset
 from gpt_serve.train.fit import load_views, make_deterministic
@@ -67,8 +68,14 @@ def close_gates(backbone: Backbone, job: ClosingJob, reporter: Reporter) -> dict
         the adapter's ``training``; its ``closed`` is empty when no gate could close.
 
     Raises:
-        GPTServeError: the adapter cannot be used or has no gate to close, or the data is not what it was trained on.
+        GPTServeError: the adapter cannot be used or has no gate to close, the data is not what it was trained on, or
+            another process trains the task.
     """
+    with held(run_folder(job.adapters, job.task)):
+        return _close_in_folder(backbone, job, reporter)
+
+
+def _close_in_folder(backbone: Backbone, job: ClosingJob, reporter: Reporter) -> dict[str, Any]:
     started = time.perf_counter()
     store = AdapterStore(job.adapters, backbone.spec)
     stored = store.load(job.task)

@@ -13,9 +13,9 @@ from typing import Any, Protocol
 from gpt_serve.errors import DataError, UsageError
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.specs import check_task_name
-from gpt_serve.train.checkpoint import RunCheckpoint
+from gpt_serve.train.checkpoint import RunCheckpoint, held, run_folder
 from gpt_serve.train.distributed import World
-from gpt_serve.train.fit import prepare, run_identity, train_adapter
+from gpt_serve.train.fit import prepare, run_identity, train_in_folder
 from gpt_serve.train.job import Job, Reporter
 from gpt_serve.train.methods.prompts import find_method
 from gpt_serve.train.recipes.paper_table import selected_values
@@ -126,8 +126,15 @@ def run_sweep(
         GPTServeError: settings or data that cannot work, an unfinished sweep in the way, or no trial that succeeded.
         KeyboardInterrupt: interrupted; finished trials are stored for ``resume``.
     """
+    check_task_name(sweep.job.task)
+    with held(run_folder(sweep.job.adapters, sweep.job.task)):
+        return _sweep_in_folder(backbone, source, sweep, runner, reporter)
+
+
+def _sweep_in_folder(
+    backbone: Backbone, source: BackboneSource, sweep: Sweep, runner: Runner, reporter: SweepReporter
+) -> dict[str, Any]:
     job = sweep.job
-    check_task_name(job.task)
     store = TrialStore(job.adapters, job.task)
     store.check(resume=job.resume)
     digest = prepare(backbone, job, reporter)[1].digest
@@ -146,7 +153,7 @@ def run_sweep(
         winner = replace(job, recipe=replace(best.recipe, final_fit=job.recipe.final_fit))
         # With all trials known, it may be this training that was interrupted.
         again = len(known) == len(trials) and checkpoint.holds(run_identity(backbone, winner, digest))
-        summary = train_adapter(backbone, replace(winner, resume=again), reporter, World())
+        summary = train_in_folder(backbone, replace(winner, resume=again), reporter, World())
     except KeyboardInterrupt:
         reporter.notice(f"{store.count()} of {len(identities)} trials are done: add --resume to continue")
         raise

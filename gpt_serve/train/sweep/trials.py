@@ -1,6 +1,5 @@
 """What trials of a sweep came to, and the finished ones on disk: what an interrupted sweep leaves behind."""
 
-import contextlib
 import hashlib
 import json
 import shutil
@@ -11,6 +10,7 @@ from typing import Any
 
 from gpt_serve.errors import UsageError
 from gpt_serve.files import replacing
+from gpt_serve.train.checkpoint import run_folder
 from gpt_serve.train.loop import Score
 from gpt_serve.train.recipes.recipe import Recipe
 
@@ -69,7 +69,7 @@ def best_trial(trials: Sequence[Trial]) -> Trial | None:
 
 
 class TrialStore:
-    """Finished trials of an unfinished sweep, a file each, in ``adapters/.train/<task>.sweep/``.
+    """Finished trials of an unfinished sweep, a file each, in ``adapters/.train/<task>/trials/``.
 
     Args:
         adapters: the adapter folder.
@@ -78,7 +78,7 @@ class TrialStore:
 
     def __init__(self, adapters: Path, task: str) -> None:
         self.task = task
-        self.path = adapters / ".train" / f"{task}.sweep"
+        self.path = run_folder(adapters, task) / "trials"
 
     def count(self) -> int:
         """Finished trials."""
@@ -156,5 +156,3 @@ class TrialStore:
     def delete(self) -> None:
         """Forget the trials; called once the best is published."""
         shutil.rmtree(self.path)
-        with contextlib.suppress(OSError):  # other runs still keep theirs in the folder
-            self.path.parent.rmdir()
