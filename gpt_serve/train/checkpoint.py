@@ -32,34 +32,24 @@ def held(folder: Path) -> Iterator[None]:
     lock = FileLock(folder.with_name(f".{folder.name}.lock"), blocking=False)  # no task's name begins with a dot
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder.parent):  # a lock that cannot be written is one that is taken, to filelock
+            pass
         lock.acquire()
+        folder.mkdir(exist_ok=True)
     except Timeout as error:
         raise UsageError(
             f"{folder.name!r} is being trained in {folder.parent.parent} by another process: "
             "wait for its end, or choose another --task"
         ) from error
     except OSError as error:
-        raise _unwritable(folder.parent, error) from error
+        reason = error.strerror or error
+        raise UsageError(f"the folder {folder.parent} cannot be made or written to: {reason}") from error
     try:
-        _make(folder)
         yield
     finally:
         with suppress(OSError):  # something is left to resume
             folder.rmdir()
         lock.release()
-
-
-def _make(folder: Path) -> None:
-    try:
-        folder.mkdir(exist_ok=True)
-        with TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise _unwritable(folder, error) from error
-
-
-def _unwritable(folder: Path, error: OSError) -> UsageError:
-    return UsageError(f"the folder {folder} cannot be made or written to: {error.strerror}")
 
 
 class RunCheckpoint:
