@@ -106,7 +106,7 @@ def evaluate(task: str, data: str, adapters: Path, as_json: bool, **backbone: An
     engine = _engine(task, adapters, **backbone)
     from gpt_serve.engine.evaluate import evaluate_task
 
-    result = evaluate_task(engine, task, data)
+    result = evaluate_task(engine, task, data, lambda text: click.echo(text, err=True))
     if as_json:
         click.echo(json.dumps(result))
     else:

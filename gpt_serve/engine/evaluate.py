@@ -1,16 +1,23 @@
 """Accuracy of a stored adapter, measured through the engine that serves it."""
 
+from collections.abc import Callable
 from typing import Any
 
 from gpt_serve.engine.engine import Engine
-from gpt_serve.errors import DataError, GPTServeError, ImageError, UsageError
+from gpt_serve.errors import GPTServeError, ImageError, UsageError
 from gpt_serve.train.data.datasets import Sample, open_evaluation
+from gpt_serve.train.data.samples import cannot_read
 
 CHUNK = 256
 
 
-def evaluate_task(engine: Engine, task: str, source: str) -> dict[str, Any]:
+def evaluate_task(
+    engine: Engine, task: str, source: str, notice: Callable[[str], object] = lambda _: None
+) -> dict[str, Any]:
     """Classify every test image of ``source``.
+
+    Args:
+        notice: told, a line at a time, what ``source`` holds that is not used.
 
     Returns:
         ``task``, ``revision``, ``accuracy`` in [0, 1] and ``n``.
@@ -22,14 +29,17 @@ def evaluate_task(engine: Engine, task: str, source: str) -> dict[str, Any]:
     """
     with engine.bank.holding(task) as resident:
         revision, known = resident.revision, resident.labels
-    samples = open_evaluation(source, known)
+    dataset = open_evaluation(source, known)
+    for line in dataset.unused:
+        notice(line)
+    samples = dataset.test
     correct = 0
     for start in range(0, len(samples), CHUNK):
         chunk = samples[start : start + CHUNK]
         results = engine.predict([(task, _read(sample)) for sample in chunk])
         for sample, result in zip(chunk, results, strict=True):
             if isinstance(result, ImageError):
-                raise DataError(f"cannot read {sample.name}: {result}; replace or remove it")
+                raise cannot_read(sample, result)
             if isinstance(result, GPTServeError):
                 raise result
             if result.revision != revision:
@@ -41,5 +51,5 @@ def evaluate_task(engine: Engine, task: str, source: str) -> dict[str, Any]:
 def _read(sample: Sample) -> bytes:
     try:
         return sample.read()
-    except OSError as error:
-        raise DataError(f"cannot read {sample.name}: {error.strerror or error}; replace or remove it") from error
+    except (ImageError, OSError) as error:
+        raise cannot_read(sample, error) from error

@@ -12,7 +12,7 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 from gpt_serve.adapters.adapter import Adapter
-from gpt_serve.errors import DataError, ExportError, ImageError
+from gpt_serve.errors import ExportError, ImageError
 from gpt_serve.export.session import Array
 from gpt_serve.images.decode import LOCAL_LIMITS, decode
 from gpt_serve.images.preprocess import normalize, preprocess_image
@@ -21,6 +21,7 @@ from gpt_serve.model.batch import AdapterBatch
 from gpt_serve.model.prompted import embed, prompted_features
 from gpt_serve.specs import Preprocess
 from gpt_serve.train.data.datasets import Sample, open_evaluation
+from gpt_serve.train.data.samples import cannot_read
 
 BATCHES = (1, 2, 7)
 DATA_BATCH = 32
@@ -150,7 +151,7 @@ def _photographs(preprocess: Preprocess) -> Tensor:
 
 def _evaluation_batches(adapter: Adapter, data: str | None) -> Iterator[tuple[Tensor, list[int]]]:
     """Preprocessed images (B, 3, h, w) with their classes."""
-    samples = [] if data is None else open_evaluation(data, adapter.labels)
+    samples = () if data is None else open_evaluation(data, adapter.labels).test
     for start in range(0, len(samples), DATA_BATCH):
         chunk = samples[start : start + DATA_BATCH]
         yield torch.stack([_pixels(item, adapter.preprocess) for item in chunk]), [item.target for item in chunk]
@@ -159,8 +160,6 @@ def _evaluation_batches(adapter: Adapter, data: str | None) -> Iterator[tuple[Te
 def _pixels(sample: Sample, preprocess: Preprocess) -> Tensor:
     try:
         image = decode(sample.read(), LOCAL_LIMITS, exif=preprocess.exif)
-    except OSError as error:
-        raise DataError(f"cannot read {sample.name}: {error.strerror or error}; replace or remove it") from error
-    except ImageError as error:
-        raise DataError(f"cannot read {sample.name}: {error}; replace or remove it") from error
+    except (ImageError, OSError) as error:
+        raise cannot_read(sample, error) from error
     return preprocess_image(image, preprocess)

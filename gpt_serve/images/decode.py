@@ -67,14 +67,10 @@ def decode(data: bytes, limits: ImageLimits = ImageLimits(), *, exif: bool = Tru
         UnsupportedImage: not JPEG, PNG or WebP.
         UndecodableImage: one of these, but damaged or truncated.
     """
-    if len(data) > limits.max_bytes:
-        raise ImageTooLarge(
-            f"image has {len(data) / _MEBI:.1f} MiB, more than the {limits.max_bytes / _MEBI:.1f} MiB allowed: "
-            "send a smaller file"
-        )
+    check_bytes(data, limits)
     name = identify(data)
-    with _pillow_errors(name), _open(name, data, limits) as image:
-        _check_pixels(image.size, limits)
+    with pillow_errors(name), _open(name, data, limits) as image:
+        check_pixels(image.size, limits)
         return from_pil(image, exif=exif)
 
 
@@ -95,7 +91,7 @@ def from_pil(image: Image.Image, *, exif: bool = True) -> Tensor:
         UnsupportedImage: the mode has no fixed range (``F``).
         UndecodableImage: Pillow cannot load it or convert its mode to RGB.
     """
-    with _pillow_errors(image.format or "Pillow"):
+    with pillow_errors(image.format or "Pillow"):
         image.load()
         rgb = _to_rgb(image)
         method = _TRANSPOSE.get(orientation(image.info.get("exif"))) if exif else None
@@ -105,7 +101,7 @@ def from_pil(image: Image.Image, *, exif: bool = True) -> Tensor:
 
 
 @contextmanager
-def _pillow_errors(name: str) -> Iterator[None]:
+def pillow_errors(name: str) -> Iterator[None]:
     """Make whatever the Pillow code inside raises an `ImageError`.
 
     Pillow promises no closed list: damaged files have raised OSError, SyntaxError, ValueError, TypeError, EOFError,
@@ -139,13 +135,23 @@ def _open(name: str, data: bytes, limits: ImageLimits) -> ImageFile.ImageFile:
         return PngImageFile(stream)
     if name == "WebP":
         # The constructor allocates two canvases, so the size must be known before.
-        _check_pixels(webp_size(data), limits)
+        check_pixels(webp_size(data), limits)
         return WebPImageFile(stream)
     check_jpeg(data)
     return _QuietJpeg(stream)
 
 
-def _check_pixels(size: tuple[int, int], limits: ImageLimits) -> None:
+def check_bytes(data: bytes, limits: ImageLimits) -> None:
+    """Raise `ImageTooLarge` if the file has more bytes than allowed."""
+    if len(data) > limits.max_bytes:
+        raise ImageTooLarge(
+            f"image has {len(data) / _MEBI:.1f} MiB, more than the {limits.max_bytes / _MEBI:.1f} MiB allowed: "
+            "send a smaller file"
+        )
+
+
+def check_pixels(size: tuple[int, int], limits: ImageLimits) -> None:
+    """Raise `ImageTooLarge` if (width, height) come to more pixels than allowed."""
     if size[0] * size[1] > limits.max_pixels:
         raise ImageTooLarge(
             f"image has {size[0]} x {size[1]} pixels, more than the {limits.max_pixels} allowed: scale it down first"

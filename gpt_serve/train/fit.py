@@ -12,6 +12,7 @@ from gpt_serve.errors import DataError
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.specs import check_task_name
 from gpt_serve.train.checkpoint import RunCheckpoint, held, run_folder
+from gpt_serve.train.data.counts import count_lines
 from gpt_serve.train.data.datasets import Dataset, Split, digest, open_dataset
 from gpt_serve.train.data.views import CACHE_BYTES, Scan, View, joined, scan
 from gpt_serve.train.distributed import World
@@ -138,13 +139,15 @@ def build_module(backbone: Backbone, recipe: Recipe, classes: int) -> TaskModule
 
 
 def load_views(dataset: Dataset, backbone: Backbone, job: Job, reporter: Reporter) -> Views:
-    """Check that every image can be read, before anything trains, and wrap the splits.
+    """Check that every image can be read, before anything trains, say what there is of each class, wrap the splits.
 
     Raises:
         DataError: some cannot and ``skip_unreadable`` is off, or too few are left.
     """
     splits: dict[str, Split] = {"train": dataset.train, "val": dataset.val, "test": dataset.test}
     preprocess = backbone.spec.preprocess
+    for line in dataset.unused:
+        reporter.notice(line)
     tick = reporter.scanning(sum(len(split) for split in splits.values()))
     scans: dict[str, Scan] = {}
     for name, split in splits.items():
@@ -159,6 +162,8 @@ def load_views(dataset: Dataset, backbone: Backbone, job: Job, reporter: Reporte
                 "replace or remove them, or pass --skip-unreadable"
             )
         return load_views(_without(dataset, {image.name for image in bad}), backbone, job, reporter)
+    for line in count_lines(dataset.labels, splits):
+        reporter.notice(line)
     hashes = [
         (f"{name}/{dataset.labels[sample.target]}", index, value)
         for name, split in splits.items()
@@ -176,7 +181,7 @@ def _without(dataset: Dataset, names: set[str]) -> Dataset:
     def keep(split: Split) -> Split:
         return [sample for sample in split if sample.name not in names]
 
-    kept = replace(dataset, train=keep(dataset.train), val=keep(dataset.val), test=keep(dataset.test))
+    kept = replace(dataset, unused=(), train=keep(dataset.train), val=keep(dataset.val), test=keep(dataset.test))
     gone = sorted({sample.target for sample in dataset.train} - {sample.target for sample in kept.train})
     if gone or not kept.val:
         without = ", ".join(dataset.labels[target] for target in gone[:5]) or "validation"

@@ -43,7 +43,7 @@ def test_the_recorded_test_accuracy_is_measured_again(
 @pytest.mark.usefixtures("all_threads")
 def test_caltech_is_measured_again_on_a_fifth(engine: Engine, shared_data: Path) -> None:
     adapter = engine.bank.store.load("caltech101").adapter
-    samples = open_evaluation(str(shared_data / "caltech101"), adapter.labels)[::5]
+    samples = open_evaluation(str(shared_data / "caltech101"), adapter.labels).test[::5]
     results = engine.predict([("caltech101", sample.read()) for sample in samples])
     hits = [
         isinstance(result, Prediction) and result.top(1)[0][0] == adapter.labels[sample.target]

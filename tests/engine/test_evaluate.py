@@ -12,8 +12,9 @@ from gpt_serve.engine import evaluate as evaluation
 from gpt_serve.engine.engine import Engine
 from gpt_serve.engine.evaluate import evaluate_task
 from gpt_serve.errors import BackboneMismatch, DataError, UnknownTask, UsageError
+from gpt_serve.images.convert import readable
 from gpt_serve.model.backbone import Backbone
-from gpt_serve.train.data.samples import Sample, readable
+from gpt_serve.train.data.datasets import Dataset, Sample
 from tests.factories import make_adapter, remove_adapter
 
 LABELS = ("ant", "bee", "cow")
@@ -79,11 +80,19 @@ def test_unreadable_image_is_named(engine, tmp_path):
         evaluate_task(engine, "alpha", str(folder))
 
 
-def test_image_that_is_a_folder_is_named(engine, tmp_path):
+def test_image_that_is_not_there_is_named(engine, tmp_path):
     folder = write_images(tmp_path / "data")
-    (folder / "bee" / "x.jpg").mkdir()
-    with pytest.raises(DataError, match=r"^cannot read .*x\.jpg: Is a directory; replace or remove it$"):
+    (folder / "bee" / "x.jpg").symlink_to(tmp_path / "gone.jpg")
+    with pytest.raises(DataError, match=r"^cannot read .*x\.jpg: No such file or directory; replace or remove it$"):
         evaluate_task(engine, "alpha", str(folder))
+
+
+def test_what_is_not_used_is_said(engine, tmp_path):
+    folder = write_images(tmp_path / "data")
+    (folder / "bee" / "notes.txt").write_text("x")
+    said: list[str] = []
+    assert evaluate_task(engine, "alpha", str(folder), said.append)["n"] == 15
+    assert said == ["not used in data/: files that are no images (.txt 1)"]
 
 
 def test_class_that_training_did_not_see(engine, tmp_path):
@@ -129,8 +138,8 @@ def test_accuracy_is_of_one_revision(engine, tmp_path, monkeypatch, change):
 
 
 def test_an_image_of_no_known_format_is_named(engine, monkeypatch):
-    """What a library stores may be anything; Pillow's error has no number of the operating system's."""
+    """What a library stores may be anything."""
     sample = Sample("set/test/0", lambda: readable(b"no image"), 0)
-    monkeypatch.setattr(evaluation, "open_evaluation", lambda source, labels: [sample])
-    with pytest.raises(DataError, match=r"^cannot read set/test/0: cannot identify image file"):
+    monkeypatch.setattr(evaluation, "open_evaluation", lambda source, labels: Dataset(LABELS, test=[sample]))
+    with pytest.raises(DataError, match=r"^cannot read set/test/0: file is not a JPEG, PNG or WebP"):
         evaluate_task(engine, "alpha", "hf:owner/name")

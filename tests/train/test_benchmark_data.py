@@ -68,7 +68,7 @@ def test_vtab_splits_are_those_of_the_lists(data_root: Path) -> None:
         lines = [line.split() for line in (task / f"{name}.txt").read_text().splitlines()]
         assert [(sample.name, str(sample.target)) for sample in split] == [(str(task / p), t) for p, t in lines]
         assert all(sample.read() == Path(sample.name).read_bytes() for sample in split)
-    assert [s.name for s in open_evaluation("vtab/camelyon", ("0", "1"))] == [s.name for s in dataset.test]
+    assert [s.name for s in open_evaluation("vtab/camelyon", ("0", "1")).test] == [s.name for s in dataset.test]
 
 
 def test_every_task_of_the_paper_opens_by_its_name_and_by_the_usual_folder(data_root: Path) -> None:
@@ -99,7 +99,7 @@ def test_labels_may_be_named(data_root: Path) -> None:
     (task / "labels.txt").write_text("no tumour\ntumour\n")
     assert open_dataset("vtab/camelyon", 0).labels == ("no tumour", "tumour")
     reversed_labels = ("tumour", "no tumour")
-    assert [sample.target for sample in open_evaluation("vtab/camelyon", reversed_labels)] == [1, 0]
+    assert [sample.target for sample in open_evaluation("vtab/camelyon", reversed_labels).test] == [1, 0]
     (task / "labels.txt").write_text("tumour\n")
     with pytest.raises(DataError, match="has 1 lines for 2 classes"):
         open_dataset("vtab/camelyon", 0)
@@ -226,7 +226,7 @@ def test_train_follows_the_protocol_of_vtab(colour_task: Path, tmp_path: Path) -
     code, summary, err = run(*train)
     assert code == 0 and summary is not None, err
     assert "images as for VTAB" in err
-    assert " val " not in err
+    assert all(" val " not in line for line in err.splitlines() if line.startswith("epoch"))
     assert summary["recipe"] | {"augment": "none", "preprocess": "vtab", "final_fit": True} == summary["recipe"]  # type: ignore[operator,index]
     assert summary["data"] | {"source": "kitti", "train": 24, "val": 9, "test": 12} == summary["data"]  # type: ignore[operator,index]
     metrics = summary["metrics"]

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from gpt_serve.errors import DataError
-from gpt_serve.images.decode import decode
+from gpt_serve.images import convert
+from gpt_serve.images.decode import ImageLimits, decode
 from gpt_serve.train.data.datasets import Dataset, open_dataset, open_evaluation
 from gpt_serve.train.data.views import scan
 from tests.tiny_vit import PREPROCESS
@@ -58,7 +59,7 @@ def test_splits_columns_and_classes_are_found(tmp_path: Path) -> None:
     assert [sample.target for sample in (*dataset.train, *dataset.val, *dataset.test)] == [0, 1, 1, 1, 1, 0]
     # The stored files themselves, not their pixels encoded anew.
     assert [sample.read() for sample in dataset.train] == [picture(index) for index in range(3)]
-    found = open_evaluation(f"hf:{folder}", ("bee", "ant"))
+    found = open_evaluation(f"hf:{folder}", ("bee", "ant")).test
     assert [(sample.read(), sample.target) for sample in found] == [(picture(200), 0), (picture(201), 1)]
     with pytest.raises(DataError, match="training did not see: bee"):
         open_evaluation(f"hf:{folder}", ("ant", "cow"))
@@ -70,7 +71,7 @@ def test_missing_validation_is_held_out_and_missing_test_too_when_there_is_one_s
     one = write(tmp_path / "one", {"train": [0, 1] * 10})
     dataset = open_dataset(f"hf:{one}", seed=0)
     assert sizes(dataset) == [12, 4, 4]
-    assert [sample.name for sample in open_evaluation(f"hf:{one}", CLASSES)] == [s.name for s in dataset.test]
+    assert [sample.name for sample in open_evaluation(f"hf:{one}", CLASSES).test] == [s.name for s in dataset.test]
 
 
 def test_splits_may_be_chosen(tmp_path: Path) -> None:
@@ -78,7 +79,7 @@ def test_splits_may_be_chosen(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no test split"):
         open_evaluation(f"hf:{folder}", CLASSES)
     assert sizes(open_dataset(f"hf:{folder}?test=validation", 0)) == [8, 2, 2]
-    assert len(open_evaluation(f"hf:{folder}?test=validation", CLASSES)) == 2
+    assert len(open_evaluation(f"hf:{folder}?test=validation", CLASSES).test) == 2
     with pytest.raises(DataError, match=r"no split 'dev': it has train, validation"):
         open_dataset(f"hf:{folder}?test=dev", 0)
     odd = write(tmp_path / "odd", {"train": [0, 1] * 2, "test": [0, 1] * 5})
@@ -98,6 +99,15 @@ def test_a_column_of_strings_or_numbers_may_be_named_as_label(
     dataset = open_dataset(f"hf:{folder}?label=label", 0)
     assert dataset.labels == labels
     assert [dataset.labels[sample.target] for sample in dataset.test] == [str(value) for value in values[:2]]
+
+
+def test_two_spellings_of_a_name_are_one_class_and_other_splits_are_named(tmp_path: Path) -> None:
+    values = ["caf\u00e9", "cafe\u0301", "tea", "tea"]
+    splits = {"train": values, "test": values[:1], "extra": values[:3]}
+    dataset = open_dataset(f"hf:{write(tmp_path / 'set', splits, datasets.Value('string'))}?label=label", 0)
+    assert dataset.labels == ("caf\u00e9", "tea")
+    assert sorted(sample.target for sample in [*dataset.train, *dataset.val]) == [0, 0, 1, 1]
+    assert dataset.unused == ("not used: the splits extra (3 images)",)
 
 
 def test_several_label_columns_are_a_question(tmp_path: Path) -> None:
@@ -135,10 +145,10 @@ def test_rows_without_an_image_and_images_of_too_many_pixels_cannot_be_read(
     table = datasets.Dataset.from_dict({"image": images, "label": [0, 1, 0, 1]}, features=features)
     table.to_parquet(str(folder / "train-00000-of-00001.parquet"))
     table.to_parquet(str(folder / "test-00000-of-00001.parquet"))
-    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 30)
+    monkeypatch.setattr(convert, "LOCAL_LIMITS", ImageLimits(max_pixels=30))
     found = scan(open_dataset(f"hf:{folder.parent}", 0).test, PREPROCESS, lambda: None)
     assert [image.reason.split(" (")[0] for image in found.unreadable[:1]] == ["the row holds no image"]
-    assert "exceeds limit" in found.unreadable[1].reason and len(found.unreadable) == 2
+    assert "more than the 30 allowed" in found.unreadable[1].reason and len(found.unreadable) == 2
 
 
 def test_images_that_the_decoder_does_not_take_become_png(tmp_path: Path) -> None:

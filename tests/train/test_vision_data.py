@@ -58,8 +58,9 @@ def test_published_splits_are_kept_and_files_are_handed_over(data_root: Path, na
         expected = [folder / "images" / line for line in (folder / "labels" / f"{split}1.txt").read_text().split()]
         assert [sample.read() for sample in samples] == [path.read_bytes() for path in expected]
         assert [dataset.labels[sample.target] for sample in samples] == [path.parent.name for path in expected]
-    assert [sample.read() for sample in open_evaluation(name, ("lined", "banded"))] == [s.read() for s in dataset.test]
-    assert [sample.target for sample in open_evaluation(name, ("lined", "banded"))] == [0, 0, 1, 1]
+    found = open_evaluation(name, ("lined", "banded")).test
+    assert [sample.read() for sample in found] == [sample.read() for sample in dataset.test]
+    assert [sample.target for sample in found] == [0, 0, 1, 1]
 
 
 def test_a_folder_of_that_name_comes_first(data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +116,7 @@ def test_a_data_set_without_splits_is_held_out_from_by_class(data_root: Path) ->
     assert {sample.read() for sample in [*first.train, *first.val, *first.test]} == {p.read_bytes() for p in paths}
     # Test images are the same whatever the seed, as eval knows none.
     assert [s.name for s in first.test] == [s.name for s in other.test]
-    assert [s.name for s in first.test] == [s.name for s in open_evaluation("torchvision:EuroSAT", first.labels)]
+    assert [s.name for s in first.test] == [s.name for s in open_evaluation("torchvision:EuroSAT", first.labels).test]
     assert [s.name for s in first.val] != [s.name for s in other.val]
 
 

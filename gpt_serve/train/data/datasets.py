@@ -12,7 +12,7 @@ from typing import Literal
 from urllib.parse import parse_qsl
 
 from gpt_serve.errors import DataError
-from gpt_serve.train.data.samples import Dataset, Indexed, Sample, Split, check_labels, digest, hold_out
+from gpt_serve.train.data.samples import Dataset, Indexed, Sample, Split, check_labels, composed_name, digest, hold_out
 from gpt_serve.train.data.sources.benchmarks import open_fgvc, open_vtab
 from gpt_serve.train.data.sources.digits import open_digits
 from gpt_serve.train.data.sources.folder import open_folder, open_test_folder
@@ -54,11 +54,14 @@ def open_dataset(source: str, seed: int) -> Dataset:
     return replace(dataset, train=train, val=val)
 
 
-def open_evaluation(source: str, labels: Sequence[str]) -> Split:
-    """The images that ``eval`` uses: the test split, or an image folder itself when it holds class folders.
+def open_evaluation(source: str, labels: Sequence[str]) -> Dataset:
+    """What ``eval`` uses: the test split, or an image folder itself when it holds class folders.
 
     Args:
         labels: the classes of the adapter, which targets index.
+
+    Returns:
+        A data set that has images in ``test`` alone.
 
     Raises:
         DataError: no such data, no test split, or a class that the adapter does not know.
@@ -70,10 +73,12 @@ def open_evaluation(source: str, labels: Sequence[str]) -> Split:
     if not dataset.test:
         raise DataError(f"--data {source} has no test split")
     check_labels(f"--data {source}", labels, dataset.labels)
-    if tuple(labels) == dataset.labels:
-        return dataset.test
-    position = [labels.index(label) for label in dataset.labels]
-    return [replace(sample, target=position[sample.target]) for sample in dataset.test]
+    places = {composed_name(label): target for target, label in enumerate(labels)}
+    position = [places[label] for label in dataset.labels]
+    test = dataset.test
+    if position != list(range(len(position))):
+        test = [replace(sample, target=position[sample.target]) for sample in test]
+    return Dataset(tuple(labels), test=test, unused=dataset.unused)
 
 
 def find_benchmark(source: str) -> tuple[Benchmark, str] | None:

@@ -1,21 +1,32 @@
 """Labelled images of one task: what every source of data hands over."""
 
 import hashlib
-import io
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import overload
+from unicodedata import category, normalize
 
 import numpy as np
-from PIL import Image
 
 from gpt_serve.adapters.file import MAX_LABEL_LENGTH
-from gpt_serve.errors import DataError, UnsupportedImage
-from gpt_serve.images.headers import identify
+from gpt_serve.errors import DataError
+from gpt_serve.images.convert import read_image
 
 HELD_OUT = 0.2  # of each class
+
+SPLITS = {
+    "train": ("train", "training"),
+    "val": ("validation", "val", "valid", "dev"),
+    "test": ("test", "testing"),
+}
+"""What data sets call each split, in lower case."""
+
+# Control characters, halves of surrogate pairs (a file name that is not UTF-8), separators of lines and paragraphs.
+# What only joins, parts or directs characters, such as ZWNJ and the no-break space, belongs to names of many languages.
+_NO_TEXT = {"Cc", "Cs", "Zl", "Zp"}
 
 
 @dataclass(frozen=True)
@@ -28,6 +39,21 @@ class Sample:
 
 
 Split = Sequence[Sample]
+
+
+def local_sample(path: Path, target: int) -> Sample:
+    """An image file of the user's; it may be in any format that `readable` takes."""
+    return Sample(str(path), partial(read_image, path), target)
+
+
+def reason(error: Exception) -> str:
+    """Why an image cannot be read, without the path that the message names anyway."""
+    return str(getattr(error, "strerror", None) or error)
+
+
+def cannot_read(sample: Sample, error: Exception) -> DataError:
+    """What to raise when an image that is needed cannot be read."""
+    return DataError(f"cannot read {sample.name}: {reason(error)}; replace or remove it")
 
 
 @dataclass(frozen=True)
@@ -62,12 +88,18 @@ class Indexed(Sequence[Sample]):
 
 @dataclass(frozen=True)
 class Dataset:
-    """Splits of one task; those that it lacks are empty. ``target`` indexes ``labels``."""
+    """Splits of one task; those that it lacks are empty.
+
+    Attributes:
+        labels: names of the classes, which the samples' ``target`` indexes.
+        unused: a line for each thing that the source holds and that is in no split.
+    """
 
     labels: tuple[str, ...]
     train: Split = ()
     val: Split = ()
     test: Split = ()
+    unused: tuple[str, ...] = field(default=(), kw_only=True)
 
 
 def pick(samples: Split, indices: Sequence[int]) -> Split:
@@ -123,23 +155,33 @@ def without_splits(samples: Split, labels: tuple[str, ...], source: str) -> Data
 
 
 def check_names(labels: Sequence[str], source: str) -> tuple[str, ...]:
-    """``labels`` if an adapter can store them.
+    """``labels`` in Unicode's composed form (NFC), if an adapter can store them.
 
     Raises:
         DataError: fewer than two, two alike, or one that cannot be printed.
     """
     if len(labels) < 2:
         raise DataError(f"--data {source} has a single class: it takes at least two")
-    if twice := sorted({label for label in labels if labels.count(label) > 1}):
-        raise DataError(f"--data {source} has two classes of the name {twice[0]!r}: rename one")
-    if bad := [label for label in labels if not label or len(label) > MAX_LABEL_LENGTH or not label.isprintable()]:
+    if bad := [label for label in labels if not _is_label(label)]:
         raise DataError(f"--data {source} has a class whose name cannot be a label: rename {bad[0][:60]!r}")
-    return tuple(labels)
+    composed = [composed_name(label) for label in labels]
+    if twice := [label for label, count in Counter(composed).items() if count > 1]:
+        raise DataError(f"--data {source} has two classes of the name {min(twice)!r}: rename one")
+    return tuple(composed)
+
+
+def _is_label(name: str) -> bool:
+    return 1 <= len(name) <= MAX_LABEL_LENGTH and not any(category(character) in _NO_TEXT for character in name)
+
+
+def composed_name(label: str) -> str:
+    """The name in Unicode's composed form (NFC): what two spellings of the same characters have in common."""
+    return normalize("NFC", label)
 
 
 def check_labels(where: str, expected: Sequence[str], found: Sequence[str]) -> None:
     """Raise `DataError` if ``found`` has classes that training did not see."""
-    if unknown := sorted(set(found) - set(expected)):
+    if unknown := sorted({composed_name(label) for label in found} - {composed_name(label) for label in expected}):
         raise DataError(f"{where} holds classes that training did not see: {some(unknown)}")
 
 
@@ -148,28 +190,9 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def png(image: Image.Image, level: int = 1) -> bytes:
-    """The pixels as a PNG file, without loss; level 1 is fast, 9 small."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=level)
-    return buffer.getvalue()
-
-
-def readable(data: bytes) -> bytes:
-    """The file itself if it is JPEG, PNG or WebP, which is all that `decode` takes; else its pixels as PNG.
-
-    Raises:
-        OSError: Pillow cannot read it, or has too many pixels to.
-    """
-    try:
-        identify(data)
-    except UnsupportedImage:
-        try:
-            with Image.open(io.BytesIO(data)) as image:
-                return png(image)
-        except Image.DecompressionBombError as error:
-            raise OSError(str(error)) from error
-    return data
+def counted(number: int, noun: str) -> str:
+    """``1 image``, ``2 images``."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def digest(hashes: Sequence[tuple[str, int, str]]) -> str:

@@ -16,7 +16,7 @@ from gpt_serve.images.decode import LOCAL_LIMITS, decode
 from gpt_serve.images.preprocess import center_crop, resize
 from gpt_serve.specs import Preprocess
 from gpt_serve.train.data.datasets import Sample, Split
-from gpt_serve.train.data.samples import pick, rank_in_class
+from gpt_serve.train.data.samples import pick, rank_in_class, reason
 from gpt_serve.train.recipes.recipe import Augment
 
 # Scaled images of a data set are kept in memory up to this size; splits that exceed it are decoded again each epoch.
@@ -86,7 +86,7 @@ def _read(sample: Sample, preprocess: Preprocess) -> tuple[Tensor, str] | Unread
         data = sample.read()
         return resize(decode(data, LOCAL_LIMITS, exif=preprocess.exif), preprocess), hashlib.sha256(data).hexdigest()
     except (ImageError, OSError) as error:
-        return Unreadable(sample.name, str(error))
+        return Unreadable(sample.name, reason(error))
 
 
 class View(Dataset[tuple[Tensor, int]]):

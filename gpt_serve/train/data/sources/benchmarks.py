@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt_serve.errors import DataError
-from gpt_serve.train.data.samples import Dataset, Sample, check_names
+from gpt_serve.train.data.samples import Dataset, Sample, check_names, local_sample
 from gpt_serve.train.data.sources.published import published
 from gpt_serve.train.data.sources.root import data_root
 from gpt_serve.train.recipes.paper_table import find_task
@@ -144,6 +144,5 @@ def _dataset(
                 raise DataError(f"{files[split]}: class {number} of {name!r} is none of the {len(labels)} classes")
             if not os.path.isfile(images / name):
                 raise DataError(f"{files[split]} names {name!r}, which {images} lacks: list and images do not match")
-        paths = [(images / name, position[number]) for name, number in listed]
-        splits[split] = [Sample(str(path), path.read_bytes, target) for path, target in paths]
-    return Dataset(check_names(labels, str(images)), **splits)
+        splits[split] = [local_sample(images / name, position[number]) for name, number in listed]
+    return Dataset(check_names(labels, str(images)), splits["train"], splits["val"], splits["test"])

@@ -6,7 +6,8 @@ from functools import partial
 import numpy as np
 from PIL import Image
 
-from gpt_serve.train.data.samples import Dataset, Sample, png
+from gpt_serve.images.convert import encode_png
+from gpt_serve.train.data.samples import Dataset, Sample
 
 
 def open_digits() -> Dataset:
@@ -26,4 +27,4 @@ def open_digits() -> Dataset:
 
 def _png(pixels: np.ndarray) -> bytes:
     """(8, 8) values 0..16 as PNG bytes; the level is part of the digests that adapters record."""
-    return png(Image.fromarray((pixels * 255 / 16).round().astype(np.uint8)), level=6)
+    return encode_png(Image.fromarray((pixels * 255 / 16).round().astype(np.uint8)), level=6)

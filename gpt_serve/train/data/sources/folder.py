@@ -1,83 +1,203 @@
-"""Image folders: ``root/{train,val,test}/<class>/*``."""
+"""Image folders: ``root/<split>/<class>/**/*``, and what of them is not used, in words.
 
-from collections.abc import Sequence
+A split's folder may go by any of its names in `SPLITS`, in lower or upper case. An image belongs to the class whose
+folder it lies in, however deep below. A file is an image if it is named or begins like one.
+"""
+
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from gpt_serve.adapters.file import MAX_LABEL_LENGTH
 from gpt_serve.errors import DataError
-from gpt_serve.train.data.samples import Dataset, Sample, check_labels, some
+from gpt_serve.images.convert import HEAD_BYTES, SUFFIXES, is_image
+from gpt_serve.train.data.samples import (
+    SPLITS,
+    Dataset,
+    Sample,
+    check_labels,
+    check_names,
+    composed_name,
+    counted,
+    local_sample,
+    some,
+)
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+# What operating systems and programs leave behind; folders that begin with a dot belong to them, too.
+_SYSTEM_FOLDERS = {"__macosx", "@eadir", "@tmp", "@recycle", "#recycle", "$recycle.bin", "lost+found", "__pycache__"}
+_SYSTEM_FOLDERS |= {"system volume information"}
+_SYSTEM_FILES = {"thumbs.db", "desktop.ini"}
+
+
+@dataclass
+class Leftovers:
+    """What a split's folder holds that is not used.
+
+    Attributes:
+        folders: names of folders that belong to the system or are hidden.
+        loose: number of images that lie beside the class folders.
+        others: how many files are no images, by the ends of their names.
+    """
+
+    folders: set[str] = field(default_factory=set)
+    loose: int = 0
+    others: Counter[str] = field(default_factory=Counter)
+
+    def lines(self, split: str) -> list[str]:
+        """A line for each of them that there is."""
+        found = []
+        if self.others:
+            kinds = [f"{suffix or 'without a suffix'} {count}" for suffix, count in self.others.most_common()]
+            found.append(f"files that are no images ({some(kinds)})")
+        if self.loose:
+            found.append(f"{counted(self.loose, 'image')} in no class folder")
+        if self.folders:
+            found.append(f"what lies in {some(sorted(self.folders))}")
+        return [f"not used in {split}/: {line}" for line in found]
 
 
 def open_folder(root: Path) -> Dataset:
-    """The splits that the folder has; ``train`` is a must.
+    """The splits that the folder has; ``train`` is a must, in ``val`` and ``test`` classes may be missing.
 
     Raises:
         DataError: one line that says what is wrong with the folder.
     """
-    if not (root / "train").is_dir():
+    folders, unused = _split_folders(root)
+    if "train" not in folders:
         raise DataError(f"--data {root}: expected a folder train/ with one folder per class")
-    labels = _labels(root / "train")
-    train = _read_split(root / "train", labels)
-    val = _read_split(root / "val", labels) if (root / "val").is_dir() else []
-    test = _read_split(root / "test", labels) if (root / "test").is_dir() else []
-    return Dataset(labels, train, val, test)
+    classes = {split: _class_folders(folder) for split, folder in folders.items()}
+    labels = _labels(folders["train"], classes["train"])
+    splits: dict[str, list[Sample]] = {}
+    for split, folder in folders.items():
+        splits[split], left = _read_split(folder, classes[split], labels)
+        unused += left.lines(folder.name)
+        if not splits[split]:
+            unused.append(f"not used: {folder.name}/, which has no images in class folders")
+    counts = Counter(sample.target for sample in splits["train"])
+    if empty := [label for target, label in enumerate(labels) if not counts[target]]:
+        raise DataError(f"{folders['train']}: no images (.jpg, .png, .webp, .tif, ...) for class {some(empty)}")
+    return Dataset(labels, *(splits.get(split, ()) for split in SPLITS), unused=tuple(unused))
 
 
-def open_test_folder(root: Path, labels: Sequence[str]) -> list[Sample]:
+def open_test_folder(root: Path, labels: Sequence[str]) -> Dataset:
     """The images of ``root/test``, or of ``root`` itself when it holds class folders; classes may be missing.
 
     Raises:
         DataError: a class that is not in ``labels``, or no images.
     """
-    folder = root / "test" if (root / "test").is_dir() else root
-    check_labels(str(folder), labels, _class_folders(folder))
-    samples = _read_split(folder, labels, require_all=False)
+    splits, _ = _split_folders(root)
+    folder = splits.get("test", root)
+    classes = _class_folders(folder)
+    if folder == root and not set(classes) <= {composed_name(label) for label in labels} and "train" in splits:
+        raise DataError(f"--data {root} has no folder test/: add one, or name a folder of class folders")
+    samples, left = _read_split(folder, classes, labels)
     if not samples:
         raise DataError(f"--data {folder}: holds no class folders with images")
-    return samples
+    return Dataset(tuple(labels), test=samples, unused=tuple(left.lines(folder.name)))
 
 
-def _class_folders(folder: Path) -> list[str]:
-    return sorted(entry.name for entry in _entries(folder) if entry.is_dir() and not entry.name.startswith("."))
+def _split_folders(root: Path) -> tuple[dict[str, Path], list[str]]:
+    """The folder of each split, and a line about all others.
+
+    Raises:
+        DataError: two folders of the same split.
+    """
+    names = {name: split for split, aliases in SPLITS.items() for name in aliases}
+    found: dict[str, Path] = {}
+    others: list[str] = []
+    for entry in _entries(root):
+        split = names.get(entry.name.lower())
+        if not entry.is_dir() or _is_system(entry):
+            continue
+        if split is None:
+            others.append(f"{entry.name}/")
+        elif split in found:
+            raise DataError(f"--data {root} holds both {found[split].name}/ and {entry.name}/: leave one of them")
+        else:
+            found[split] = Path(entry.path)
+    unused = f"not used: {some(others)}; the splits are " + ", ".join(f"{path.name}/" for path in found.values())
+    return {split: found[split] for split in SPLITS if split in found}, [unused] if others else []
 
 
-def _entries(folder: Path) -> list[Path]:
+def _class_folders(folder: Path) -> dict[str, list[Path]]:
+    """The folders of each class: of several spellings of one name in Unicode, all belong to the class."""
+    found: defaultdict[str, list[Path]] = defaultdict(list)
+    for entry in _entries(folder):
+        if entry.is_dir() and not _is_system(entry):
+            found[composed_name(entry.name)].append(Path(entry.path))
+    return dict(sorted(found.items()))
+
+
+def _labels(folder: Path, classes: Mapping[str, object]) -> tuple[str, ...]:
+    if not classes:
+        raise DataError(f"{folder} holds no class folders: expected {folder}/<class>/*.jpg")
+    if len(classes) == 1:
+        raise DataError(f"{folder} holds a single class ({min(classes)}): add at least one more class folder")
+    return check_names(list(classes), str(folder))
+
+
+def _read_split(
+    folder: Path, classes: Mapping[str, Sequence[Path]], labels: Sequence[str]
+) -> tuple[list[Sample], Leftovers]:
+    """All images below the class folders, class by class in the order of their paths."""
+    check_labels(str(folder), labels, list(classes))
+    left = Leftovers()
+    for entry in _entries(folder):
+        if not entry.is_dir():
+            left.loose += _is_wanted(entry, left)
+        elif _is_system(entry):
+            left.folders.add(entry.name)
+    samples: list[Sample] = []
+    for target, label in enumerate(labels):
+        of_class = classes.get(composed_name(label), ())
+        paths = sorted(path for below in of_class for path in _images(below, left, frozenset()))
+        samples += [local_sample(path, target) for path in paths]
+    return samples, left
+
+
+def _images(folder: Path, left: Leftovers, above: frozenset[str]) -> Iterator[Path]:
+    """All images below a folder; links are followed, but not back to a folder ``above``."""
+    above |= {os.path.realpath(folder)}
+    for entry in _entries(folder):
+        if entry.is_dir():
+            if _is_system(entry):
+                left.folders.add(entry.name)
+            elif os.path.realpath(entry.path) not in above:
+                yield from _images(Path(entry.path), left, above)
+        elif _is_wanted(entry, left):
+            yield Path(entry.path)
+
+
+def _is_wanted(entry: "os.DirEntry[str]", left: Leftovers) -> bool:
+    """Whether a file is an image; what is none is counted in ``left``, unless it is hidden or the system's."""
+    if entry.name.startswith(".") or entry.name.lower() in _SYSTEM_FILES:
+        return False
+    suffix = Path(entry.name).suffix.lower()
+    if suffix in SUFFIXES or _begins_like_an_image(entry):
+        return True
+    left.others[suffix] += 1
+    return False
+
+
+def _begins_like_an_image(entry: "os.DirEntry[str]") -> bool:
+    if not entry.is_file():
+        return False
     try:
-        return list(folder.iterdir())
+        with open(entry.path, "rb") as file:
+            return is_image(file.read(HEAD_BYTES))
+    except OSError as error:
+        raise DataError(f"{entry.path} cannot be read: {error.strerror}") from error
+
+
+def _is_system(entry: "os.DirEntry[str]") -> bool:
+    return entry.name.startswith(".") or entry.name.lower() in _SYSTEM_FOLDERS
+
+
+def _entries(folder: Path) -> "list[os.DirEntry[str]]":
+    """What a folder holds, by name."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
     except OSError as error:
         raise DataError(f"{folder} cannot be listed: {error.strerror}") from error
-
-
-def _labels(folder: Path) -> tuple[str, ...]:
-    labels = tuple(_class_folders(folder))
-    if not labels:
-        raise DataError(f"{folder} holds no class folders: expected {folder}/<class>/*.jpg")
-    if len(labels) == 1:
-        raise DataError(f"{folder} holds a single class ({labels[0]}): add at least one more class folder")
-    bad = [label for label in labels if len(label) > MAX_LABEL_LENGTH or not label.isprintable()]
-    if bad:
-        raise DataError(f"{folder} holds a class folder whose name cannot be a label: rename {bad[0][:60]!r}")
-    return labels
-
-
-def _read_split(folder: Path, labels: Sequence[str], *, require_all: bool = True) -> list[Sample]:
-    """All images below ``folder/<class>/``, in name order."""
-    check_labels(str(folder), labels, _class_folders(folder))
-    samples: list[Sample] = []
-    empty: list[str] = []
-    for target, label in enumerate(labels):
-        paths = sorted(_images(folder / label))
-        if not paths:
-            empty.append(label)
-        samples += [Sample(str(path), path.read_bytes, target) for path in paths]
-    if empty and require_all:
-        raise DataError(f"{folder}: no images (.jpg, .jpeg, .png, .webp) for class {some(empty)}")
-    return samples
-
-
-def _images(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return [path for path in _entries(folder) if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")]

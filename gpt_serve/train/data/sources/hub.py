@@ -6,10 +6,20 @@ from pathlib import Path
 from typing import Any
 
 from gpt_serve.errors import DataError
-from gpt_serve.train.data.samples import Dataset, Indexed, Split, check_names, readable, without_splits
+from gpt_serve.images.convert import readable
+from gpt_serve.train.data.samples import (
+    SPLITS,
+    Dataset,
+    Indexed,
+    Split,
+    check_names,
+    composed_name,
+    counted,
+    some,
+    without_splits,
+)
 
 OPTIONS = ("config", "image", "label", "train", "val", "test")
-NAMES = {"train": ("train",), "val": ("validation", "val", "valid", "dev"), "test": ("test",)}
 
 
 def open_hub(name: str, options: Mapping[str, str], splits: Collection[str]) -> Dataset:
@@ -34,15 +44,17 @@ def open_hub(name: str, options: Mapping[str, str], splits: Collection[str]) -> 
         return Dataset(())
     targets = {split: table.select_columns([label])[:][label] for split, table in wanted.items()}
     classes = _classes(name, label, first, targets)
-    labels = check_names([str(item) for item in classes.values()], f"hf:{name}")
-    position = {value: target for target, value in enumerate(classes)}
+    labels = check_names(list(dict.fromkeys(classes.values())), f"hf:{name}")
+    places = {item: target for target, item in enumerate(labels)}
+    position = {value: places[composed_name(item)] for value, item in classes.items()}
     opened = {
         split: _split(f"{name}/{found[split]}", table, image, targets[split], position)
         for split, table in wanted.items()
     }
     if len(found) == 1:
         return without_splits(opened["train"], labels, f"hf:{name}")
-    return Dataset(labels, **opened)
+    others = [f"{key} ({counted(len(tables[key]), 'image')})" for key in tables if key not in found.values()]
+    return Dataset(labels, **opened, unused=(f"not used: the splits {some(others)}",) if others else ())
 
 
 def _load(name: str, config: str | None) -> Any:
@@ -64,11 +76,11 @@ def _load(name: str, config: str | None) -> Any:
 
 def _find_splits(name: str, present: list[str], options: Mapping[str, str]) -> dict[str, str]:
     """The data set's name of each split; one that is asked for by name is taken for nothing else."""
-    given = {split: options[split] for split in NAMES if split in options}
+    given = {split: options[split] for split in SPLITS if split in options}
     if missing := [key for key in given.values() if key not in present]:
         raise DataError(f"--data hf:{name}: no split {missing[0]!r}: it has {', '.join(present)}")
     free = [key for key in present if key not in given.values()]
-    usual = {split: key for split, names in NAMES.items() for key in reversed(names) if key in free}
+    usual = {split: key for split, names in SPLITS.items() for key in reversed(names) if key in free}
     found = usual | given
     if "train" not in found and len(present) == 1:
         return {"train": present[0]}
@@ -94,15 +106,17 @@ def _columns(name: str, features: Mapping[str, Any], options: Mapping[str, str])
     return columns["image"], columns["label"]
 
 
-def _classes(name: str, label: str, table: Any, targets: Mapping[str, list[Any]]) -> dict[Any, Any]:
-    """The name of each value of the label column, in order of the classes."""
+def _classes(name: str, label: str, table: Any, targets: Mapping[str, list[Any]]) -> dict[Any, str]:
+    """The name of each value of the label column, in order of the classes; values of one name are one class."""
     feature = table.features[label]
     if names := getattr(feature, "names", None):
+        check_names(names, f"hf:{name}")
         return dict(enumerate(names))
     values = [value for split in targets.values() for value in split]
     if not all(isinstance(value, str | int) for value in values):
         raise DataError(f"--data hf:{name}: the column {label!r} holds no classes: append ?label=COLUMN")
-    return {value: value for value in sorted(set(values), key=lambda value: (str(type(value)), value))}
+    ordered = sorted(set(values), key=lambda value: (str(type(value)), value))
+    return {value: composed_name(str(value)) for value in ordered}
 
 
 def _split(name: str, table: Any, image: str, values: list[Any], position: Mapping[Any, int]) -> Split:

@@ -10,7 +10,8 @@ from filelock import FileLock
 from PIL import Image
 
 from gpt_serve.errors import DataError
-from gpt_serve.train.data.samples import Dataset, Indexed, Split, check_names, png, readable, without_splits
+from gpt_serve.images.convert import encode_png, readable
+from gpt_serve.train.data.samples import SPLITS, Dataset, Indexed, Split, check_names, without_splits
 from gpt_serve.train.data.sources.published import published
 from gpt_serve.train.data.sources.root import data_root
 
@@ -55,9 +56,8 @@ def open_vision(name: str, options: Mapping[str, str], splits: Collection[str]) 
     opened = {split: _open(name, arguments | given) for split, given in chosen.items()}
     targets = {split: _targets(name, data) for split, data in opened.items()}
     labels, position = _labels(name, next(iter(opened.values())), targets.values())
-    return Dataset(
-        labels, **{split: _split(f"{name}/{split}", data, targets[split], position) for split, data in opened.items()}
-    )
+    splits = {split: _split(f"{name}/{split}", data, targets[split], position) for split, data in opened.items()}
+    return Dataset(labels, *(splits.get(split, ()) for split in SPLITS))
 
 
 def _unsplit(name: str, data: Any) -> Dataset:
@@ -76,7 +76,7 @@ def _read(data: Any, index: int) -> bytes:
     if isinstance(image, Image.Image):
         path = getattr(image, "filename", "")
         if not path:
-            return png(image)
+            return encode_png(image)
         image.close()
         image = path
     return readable(Path(image).read_bytes())
