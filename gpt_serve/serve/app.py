@@ -20,6 +20,7 @@ from gpt_serve.serve.config import ServeConfig
 from gpt_serve.serve.inputs import read_request
 from gpt_serve.serve.messages import Answer, Asks, Item
 from gpt_serve.serve.metrics import Metrics
+from gpt_serve.serve.pages import add_pages
 from gpt_serve.serve.problems import HTTPError
 from gpt_serve.serve.state import ServerState
 from gpt_serve.specs import check_task_name
@@ -69,9 +70,11 @@ def build_app(door: Door, lifespan: Lifespan | None = None) -> FastAPI:
         description="Many vision tasks from one frozen Vision Transformer.",
         lifespan=lifespan,
         redirect_slashes=False,
+        docs_url=None,  # FastAPI's would load its scripts from elsewhere
         redoc_url=None,
     )
     problems.install(app)
+    add_pages(app)
     _add_probes(app, door)
     guarded = [Depends(_key_check(door.config.api_key))]
 

@@ -7,7 +7,6 @@ where ``CI`` is ``true``.
 import base64
 import io
 import json
-import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import onnx
@@ -28,6 +27,7 @@ from PIL import Image
 from gpt_serve.images.decode import decode
 from gpt_serve.images.preprocess import preprocess_image
 from gpt_serve.specs import Preprocess
+from tests.browser import chromium, missing, program
 
 pytestmark = pytest.mark.slow
 
@@ -52,20 +52,6 @@ REFUSED = {
 }
 
 
-def program(*names: str) -> str:
-    for name in names:
-        if path := shutil.which(name):
-            return path
-    return missing(" or ".join(names))
-
-
-def missing(what: str) -> NoReturn:
-    """Skip; but ``.ci/run`` installs everything, and these tests would be the first to be silently lost."""
-    if os.environ.get("CI") == "true":
-        pytest.fail(f"needs {what}, which .ci/run installs")
-    pytest.skip(f"needs {what}: README.md, 'Tests'")
-
-
 @pytest.mark.parametrize(("ci", "outcome"), [("true", pytest.fail.Exception), ("", pytest.skip.Exception)])
 def test_nothing_is_skipped_in_silence_by_ci(ci: str, outcome: type[BaseException], monkeypatch) -> None:
     monkeypatch.setenv("CI", ci)
@@ -81,7 +67,7 @@ def driver() -> list[str]:
     """The command that drives the page, without its last arguments: the address and a folder for a profile."""
     if not (PAGE / "node_modules" / "playwright-core").is_dir():
         missing("`npm ci` in export/browser")
-    return [program("node"), str(PAGE / "test.mjs"), program("chromium", "chromium-browser", "google-chrome")]
+    return [program("node"), str(PAGE / "test.mjs"), chromium()]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,3 @@
+// Draws the server's OpenAPI document.
+
+window.SwaggerUIBundle({ url: "openapi.json", dom_id: "#swagger-ui", deepLinking: true, validatorUrl: null });

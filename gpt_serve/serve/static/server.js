@@ -1,0 +1,52 @@
+// What the page asks the server, and how a refusal becomes one sentence.
+
+export class Refusal extends Error {}
+
+/** The response to `path`, with the key that the visitor gave. Throws a `Refusal` that says why there is none. */
+export async function ask(path, options = {}) {
+  const key = sessionStorage.getItem("key");
+  const headers = key ? { "X-API-Key": key } : {};
+  let response;
+  try {
+    response = await fetch(path, { ...options, headers });
+  } catch {
+    throw new Refusal("The server cannot be reached.");
+  }
+  if (!response.ok) throw new Refusal(await reason(response));
+  return response;
+}
+
+async function reason(response) {
+  const again = response.headers.get("Retry-After");
+  const problem = await response.json().catch(() => ({}));
+  const detail = problem.detail ?? response.statusText;
+  return `${response.status} ${problem.title ?? ""}: ${detail}${again ? ` (worth another try in ${again} s)` : ""}`;
+}
+
+/** The answer for one task, with the seconds that it took. */
+export async function predict(task, topK, image) {
+  const form = new FormData();
+  form.append("task", task);
+  form.append("top_k", topK);
+  form.append("image", image.file, image.name);
+  const began = performance.now();
+  const answer = await (await ask("predict", { method: "POST", body: form })).json();
+  return { ...answer, seconds: (performance.now() - began) / 1000 };
+}
+
+const FACTS = [
+  ["gpt_serve_in_flight", "Requests being answered", (value) => value],
+  ["gpt_serve_resident_adapters", "Adapters on the device", (value) => value],
+  ["gpt_serve_host_adapters", "Adapters in host memory", (value) => value],
+  ["gpt_serve_bank_used_bytes", "Device memory that they take", (value) => `${(value / 2 ** 20).toFixed(1)} MiB`],
+  ["gpt_serve_worker_restarts", "Restarts of the worker", (value) => value],
+];
+
+/** The state of the server as pairs of what and how much. */
+export async function state() {
+  const ready = await (await ask("ready")).json();
+  const text = await (await ask("metrics")).text();
+  const values = new Map([...text.matchAll(/^(\w+) (\S+)$/gm)].map(([, name, value]) => [name, Number(value)]));
+  const known = FACTS.filter(([name]) => values.has(name));
+  return [["Backbone", ready.backbone], ...known.map(([name, what, show]) => [what, show(values.get(name))])];
+}
