@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-FORMAT = "gpt-serve/1"
+FORMATS = ("gpt-serve/1", "gpt-serve/2")
 MAX_BYTES = 256 * 2**20
 MAX_HEADER_BYTES = 2**20
 MAX_PROMPTS = 4096
@@ -154,7 +154,7 @@ def to_float32(values: np.ndarray, dtype: str) -> np.ndarray:
 
 def check_metadata(metadata: Metadata, task: str, graph: Metadata) -> None:
     """An adapter belongs to its task and to the graph."""
-    require(metadata["format"] == FORMAT, f"its format is not {FORMAT}")
+    require(metadata["format"] in FORMATS, f"its format is not {' or '.join(FORMATS)}")
     require(metadata["task"] == task, f"it belongs to task {metadata['task']!r:.80}")
     trained, wanted = (f"{of['backbone']!r:.60} ({of['backbone_sha256'][:12]})" for of in (metadata, graph))
     same = metadata["backbone_sha256"] == graph["backbone_sha256"]

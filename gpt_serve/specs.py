@@ -14,6 +14,23 @@ Family = Literal["mae", "mocov3"]
 CropMode = Literal["center", "squash"]
 Interpolation = Literal["bilinear", "bicubic"]
 Precision = Literal["fp32", "bf16"]
+TapPool = Literal["cls", "mean", "patches", "grid", "raw"]
+POOLED: tuple[TapPool, ...] = ("cls", "mean", "patches")
+
+
+@dataclass(frozen=True)
+class Tap:
+    """Features that a head reads: the tokens after one block, pooled, then given to the backbone's own norm.
+
+    Attributes:
+        block: counted from 0.
+        pool: ``cls`` for the CLS token (D,), ``patches`` for the mean of the patch tokens (D,), ``mean`` for the mean
+            of patch and prompt tokens (D,), after the last block only; ``grid`` for every patch token (N, D), and
+            ``raw`` for these without the norm.
+    """
+
+    block: int
+    pool: TapPool
 
 
 def check_task_name(task: str) -> str:

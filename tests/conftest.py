@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt_serve.engine.onnx_cache import serving_graph
+from gpt_serve.engine.onnx import serving_graph
 from gpt_serve.export.session import Graph
 from gpt_serve.model.backbone import Backbone
 from tests.tiny_vit import tiny_backbone

@@ -22,7 +22,7 @@ from gpt_serve.adapters.adapter import Adapter
 from gpt_serve.adapters.file import MAX_FILE_BYTES, MAX_PROMPTS
 from gpt_serve.adapters.store import FILE_NAME
 from gpt_serve.errors import AdapterError, BackboneMismatch, InvalidAdapter
-from gpt_serve.specs import BackboneSpec
+from gpt_serve.specs import BackboneSpec, Tap
 from tests.factories import make_adapter
 
 Header = dict[str, Any]
@@ -57,7 +57,8 @@ class Hostile:
 
 def hostile_adapters(spec: BackboneSpec) -> list[Hostile]:
     """All cases for a server with the backbone ``spec`` (depth above 1), named in order of their kind."""
-    return [*_files(spec), *_headers(spec), *_tensors(spec), *_values(spec), *_metadata(spec), *_foreign(spec)]
+    kinds = (_files, _headers, _tensors, _shifts, _values, _metadata, _taps, _foreign)
+    return [case for kind in kinds for case in kind(spec)]
 
 
 def unpack(data: bytes) -> tuple[Header, bytes]:
@@ -225,6 +226,21 @@ def _tensors(spec: BackboneSpec) -> Iterator[Hostile]:
     )
 
 
+def _shifts(spec: BackboneSpec) -> Iterator[Hostile]:
+    """Vectors that no block can add."""
+    width = spec.width
+
+    def case(name: str, message: str, shift: torch.Tensor) -> Hostile:
+        adapter = make_adapter(spec, name, shift=torch.zeros(spec.depth, 3, width))
+        return Hostile(name, message, with_tensors(adapter, shift=shift))
+
+    yield case("shift-flat", "tensor 'shift' has shape .*, not 3 positive", torch.zeros(spec.depth, 3 * width))
+    yield case("shift-places", "tensor 'shift' has shape .*, not .blocks, 3, ", torch.zeros(spec.depth, 2, width))
+    yield case("shift-width", "tensor 'shift' has shape .*, not .blocks, 3, ", torch.zeros(spec.depth, 3, width + 1))
+    yield case("shift-depth", "disagree on the number of blocks", torch.zeros(spec.depth + 1, 3, width))
+    yield case("shift-nan", "tensor 'shift' holds values", torch.full((spec.depth, 3, width), float("nan")))
+
+
 def _values(spec: BackboneSpec) -> Iterator[Hostile]:
     """Numbers that would poison every answer."""
     for name, tensor, value in (
@@ -254,7 +270,7 @@ def _metadata(spec: BackboneSpec) -> Iterator[Hostile]:
     yield case("metadata-number", "metadata holds values that are not strings", created=5)
     yield case("metadata-key-missing", "metadata key 'labels' is missing", labels=None)
     yield case("metadata-key-unknown", "metadata key 'author' is unknown", author="me")
-    yield case("format-unknown", "format 'gpt-serve/2' is not 'gpt-serve/1'", format="gpt-serve/2")
+    yield case("format-unknown", "format 'gpt-serve/3' is not 'gpt-serve/1' or 'gpt-serve/2'", format="gpt-serve/3")
     yield case("task-of-another", "file belongs to task 'elsewhere'", task="elsewhere")
     yield case("task-a-path", r"task name '\.\./x' is not allowed", task="../x")
     yield case("method-odd", r"method 'Gated\\n' is not 1 to 32", method="Gated\n")
@@ -284,6 +300,23 @@ def _metadata(spec: BackboneSpec) -> Iterator[Hostile]:
     yield case("training-nan", "training holds the number NaN, which", training='{"loss": NaN}')
     yield case("training-infinite", "training holds the number 1e400, which", training='{"loss": 1e400}')
     yield case("training-nesting", "training is not valid JSON", training="[" * 100_000)
+
+
+def _taps(spec: BackboneSpec) -> Iterator[Hostile]:
+    """What a head cannot read."""
+
+    def case(name: str, message: str, taps: str) -> Hostile:
+        return Hostile(name, message, with_metadata(make_adapter(spec, name), taps=taps))
+
+    texts = ("[]", "{}", '[["cls", 1]]', '[[-1, "cls"]]', '[[1, "max"]]', '[[1, "raw"]]', "[[1]]", "[[true, 1]]")
+    for number, text in enumerate(texts):
+        yield case(f"taps-{number}", "taps '.*' is not a list of 1 to 64 pairs", text)
+    yield case("taps-twice", "taps must all be different", '[[1, "cls"], [1, "cls"]]')
+    yield case("taps-many", "columns for 7 taps of equal width", json.dumps([[block, "cls"] for block in range(7)]))
+    late = make_adapter(spec, "foreign-tap", taps=(Tap(spec.depth, "cls"),))
+    yield Hostile("foreign-tap", f"the head reads block {spec.depth}, the", late.to_bytes())
+    early = make_adapter(spec, "early-mean", taps=(Tap(0, "mean"),))
+    yield Hostile("early-mean", "the head reads prompts after block 0, which is not the last", early.to_bytes())
 
 
 def _foreign(spec: BackboneSpec) -> Iterator[Hostile]:

@@ -164,3 +164,25 @@ def selection_ratio(gates: list[float]) -> list[float]:
     """Eq. 11: the weights of Eq. 10 as shares that add up to 1 (undefined when every gate is 0)."""
     weights = written_weights(gates)
     return [weight / sum(weights) for weight in weights]
+
+
+@torch.no_grad()
+def edit_biases(block: Block, seed: int) -> Tensor:
+    """Add random vectors to the biases of the values, the projection, the second norm and the second MLP layer.
+
+    Returns:
+        (3, D): what that adds after attention (behind LayerScale), before the MLP, and after it.
+    """
+    width = block.norm2.weight.shape[0]
+    generator = torch.Generator().manual_seed(seed)
+    values, projection, norm, mlp = torch.randn(4, width, generator=generator)
+    _add_bias(block.attn.qkv, torch.cat([torch.zeros(2 * width), values]))
+    _add_bias(block.attn.proj, projection)
+    block.norm2.bias.add_(norm)
+    _add_bias(block.mlp.fc2, mlp)
+    after = block.ls1(block.attn.proj.weight @ values + projection)
+    return torch.stack([after, norm, block.ls2(mlp)])
+
+
+def _add_bias(layer: torch.nn.Linear, vector: Tensor) -> None:
+    layer.bias = torch.nn.Parameter(vector if layer.bias is None else layer.bias + vector)

@@ -17,9 +17,9 @@ SETTINGS = {
     "HF_UPDATE_DOWNLOAD_COUNTS": "0",
 }
 ENTRIES = {
-    "package": "import gpt_serve.engine.onnx_cache",
+    "package": "import gpt_serve.engine.onnx",
     "command line": "import gpt_serve.cli.main, gpt_serve.export.session",
-    "server": "import gpt_serve.serve.litserve, gpt_serve.engine.build, gpt_serve.engine.onnx_cache",
+    "server": "import gpt_serve.serve.litserve, gpt_serve.engine.build, gpt_serve.engine.onnx",
     "export/run.py": "sys.path.insert(0, 'export'); import run",
 }
 UPLOAD_SECONDS = 40  # onnxruntime looks its host up some 10 to 30 s after it was imported

@@ -13,8 +13,8 @@ from gpt_serve.adapters.adapter import Adapter
 from gpt_serve.bench.forward import flops
 from gpt_serve.bench.timing import Row, interleave, to_rows
 from gpt_serve.engine.engine import Engine
-from gpt_serve.engine.slab import Kind
 from gpt_serve.model.backbone import Backbone
+from gpt_serve.model.batch import Layout
 
 BATCH = 64
 ENGINE, GROUPED, PEFT = "engine", "swapped, grouped by task", "PEFT, LoRA mixed"
@@ -59,7 +59,7 @@ def bench_prompts(setting: Setting) -> list[Row]:
             raw = pixels(backbone, batch)
             images = ready(backbone, raw)
             calls: dict[str, Callable[[], object]] = {BARE: partial(backbone.model, images)}
-            parts = engine.planner.plan([Kind.of(adapters["open, 0"], backbone.spec.depth)] * batch)
+            parts = engine.planner.plan([Layout.of(adapters["open, 0"], backbone.spec.depth)] * batch)
             if len(parts) > 1:  # smaller passes alone may be faster on a CPU: that is not what prompts cost
                 calls[PARTS] = partial(_in_parts, backbone, [images[part] for part in parts])
             for name, adapter in adapters.items():

@@ -40,7 +40,7 @@ def bench_overhead(setting: Setting) -> list[Row]:
         engine = Engine(backbone, store)
         for case, chosen in (("one task", tasks[:1] * BATCH), (f"{BATCH} tasks", tasks)):
             held = hold(engine, chosen, raw)
-            parts = engine.planner.plan([row.resident.place.kind for row in held])
+            parts = engine.planner.plan([row.resident.place.layout for row in held])
             passes = [(images[part], gather([held[index].resident.place for index in part])) for part in parts]
             shares: list[float] = []
             compute = partial(engine.compute, held)

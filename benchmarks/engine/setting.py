@@ -187,7 +187,7 @@ def engine_holding(
         host: adapters that the host tier holds, about; None for its usual size.
     """
     packed = Packed.of(like, backbone.spec)
-    remembered = packed.kind.plan.constant if packed.kind.prompts else 0
+    remembered = packed.layout.constant
     rows = count * packed.extent(remembered) + 1
     host_bytes = DEFAULT_HOST_BYTES if host is None else host * packed.nbytes
     return Engine(

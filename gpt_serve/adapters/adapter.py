@@ -2,14 +2,17 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from gpt_serve.adapters.file import FORMAT, PLAIN, from_file, to_file
 from gpt_serve.errors import BackboneMismatch, InvalidAdapter
-from gpt_serve.specs import BackboneSpec, Pool, Preprocess
+from gpt_serve.specs import BackboneSpec, Pool, Preprocess, Tap
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,12 +23,15 @@ class Adapter:
         prompt: (1 or L - first_block, P, D); None for no prompts.
         gamma: (L - 1 - first_block,) gate priors, +-inf for hard gates; None for gates 1 (shallow) or 0 (deep).
         tau: (L,) attention temperatures; None for 1.
-        head_weight: (C, D).
+        shift: (L, 3, D), what is added after attention, before and after the MLP of each block; None for 0.
+        head_weight: (C, K*D) for the ``K`` taps, in their order.
         head_bias: (C,).
         labels: the ``C`` class names.
+        pool: what the last block's tokens become where there are no taps.
         training: hyperparameters, data and metrics, as JSON values.
         created: UTC, ISO 8601.
         first_block: the block that prompts enter, from 0; those before it compute images alone.
+        taps: what the head reads; none stands for the last block with ``pool``, see `taps_of`.
     """
 
     task: str
@@ -42,7 +48,9 @@ class Adapter:
     prompt: Tensor | None = None
     gamma: Tensor | None = None
     tau: Tensor | None = None
+    shift: Tensor | None = None
     first_block: int = 0
+    taps: tuple[Tap, ...] = ()
 
     @property
     def prompts(self) -> int:
@@ -54,6 +62,14 @@ class Adapter:
         """Whether every block has tokens of its own."""
         return self.prompt is not None and self.prompt.shape[0] > 1
 
+    def gates(self, depth: int) -> Tensor:
+        """The gates of blocks 0..L-2 of a backbone with ``depth`` blocks, (L-1,), see `gate_values`."""
+        return gate_values(self.gamma, depth=depth, prompts=self.prompts, deep=self.deep, first_block=self.first_block)
+
+    def taps_of(self, depth: int) -> tuple[Tap, ...]:
+        """What the head reads on a backbone with ``depth`` blocks, at least one."""
+        return taps_of(self.taps, self.pool, depth=depth, prompts=self.prompts)
+
     def to_bytes(self) -> bytes:
         """The adapter file; equal adapters give equal bytes.
 
@@ -61,11 +77,13 @@ class Adapter:
             InvalidAdapter: what `from_bytes` would refuse is never written.
         """
         tensors = {"head.weight": self.head_weight, "head.bias": self.head_bias}
-        learned = {"prompt": self.prompt, "gamma": self.gamma, "tau": self.tau}
+        learned = {"prompt": self.prompt, "gamma": self.gamma, "tau": self.tau, "shift": self.shift}
         tensors |= {name: tensor for name, tensor in learned.items() if tensor is not None}
         metadata = {"format": FORMAT} | {name: getattr(self, name) for name in PLAIN}
         if self.first_block:
             metadata["first_block"] = str(self.first_block)
+        if self.taps:
+            metadata["taps"] = json.dumps([[tap.block, tap.pool] for tap in self.taps])
         metadata |= {
             "labels": json.dumps(self.labels, ensure_ascii=False),
             "preprocess": json.dumps(self.preprocess.to_dict()),
@@ -91,6 +109,7 @@ class Adapter:
             prompt=tensors.get("prompt"),
             gamma=tensors.get("gamma"),
             tau=tensors.get("tau"),
+            shift=tensors.get("shift"),
         )
 
     def check_backbone(self, spec: BackboneSpec) -> None:
@@ -103,8 +122,10 @@ class Adapter:
         if not spec.fits(self.backbone_sha256, self.preprocess.input_size):
             told = spec.told_from(self.backbone, self.backbone_sha256, self.preprocess.input_size)
             raise BackboneMismatch(f"trained on backbone {told} or train again")
-        if self.head_weight.shape[1] != spec.width:
-            raise InvalidAdapter(f"width {self.head_weight.shape[1]} is not the backbone's {spec.width}")
+        width = self.head_weight.shape[1] // max(1, len(self.taps))
+        if width != spec.width:
+            raise InvalidAdapter(f"width {width} is not the backbone's {spec.width}")
+        self._check_taps(spec.depth)
         first = self.first_block
         if first >= spec.depth:
             raise InvalidAdapter(f"prompts enter block {first}, the backbone's last is {spec.depth - 1}")
@@ -112,10 +133,53 @@ class Adapter:
             "prompt": self.prompt.shape[0] + first if self.prompt is not None and self.deep else None,
             "gamma": None if self.gamma is None else len(self.gamma) + 1 + first,
             "tau": None if self.tau is None else len(self.tau),
+            "shift": None if self.shift is None else len(self.shift),
         }
         for name, depth in depths.items():
             if depth is not None and depth != spec.depth:
                 raise InvalidAdapter(f"{name} is for {depth} blocks, the backbone has {spec.depth}")
+
+    def _check_taps(self, depth: int) -> None:
+        for tap in self.taps:
+            if tap.block >= depth:
+                raise InvalidAdapter(f"the head reads block {tap.block}, the backbone's last is {depth - 1}")
+            if tap.pool == "mean" and tap.block != depth - 1:
+                raise InvalidAdapter(f"the head reads prompts after block {tap.block}, which is not the last")
+
+
+def gate_values(
+    gamma: Tensor | None,
+    *,
+    depth: int,
+    prompts: int,
+    deep: bool,
+    first_block: int,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """``sigmoid(gamma)`` (Eq. 6), or without ``gamma`` 1 for shallow prompts and 0 for deep ones.
+
+    A gate is closed if it is exactly 0. So are those before ``first_block``, where no prompts are, and all where there
+    are no prompts: nothing is written there.
+
+    Args:
+        gamma: (L - 1 - first_block,).
+
+    Returns:
+        (L-1,), the gates of blocks 0..L-2; the last block has none.
+    """
+    if not prompts:
+        return torch.zeros(depth - 1, device=device)
+    if gamma is None:
+        gate = torch.full((depth - 1 - first_block,), 0.0 if deep else 1.0, device=device)
+    else:
+        gate = torch.sigmoid(gamma)
+    return F.pad(gate, (first_block, 0))
+
+
+def taps_of(taps: Sequence[Tap], pool: Pool, *, depth: int, prompts: int) -> tuple[Tap, ...]:
+    """``taps``, or the last block with ``pool``; without prompts a mean over them and the patches is one of patches."""
+    chosen = tuple(taps) or (Tap(depth - 1, pool),)
+    return chosen if prompts else tuple(Tap(tap.block, "patches") if tap.pool == "mean" else tap for tap in chosen)
 
 
 def revision_of(data: bytes) -> str:

@@ -14,21 +14,23 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from gpt_serve.errors import InvalidAdapter, InvalidTaskName
-from gpt_serve.specs import Preprocess, check_task_name
+from gpt_serve.specs import POOLED, Preprocess, Tap, check_task_name
 
-FORMAT = "gpt-serve/1"
+FORMAT = "gpt-serve/2"
+READABLE = ("gpt-serve/1", FORMAT)  # the first has neither shifts nor taps
 MAX_FILE_BYTES = 256 * 2**20
 MAX_HEADER_BYTES = 2**20
 MAX_PROMPTS = 4096
 MAX_LABEL_LENGTH = 256
+MAX_TAPS = 64
 
 _DTYPES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}  # bytes per element
-_TENSORS = {"prompt": 3, "gamma": 1, "tau": 1, "head.weight": 2, "head.bias": 1}  # dimensions
+_TENSORS = {"prompt": 3, "gamma": 1, "tau": 1, "shift": 3, "head.weight": 2, "head.bias": 1}  # dimensions
 _REQUIRED = ("head.weight", "head.bias")
 _CREATED = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|\+00:00)", re.ASCII)
 PLAIN = ("task", "method", "backbone", "backbone_sha256", "pool", "created")  # the others hold JSON
 _METADATA = {*PLAIN, "format", "labels", "preprocess", "training"}
-_OPTIONAL = {"first_block"}
+_OPTIONAL = {"first_block", "taps"}
 
 
 def to_file(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
@@ -50,7 +52,7 @@ def from_file(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
     header, start = _read_header(data)
     fields = _read_metadata(header.pop("__metadata__", None))
     shapes = {name: _read_shape(name, entry, len(data) - start) for name, entry in header.items()}
-    _check_shapes(shapes, len(fields["labels"]), fields["first_block"])
+    _check_shapes(shapes, len(fields["labels"]), fields["first_block"], max(1, len(fields["taps"])))
     try:
         tensors = {name: tensor.float() for name, tensor in load_tensors(data).items()}
     except (SafetensorError, RuntimeError, ValueError, OverflowError) as error:
@@ -159,8 +161,8 @@ def _read_metadata(metadata: Any) -> dict[str, Any]:
     if wrong:
         state = "missing" if wrong[0] in _METADATA else "unknown"
         raise InvalidAdapter(f"metadata key {_short(wrong[0])} is {state}")
-    if metadata["format"] != FORMAT:
-        raise InvalidAdapter(f"format {_short(metadata['format'])} is not {FORMAT!r}")
+    if metadata["format"] not in READABLE:
+        raise InvalidAdapter(f"format {_short(metadata['format'])} is not {' or '.join(map(repr, READABLE))}")
     try:
         preprocess = Preprocess.from_dict(_parse_object(metadata["preprocess"], "preprocess"))
     except ValueError as error:
@@ -171,6 +173,7 @@ def _read_metadata(metadata: Any) -> dict[str, Any]:
         "preprocess": preprocess,
         "training": _parse_object(metadata["training"], "training"),
         "first_block": _parse_first_block(metadata.get("first_block")),
+        "taps": _parse_taps(metadata.get("taps")),
     }
 
 
@@ -217,13 +220,39 @@ def _parse_first_block(text: str | None) -> int:
     return int(text)
 
 
-def _check_shapes(shapes: Mapping[str, list[int]], classes: int, first_block: int) -> None:
+def _parse_taps(text: str | None) -> tuple[Tap, ...]:
+    if text is None:
+        return ()
+    pairs = _parse_json(text, "taps")
+    if not isinstance(pairs, list) or not 1 <= len(pairs) <= MAX_TAPS or not all(map(_is_tap, pairs)):
+        raise InvalidAdapter(f"taps {_short(text)} is not a list of 1 to {MAX_TAPS} pairs [block, pooling]")
+    taps = tuple(Tap(block, pool) for block, pool in pairs)
+    if len(set(taps)) != len(taps):
+        raise InvalidAdapter("taps must all be different")
+    return taps
+
+
+def _is_tap(pair: Any) -> bool:
+    return (
+        isinstance(pair, list)
+        and _are_sizes(pair[:1], 1, 0)
+        and len(pair) == 2
+        and isinstance(pair[1], str)
+        and pair[1] in POOLED
+    )
+
+
+def _check_shapes(shapes: Mapping[str, list[int]], classes: int, first_block: int, taps: int) -> None:
     for name in _REQUIRED:
         if name not in shapes:
             raise InvalidAdapter(f"tensor {name!r} is missing")
         if shapes[name][0] != classes:
             raise InvalidAdapter(f"tensor {name!r} is for {shapes[name][0]} classes, labels names {classes}")
-    width = shapes["head.weight"][1]
+    width, rest = divmod(shapes["head.weight"][1], taps)
+    if rest:
+        raise InvalidAdapter(
+            f"tensor 'head.weight' has {shapes['head.weight'][1]} columns for {taps} taps of equal width"
+        )
     depths = {}
     if first_block and "prompt" not in shapes:
         raise InvalidAdapter("first_block is given, but tensor 'prompt' is missing")
@@ -239,6 +268,10 @@ def _check_shapes(shapes: Mapping[str, list[int]], classes: int, first_block: in
         depths["gamma"] = shapes["gamma"][0] + 1 + first_block
     if "tau" in shapes:
         depths["tau"] = shapes["tau"][0]
+    if "shift" in shapes:
+        depths["shift"], places, shift_width = shapes["shift"]
+        if (places, shift_width) != (3, width):
+            raise InvalidAdapter(f"tensor 'shift' has shape {shapes['shift']}, not (blocks, 3, {width})")
     if len(set(depths.values())) > 1:
         counts = ", ".join(f"{name} {depth}" for name, depth in depths.items())
         raise InvalidAdapter(f"tensors disagree on the number of blocks: {counts}")

@@ -13,10 +13,10 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from cachetools import LRUCache
 from torch import Tensor
 
-from gpt_serve.adapters.store import AdapterStore, Signature
-from gpt_serve.engine.host import HostTier, Staged
+from gpt_serve.adapters.store import AdapterStore, Signature, StoredAdapter
 from gpt_serve.engine.slab import Packed, Place, Slab
 from gpt_serve.errors import BankFull, GPTServeError, UsageError
 from gpt_serve.model.backbone import Backbone
@@ -25,26 +25,78 @@ from gpt_serve.specs import Preprocess
 
 DEFAULT_BANK_BYTES = 2**30
 DEFAULT_HOST_BYTES = 2**30
-MEMORY_SHARE = 1 / 8
+KV_SHARE = 1 / 8
 """An adapter whose remembered keys and values would take more of the bank goes without them."""
 MAX_REFUSALS = 4096
 
 
 @dataclass(frozen=True, eq=False)
-class Resident:
-    """One revision of one adapter on the device; valid from `AdapterBank.take` to `AdapterBank.release`."""
+class Revision:
+    """One revision of a task's adapter, without its tensors."""
 
     task: str
     revision: str
     labels: tuple[str, ...]
     preprocess: Preprocess
     signature: Signature
+
+    @classmethod
+    def of(cls, stored: StoredAdapter) -> "Revision":
+        """The revision that was read from the store."""
+        adapter = stored.adapter
+        return cls(adapter.task, stored.revision, adapter.labels, adapter.preprocess, stored.signature)
+
+
+@dataclass(frozen=True, eq=False)
+class Resident(Revision):
+    """One revision of one adapter on the device; valid from `AdapterBank.take` to `AdapterBank.release`."""
+
     place: Place
 
     @property
     def head(self) -> tuple[Tensor, Tensor]:
-        """Weight (C, D) and bias (C,)."""
+        """Weight (C, K*D) and bias (C,)."""
         return self.place.head
+
+
+class HostTier:
+    """Adapters in host memory: read, checked and packed. The least recently used leaves first.
+
+    It is not safe to share between threads: the bank holds a lock.
+
+    Args:
+        nbytes: of their tensors and labels; the objects around them take a few kilobytes more.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self._cache: LRUCache[str, tuple[Revision, Packed]] = LRUCache(nbytes, getsizeof=_host_bytes)
+
+    def __len__(self) -> int:
+        return len(self._cache)
+
+    @property
+    def used(self) -> int:
+        """Bytes that are taken."""
+        return int(self._cache.currsize)
+
+    def get(self, task: str, signature: Signature) -> tuple[Revision, Packed] | None:
+        """That very version of the task's adapter, if it is here."""
+        entry = self._cache.get(task)
+        return None if entry is None or entry[0].signature != signature else entry
+
+    def put(self, revision: Revision, packed: Packed) -> None:
+        """Keep an adapter, unless it alone is larger than the tier."""
+        self.drop(revision.task)
+        if _host_bytes((revision, packed)) <= self._cache.maxsize:
+            self._cache[revision.task] = revision, packed
+
+    def drop(self, task: str) -> None:
+        """Forget the task's adapter, if it is here."""
+        self._cache.pop(task, None)
+
+
+def _host_bytes(entry: tuple[Revision, Packed]) -> int:
+    return entry[1].nbytes + sum(map(len, entry[0].labels))
 
 
 @dataclass(frozen=True)
@@ -208,15 +260,17 @@ class AdapterBank:
     def _load(self, task: str, signature: Signature, deadline: float | None) -> Resident:
         """Bring the adapter to the device; the caller is the only one to do so."""
         began = time.perf_counter()
-        staged = self._stage(task, signature)
-        place = self._reserve(staged, deadline)
+        revision, packed = self._stage(task, signature)
+        place = self._reserve(task, packed, deadline)
         try:
-            self._fill(place, staged.packed)
+            self._fill(place, packed)
         except BaseException:
             with self._changed:
                 self._slab.free(place)
             raise
-        resident = Resident(staged.task, staged.revision, staged.labels, staged.preprocess, staged.signature, place)
+        resident = Resident(
+            revision.task, revision.revision, revision.labels, revision.preprocess, revision.signature, place
+        )
         with self._changed:
             self._retire(task)
             self._resident[task] = resident
@@ -225,7 +279,8 @@ class AdapterBank:
             self._load_seconds += time.perf_counter() - began
         return resident
 
-    def _stage(self, task: str, signature: Signature) -> Staged:
+    def _stage(self, task: str, signature: Signature) -> tuple[Revision, Packed]:
+        """The adapter in host memory, read from disk if need be."""
         with self._changed:
             staged = self._host.get(task, signature)
         if staged is not None:
@@ -235,11 +290,12 @@ class AdapterBank:
         except GPTServeError as error:
             self._refuse(task, signature, error)
             raise
-        staged = Staged.of(stored, self.backbone.spec, pinned=self._stream is not None)
+        revision = Revision.of(stored)
+        packed = Packed.of(stored.adapter, self.backbone.spec, pinned=self._stream is not None)
         with self._changed:
-            self._host.put(staged)
+            self._host.put(revision, packed)
             self._counts["disk_reads"] += 1
-        return staged
+        return revision, packed
 
     def _refuse(self, task: str, signature: Signature, error: GPTServeError) -> None:
         if isinstance(error.__cause__, OSError):
@@ -251,28 +307,25 @@ class AdapterBank:
             if len(self._refused) > MAX_REFUSALS:
                 self._refused.popitem(last=False)
 
-    def _reserve(self, staged: Staged, deadline: float | None) -> Place:
+    def _reserve(self, task: str, packed: Packed, deadline: float | None) -> Place:
         """Room in the slab; the least recently used adapters that nobody holds leave for it."""
-        packed = staged.packed
         remembered = self._remembered(packed)
         if packed.extent() > self._slab.capacity:
             needed, there = packed.extent() * self._slab.row_bytes, self._slab.capacity * self._slab.row_bytes
-            raise BankFull(
-                f"adapter {staged.task!r} takes {needed} bytes, and the bank has {there}: use more --bank-bytes"
-            )
+            raise BankFull(f"adapter {task!r} takes {needed} bytes, and the bank has {there}: use more --bank-bytes")
         with self._changed:
             while True:
                 place = self._slab.reserve(packed, remembered)
                 if place is not None:
                     return place
                 if not self._evict():
-                    self._wait(deadline, staged.task)
+                    self._wait(deadline, task)
 
     def _remembered(self, packed: Packed) -> int:
-        """Of how many blocks the adapter's keys and values are kept."""
-        constant = packed.kind.constant
+        """How many blocks' keys and values are kept for the adapter."""
+        constant = packed.layout.constant
         whole, capacity = packed.extent(constant), self._slab.capacity
-        too_large = whole > capacity or whole - packed.extent() > MEMORY_SHARE * capacity
+        too_large = whole > capacity or whole - packed.extent() > KV_SHARE * capacity
         attention = self.backbone.model.blocks[0].attn
         if too_large or attention.attn_dim != self.backbone.spec.width:
             return 0
@@ -309,9 +362,8 @@ class AdapterBank:
             context = torch.cuda.stream(self._stream)
         with context:
             self._slab.write(place, packed)
-            if place.kind.remembered:
-                blank = Place(place.slab, packed.kind, place.classes, place.slot, place.start, len(packed.rows))
-                self._slab.write_memory(place, remember(self.backbone.model, blank.batch))
+            if place.layout.remembered:
+                self._slab.write_kv(place, remember(self.backbone.model, place.unremembered))
         if self._stream is not None:
             self._stream.synchronize()
 

@@ -62,8 +62,7 @@ def build_engine(
 
 def faster_forward(backbone: Backbone, folder: Path | None = None) -> Forward:
     """For each pass the faster one of onnxruntime and torch; the graph is kept in ``folder``, None for the cache."""
-    from gpt_serve.engine.onnx import FasterForward, OnnxForward
-    from gpt_serve.engine.onnx_cache import serving_graph
+    from gpt_serve.engine.onnx import FasterForward, OnnxForward, serving_graph
 
     on_cpu = backbone.device.type == "cpu"
     host = backbone if on_cpu else Backbone(copy.deepcopy(backbone.model), backbone.spec, "cpu")

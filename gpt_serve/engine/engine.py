@@ -18,8 +18,9 @@ from gpt_serve.errors import BankFull, GPTServeError, ImageError, UndecodableIma
 from gpt_serve.images.decode import ImageLimits, decode, from_pil
 from gpt_serve.images.preprocess import normalize, preprocess_image
 from gpt_serve.model.backbone import Backbone
-from gpt_serve.model.prompted import block, embed, prompted_features
-from gpt_serve.specs import Preprocess
+from gpt_serve.model.heads import linear, read_taps
+from gpt_serve.model.prompted import block, embed, tapped_features
+from gpt_serve.specs import Preprocess, Tap
 
 ImageInput = bytes | Image.Image | Tensor
 """The bytes of a file, a Pillow image, or uint8 (3, h, w) RGB."""
@@ -55,11 +56,24 @@ class Row:
     image: Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class Features:
+    """What a pass made of its rows, where their heads lie.
+
+    Attributes:
+        taps: all that some row's head reads.
+        tapped: for each of them (B, D).
+    """
+
+    taps: tuple[Tap, ...]
+    tapped: tuple[Tensor, ...]
+
+
 class Forward(Protocol):
     """What computes a pass."""
 
-    def __call__(self, rows: Sequence[Row]) -> Tensor:
-        """Features (B, D) of one or more rows, in order, where the rows' heads lie."""
+    def __call__(self, rows: Sequence[Row]) -> Features:
+        """The features of one or more rows, in order."""
         ...
 
 
@@ -76,12 +90,13 @@ class TorchForward:
         self.run_block: Callable[..., Tensor] = torch.compile(block, dynamic=True) if compiled else block
 
     @torch.inference_mode()
-    def __call__(self, rows: Sequence[Row]) -> Tensor:
-        """Features (B, D) of one or more rows, in order."""
+    def __call__(self, rows: Sequence[Row]) -> Features:
+        """The features of one or more rows, in order."""
         images = normalized(rows, self.backbone.device).to(self.backbone.dtype)
         tokens = embed(self.backbone.model, images)
         adapter = gather([row.resident.place for row in rows])
-        return prompted_features(self.backbone.model, tokens, adapter, run_block=self.run_block)
+        tapped = tapped_features(self.backbone.model, tokens, adapter, run_block=self.run_block)
+        return Features(adapter.layout.taps, tapped)
 
 
 def normalized(rows: Sequence[Row], device: torch.device) -> Tensor:
@@ -155,11 +170,12 @@ class Engine:
         """The answers of rows of any mix, in order; in one thread at a time."""
         if not rows:
             return []
-        passes = self.planner.plan([row.resident.place.kind for row in rows])
-        features = [self.forward([rows[index] for index in part]) for part in passes]
-        order = [index for part in passes for index in part]
-        predictions = classify(torch.cat(features), [rows[index].resident for index in order])
-        return [answer for _, answer in sorted(zip(order, predictions, strict=True), key=lambda pair: pair[0])]
+        answers: dict[int, Prediction] = {}
+        for part in self.planner.plan([row.resident.place.layout for row in rows]):
+            chosen = [rows[index] for index in part]
+            predictions = classify(self.forward(chosen), [row.resident for row in chosen])
+            answers |= dict(zip(part, predictions, strict=True))
+        return [answers[index] for index in range(len(rows))]
 
     def _predict_batch(self, requests: Sequence[tuple[str, ImageInput]]) -> list[Prediction | GPTServeError]:
         residents: dict[str, Resident | GPTServeError] = {}
@@ -214,18 +230,19 @@ def planner_for(backbone: Backbone) -> PassPlanner:
     return PassPlanner(body, backbone.spec.width, COSTS[backbone.device.type])
 
 
-def classify(features: Tensor, residents: Sequence[Resident]) -> list[Prediction]:
-    """Each row's head and softmax, float32; rows (B, D) of one adapter share a product, and all share one copy back."""
+def classify(features: Features, residents: Sequence[Resident]) -> list[Prediction]:
+    """Each row's head and softmax in float32; rows of one adapter share a product, and all share one copy back."""
     members: dict[Resident, list[int]] = {}
     for index, resident in enumerate(residents):
         members.setdefault(resident, []).append(index)
+    device = features.tapped[0].device
     classes = max(len(resident.labels) for resident in members)
-    logits = torch.full((len(residents), classes), float("-inf"), device=features.device)
-    features = features.float()
+    logits = torch.full((len(residents), classes), float("-inf"), device=device)
     for resident, indices in members.items():
         weight, bias = resident.head
-        rows = torch.tensor(indices, device=features.device)
-        logits[rows, : len(resident.labels)] = torch.addmm(bias.float(), features[rows], weight.float().T)
+        rows = torch.tensor(indices, device=device)
+        own = read_taps(features.tapped, features.taps, resident.place.layout.taps, rows)
+        logits[rows, : len(resident.labels)] = linear(own.float(), weight.float(), bias.float())
     scores = logits.softmax(dim=1).cpu()
     return [
         Prediction(resident.task, resident.revision, resident.labels, row[: len(resident.labels)])

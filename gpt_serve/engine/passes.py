@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from gpt_serve.engine.malloc import REUSED_BYTES
-from gpt_serve.engine.slab import Kind
-from gpt_serve.model.batch import Plan
+from gpt_serve.model.batch import Layout
 
 OPERATIONS = 24  # of a row in a block, in D^2: query, keys, values and projection 8, MLP 16
 HIDDEN = 4  # the MLP's width by D
@@ -51,29 +50,29 @@ class PassPlanner:
     width: int
     costs: Costs
 
-    def plan(self, kinds: Sequence[Kind]) -> list[list[int]]:
-        """The passes as indices into ``kinds``, each row in one of them; rows keep their order within a pass."""
-        groups: dict[Kind, list[int]] = {}
-        for index, kind in enumerate(kinds):
-            groups.setdefault(kind, []).append(index)
+    def plan(self, layouts: Sequence[Layout]) -> list[list[int]]:
+        """The passes as indices into ``layouts``, each row in one of them; rows keep their order within a pass."""
+        groups: dict[Layout, list[int]] = {}
+        for index, layout in enumerate(layouts):
+            groups.setdefault(layout, []).append(index)
         merged = self._merge(sorted(groups.items(), key=lambda item: self.image(item[0])))
-        return [part for kind, rows in merged for part in self._split(kind, sorted(rows))]
+        return [part for layout, rows in merged for part in self._split(layout, sorted(rows))]
 
-    def image(self, kind: Kind) -> float:
+    def image(self, layout: Layout) -> float:
         """Row-blocks of one image."""
-        prompts, last = kind.prompts, len(kind.plan.closed)
+        prompts, last = layout.prompts, layout.last
         attending = prompts * self.body / (6 * self.width)  # scores and weighted values: 4 * body * P * D operations
         cost = float(self.body * last)
-        for block, closed in list(enumerate(kind.plan.closed))[kind.first_block :]:
-            if block >= kind.first_block + kind.remembered:
-                cost += prompts * (READING if closed else 1)
+        for block in range(layout.first_block if prompts else last, last):
+            if block >= layout.entry:
+                cost += prompts * (READING if layout.closed[block] else 1)
             cost += attending
-        if kind.plan.pool == "cls":
-            keys = 0 if kind.first_block + kind.remembered > last else prompts
-            return cost + READING * (self.body + keys)
-        return cost + self.body + prompts + attending
+        keys = READING * prompts if layout.entry <= last else 0.0
+        if layout.reads_class_token_last:
+            return cost + READING * self.body + keys
+        return cost + self.body + attending + (keys if layout.reads_prompts_last else prompts)
 
-    def _merge(self, groups: list[tuple[Kind, list[int]]]) -> list[tuple[Kind, list[int]]]:
+    def _merge(self, groups: list[tuple[Layout, list[int]]]) -> list[tuple[Layout, list[int]]]:
         """Join neighbours (by cost) while that saves more than it wastes, the most saving pair first."""
         overhead = self.costs.overhead / (OPERATIONS * self.width**2)
         while len(groups) > 1:
@@ -82,39 +81,26 @@ class PassPlanner:
             if savings[best] <= 0:
                 break
             (one, first), (other, second) = groups[best : best + 2]
-            groups[best : best + 2] = [(shared([one, other]), first + second)]
+            groups[best : best + 2] = [(Layout.joined([one, other]), first + second)]
         return groups
 
-    def _waste(self, one: tuple[Kind, list[int]], other: tuple[Kind, list[int]]) -> float:
-        if one[0].first_block != other[0].first_block:
+    def _waste(self, one: tuple[Layout, list[int]], other: tuple[Layout, list[int]]) -> float:
+        if one[0].prompts and other[0].prompts and one[0].first_block != other[0].first_block:
             return math.inf
-        together = self.image(shared([one[0], other[0]]))
-        return sum(len(rows) * (together - self.image(kind)) for kind, rows in (one, other))
+        together = self.image(Layout.joined([one[0], other[0]]))
+        return sum(len(rows) * (together - self.image(layout)) for layout, rows in (one, other))
 
-    def _split(self, kind: Kind, rows: list[int]) -> list[list[int]]:
+    def _split(self, layout: Layout, rows: list[int]) -> list[list[int]]:
         """Parts of equal size within ``most_bytes``."""
         if self.costs.most_bytes is None:
             return [rows]
-        most = max(1, self.costs.most_bytes // (HIDDEN * 4 * self.width * (self.body + kind.prompts)))
+        most = max(1, self.costs.most_bytes // (HIDDEN * 4 * self.width * (self.body + layout.prompts)))
         parts = -(-len(rows) // most)
         bounds = [len(rows) * part // parts for part in range(parts + 1)]
         return [rows[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
 
 
-def shared(kinds: Sequence[Kind]) -> Kind:
-    """What a pass of all ``kinds`` is; their prompts enter the same block."""
-    return Kind(
-        plan=Plan.shared([kind.plan for kind in kinds]),
-        layers=max(kind.layers for kind in kinds),
-        prompts=max(kind.prompts for kind in kinds),
-        tempered=any(kind.tempered for kind in kinds),
-        remembered=min(kind.remembered for kind in kinds),
-        first_block=kinds[0].first_block,
-    )
-
-
-def opened(kind: Kind) -> Kind:
-    """``kind`` with nothing left out for closed gates."""
-    gates = len(kind.plan.closed)
-    plan = Plan(tuple(block < kind.first_block for block in range(gates)), kind.plan.pool)
-    return replace(kind, plan=plan, remembered=0)
+def opened(layout: Layout) -> Layout:
+    """``layout`` with nothing left out for closed gates."""
+    closed = tuple(block < layout.first_block or not layout.prompts for block in range(len(layout.closed)))
+    return replace(layout, closed=closed, remembered=0)

@@ -1,12 +1,13 @@
 """Adapters in preallocated memory on the device, and batches gathered from there.
 
-Nearly all that an adapter holds is rows as wide as the backbone: prompts, heads, remembered keys and values. They lie
-in one tensor of rows, each adapter in an extent of its own, so that a batch of any mix is one gather (as S-LoRA's
-unified memory pool, Sheng et al. 2023). Row 0 is zero and pads.
+Nearly all that an adapter holds is rows as wide as the backbone: prompts, shifts, heads, remembered keys and values.
+They lie in one tensor of rows, each adapter in an extent of its own, so that a batch of any mix is one gather (as
+S-LoRA's unified memory pool, Sheng et al. 2023). Row 0 is zero and pads.
 
-Shapes: batch rows ``A``, blocks ``L``, width ``D``, prompts ``P``, classes ``C``.
+Shapes: batch rows ``A``, blocks ``L``, width ``D``, prompts ``P``, classes ``C``, taps ``K``.
 """
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,46 +17,60 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gpt_serve.adapters.adapter import Adapter
-from gpt_serve.engine.extents import Extents
-from gpt_serve.model.batch import AdapterBatch, Plan
+from gpt_serve.model.batch import AdapterBatch, Layout
 from gpt_serve.specs import BackboneSpec
 
 MIN_ROWS_PER_SLOT = 8  # a slab has one slot for this many rows: adapters of 8 rows fill both
+SHIFTS = 3  # vectors a block, see `prompted.block`
 
 
-@dataclass(frozen=True)
-class Kind:
-    """What of an adapter decides how much work its images are.
+class Extents:
+    """Free and taken extents of ``size`` units; extent ``(start, length)`` covers ``start`` to ``start + length - 1``.
 
-    Attributes:
-        plan: which gates are exactly 0, and the pooling.
-        layers: 1, or ``L - first_block`` for prompts of each block.
-        prompts: ``P``.
-        tempered: has temperatures of its own.
-        remembered: of how many blocks, from ``first_block``, the keys and values of the prompts are kept.
-        first_block: the block that the prompts enter.
+    Not safe to share between threads: the owner holds a lock.
     """
 
-    plan: Plan
-    layers: int
-    prompts: int
-    tempered: bool
-    remembered: int = 0
-    first_block: int = 0
-
-    @classmethod
-    def of(cls, adapter: Adapter, depth: int) -> "Kind":
-        """Of a stored adapter, nothing remembered yet."""
-        prompt, gamma, first = adapter.prompt, adapter.gamma, adapter.first_block
-        layers, prompts = (1, 0) if prompt is None else prompt.shape[:2]
-        closed = [layers > 1] * (depth - 1 - first) if gamma is None else (torch.sigmoid(gamma) == 0).tolist()
-        plan = Plan((*[True] * first, *closed), adapter.pool)
-        return cls(plan, layers, prompts, adapter.tau is not None, first_block=first)
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._by_start: list[tuple[int, int]] = [(0, size)] if size else []
+        self._by_length: list[tuple[int, int]] = [(size, 0)] if size else []
 
     @property
-    def constant(self) -> int:
-        """In how many blocks, from ``first_block``, keys and values of the prompts are the adapter's own constants."""
-        return self.plan.constant - self.first_block if self.prompts else 0
+    def free(self) -> int:
+        """Units that are free, in however many pieces."""
+        return sum(length for _, length in self._by_start)
+
+    def take(self, length: int) -> int | None:
+        """The start of ``length`` units in the smallest free extent that holds them; None when there is none."""
+        place = bisect_left(self._by_length, (length, 0))
+        if place == len(self._by_length):
+            return None
+        found, start = self._by_length[place]
+        self._remove(start, found)
+        if found > length:
+            self._insert(start + length, found - length)
+        return start
+
+    def give_back(self, start: int, length: int) -> None:
+        """Free what `take` returned."""
+        place = bisect_left(self._by_start, (start, 0))
+        if place < len(self._by_start) and self._by_start[place][0] == start + length:
+            following = self._by_start[place]
+            self._remove(*following)
+            length += following[1]
+        if place and sum(self._by_start[place - 1]) == start:
+            previous = self._by_start[place - 1]
+            self._remove(*previous)
+            start, length = previous[0], previous[1] + length
+        self._insert(start, length)
+
+    def _insert(self, start: int, length: int) -> None:
+        insort(self._by_start, (start, length))
+        insort(self._by_length, (length, start))
+
+    def _remove(self, start: int, length: int) -> None:
+        del self._by_start[bisect_left(self._by_start, (start, length))]
+        del self._by_length[bisect_left(self._by_length, (length, start))]
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,38 +78,40 @@ class Packed:
     """An adapter as it enters a slab.
 
     Attributes:
-        rows: float32 (layers * P + C + ceil(C / D), D): prompts, head weight, head bias.
+        layout: what the host knows of it.
+        classes: ``C``.
+        rows: float32 (layers * P + 3 L + C * K + ceil(C / D), D): prompts, shifts where there are any, head weight,
+            head bias.
         scalars: float32 (2L - 1,): gates, temperatures.
     """
 
-    kind: Kind
+    layout: Layout
     classes: int
     rows: Tensor
     scalars: Tensor
 
     @classmethod
     def of(cls, adapter: Adapter, spec: BackboneSpec, *, pinned: bool = False) -> "Packed":
-        """A stored adapter of the backbone ``spec``; ``pinned`` for asynchronous copies to a GPU."""
-        kind = Kind.of(adapter, spec.depth)
+        """Pack a stored adapter of the backbone ``spec``; ``pinned`` for asynchronous copies to a GPU."""
+        layout = Layout.of(adapter, spec.depth)
         classes = len(adapter.head_bias)
-        bias = F.pad(adapter.head_bias, (0, -classes % spec.width)).view(-1, spec.width)
-        parts = [adapter.head_weight, bias]
-        if adapter.prompt is not None:
-            parts.insert(0, adapter.prompt.flatten(0, 1))
-        gates, open_gate = spec.depth - 1 - kind.first_block, 0.0 if kind.layers > 1 else 1.0
-        gate = torch.full((gates,), open_gate) if adapter.gamma is None else torch.sigmoid(adapter.gamma)
-        gate = F.pad(gate, (kind.first_block, 0))
+        parts = [] if adapter.prompt is None else [adapter.prompt.flatten(0, 1)]
+        if adapter.shift is not None and layout.shifted:
+            parts.append(adapter.shift.flatten(0, 1))
+        parts.append(adapter.head_weight.reshape(-1, spec.width))
+        parts.append(F.pad(adapter.head_bias, (0, -classes % spec.width)).view(-1, spec.width))
         tau = torch.ones(spec.depth) if adapter.tau is None else adapter.tau
-        rows, scalars = torch.cat(parts), torch.cat([gate, tau])
-        return cls(kind, classes, rows.pin_memory() if pinned else rows, scalars.pin_memory() if pinned else scalars)
+        rows, scalars = torch.cat(parts), torch.cat([adapter.gates(spec.depth), tau])
+        return cls(layout, classes, rows.pin_memory() if pinned else rows, scalars.pin_memory() if pinned else scalars)
 
     @property
     def nbytes(self) -> int:
+        """Bytes of its tensors."""
         return self.rows.nbytes + self.scalars.nbytes
 
     def extent(self, remembered: int = 0) -> int:
-        """Rows in a slab, with keys and values of that many blocks."""
-        return len(self.rows) + 2 * remembered * self.kind.prompts
+        """How many rows of a slab it takes, with keys and values of ``remembered`` blocks."""
+        return len(self.rows) + 2 * remembered * self.layout.prompts
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,49 +120,64 @@ class Place:
 
     Attributes:
         slot: index of its gates and temperatures.
-        start: its first row; prompts, head weight, head bias, then keys and values of the remembered blocks.
-        length: its rows.
+        start: its first row; prompts, shifts, head weight, head bias, then keys and values of the remembered blocks.
+        length: the number of its rows.
     """
 
     slab: "Slab"
-    kind: Kind
+    layout: Layout
     classes: int
     slot: int
     start: int
     length: int
 
+    @property
+    def shifts(self) -> int:
+        """The row where the shifts begin, if there are any."""
+        return self.start + self.layout.layers * self.layout.prompts
+
+    @property
+    def kv(self) -> int:
+        """The row where the remembered keys and values begin."""
+        return self.start + self.length - 2 * self.layout.remembered * self.layout.prompts
+
     @cached_property
     def head(self) -> tuple[Tensor, Tensor]:
-        """Weight (C, D) and bias (C,), views into the slab."""
-        first = self.start + self.kind.layers * self.kind.prompts
+        """Weight (C, K*D) and bias (C,), views into the slab."""
         rows, width = self.slab.rows, self.slab.width
-        bias = rows[first + self.classes : first + self.classes + -(-self.classes // width)]
-        return rows[first : first + self.classes], bias.flatten()[: self.classes]
+        first = self.shifts + (SHIFTS * self.slab.depth if self.layout.shifted else 0)
+        behind = first + self.classes * len(self.layout.taps)
+        bias = rows[behind : behind + -(-self.classes // width)]
+        return rows[first:behind].view(self.classes, -1), bias.flatten()[: self.classes]
 
     @cached_property
     def batch(self) -> AdapterBatch:
         """The adapter as a batch of ``A = 1``: views into the slab."""
-        kind, rows, width = self.kind, self.slab.rows, self.slab.width
-        prompt = rows[self.start : self.start + kind.layers * kind.prompts].view(kind.layers, kind.prompts, width)
-        skipped = kind.remembered if kind.layers > 1 else 0
-        memory = rows[self.memory : self.memory + 2 * kind.remembered * kind.prompts]
-        pairs = memory.view(kind.remembered, 2, 1, kind.prompts, width)
-        gate, tau = self.slab.scalars[self.slot].tensor_split([self.slab.depth - 1])
-        return AdapterBatch(
-            prompt=prompt[None, skipped:],
-            gate=gate[None],
-            tau=tau[None] if kind.tempered else None,
-            mean_pool=torch.tensor([kind.plan.pool == "mean"], device=rows.device),
-            plan=kind.plan,
-            memory=tuple((keys, values) for keys, values in pairs),
-            skipped=skipped,
-            first_block=kind.first_block,
+        layout = self.layout
+        kv = self.slab.rows[self.kv : self.kv + 2 * layout.remembered * layout.prompts]
+        pairs = kv.view(layout.remembered, 2, 1, layout.prompts, self.slab.width)
+        batch = self.unremembered
+        return replace(
+            batch,
+            prompt=batch.prompt[:, layout.remembered if layout.layers > 1 else 0 :],
+            layout=layout,
+            kv=tuple((keys, values) for keys, values in pairs),
         )
 
     @property
-    def memory(self) -> int:
-        """The row where the remembered keys and values begin."""
-        return self.start + self.length - 2 * self.kind.remembered * self.kind.prompts
+    def unremembered(self) -> AdapterBatch:
+        """`batch` without keys and values: from this they are computed."""
+        layout, rows, width = self.layout, self.slab.rows, self.slab.width
+        prompt = rows[self.start : self.shifts].view(layout.layers, layout.prompts, width)
+        shift = rows[self.shifts : self.shifts + SHIFTS * self.slab.depth] if layout.shifted else rows[:0]
+        gate, tau = self.slab.scalars[self.slot].tensor_split([self.slab.depth - 1])
+        return AdapterBatch(
+            prompt=prompt[None],
+            gate=gate[None],
+            tau=tau[None] if layout.tempered else None,
+            shift=shift.view(1, -1, SHIFTS, width) if layout.shifted else None,
+            layout=replace(layout, remembered=0),
+        )
 
 
 class Slab:
@@ -182,7 +214,7 @@ class Slab:
 
     @property
     def used_bytes(self) -> int:
-        """Of the rows that adapters fill."""
+        """Bytes of the rows that adapters fill."""
         return (self._extents.size - self._extents.free) * self.row_bytes
 
     def reserve(self, packed: Packed, remembered: int) -> Place | None:
@@ -195,8 +227,8 @@ class Slab:
         if slot is None:
             self._extents.give_back(start, length)
             return None
-        kind = replace(packed.kind, remembered=remembered)
-        return Place(self, kind, packed.classes, slot, start + 1, length)
+        layout = replace(packed.layout, remembered=remembered)
+        return Place(self, layout, packed.classes, slot, start + 1, length)
 
     def free(self, place: Place) -> None:
         """Give room back; nobody may read it any more."""
@@ -208,16 +240,16 @@ class Slab:
         self.rows[place.start : place.start + len(packed.rows)].copy_(packed.rows, non_blocking=True)
         self.scalars[place.slot].copy_(packed.scalars, non_blocking=True)
 
-    def write_memory(self, place: Place, batch: AdapterBatch) -> None:
+    def write_kv(self, place: Place, batch: AdapterBatch) -> None:
         """Copy the keys and values that `prompted.remember` computed, of the blocks that have room in ``place``."""
-        row = place.memory
-        for pair in list(batch.memory)[: place.kind.remembered]:
+        row = place.kv
+        for pair in list(batch.kv)[: place.layout.remembered]:
             for part in pair:
                 self.rows[row : row + part.shape[1]].copy_(part[0])
                 row += part.shape[1]
 
 
-class _Memory(Sequence[tuple[Tensor, Tensor]]):
+class _GatheredKV(Sequence[tuple[Tensor, Tensor]]):
     """Remembered keys and values of a batch, gathered block by block when the forward pass asks for them.
 
     Args:
@@ -246,38 +278,45 @@ class _Memory(Sequence[tuple[Tensor, Tensor]]):
 def gather(places: Sequence[Place]) -> AdapterBatch:
     """The adapters at ``places`` (of one slab) as a batch, a row for each; of one place for all, ``A = 1``.
 
-    Prompts enter the same block, and are padded to the longest. Blocks that not all of them remember are not
-    remembered.
+    For row ``b``, prompt ``p`` and layer ``l`` of a deep adapter (others have one layer for all)::
+
+        prompt[b, l, p] = rows[start[b] + l * count[b] + p]    if p < count[b] else 0
+        shift[b] = rows[shifts[b] : shifts[b] + 3 * L]         or 0 for an adapter without
+
+    Prompts must enter the same block. Keys and values that not all of them remember are not given.
     """
     if all(place is places[0] for place in places):
         return places[0].batch
-    slab, kinds = places[0].slab, [place.kind for place in places]
+    slab, layouts = places[0].slab, [place.layout for place in places]
+    layout = Layout.joined(list(dict.fromkeys(layouts)))
     device = slab.rows.device
-    deep = [kind.layers > 1 for kind in kinds]
     numbers = [
-        (place.slot, place.start, place.memory, kind.prompts, kind.layers > 1, kind.plan.pool == "mean")
-        for place, kind in zip(places, kinds, strict=True)
+        (place.slot, place.start, place.shifts if own.shifted else 0, place.kv, own.prompts, own.layers > 1)
+        for place, own in zip(places, layouts, strict=True)
     ]
-    slot, start, memory, count, is_deep, mean_pool = torch.tensor(numbers).to(device, non_blocking=True).unbind(1)
-    remembered = min(kind.remembered for kind in kinds)
-    layers = max(kind.layers for kind in kinds)
-    skipped = remembered if layers > 1 else 0
-    length = max(kind.prompts for kind in kinds)
-    position = torch.arange(length, device=device)
+    slot, start, shifts, kv, count, is_deep = torch.tensor(numbers).to(device, non_blocking=True).unbind(1)
+    position = torch.arange(layout.prompts, device=device)
     inside = position < count[:, None]
     # A shallow adapter among deep ones gives its only layer to each of theirs.
-    layer = torch.arange(skipped, layers, device=device) * (is_deep * count)[:, None]
+    skipped = layout.remembered if layout.layers > 1 else 0
+    layer = torch.arange(skipped, layout.layers, device=device) * (is_deep * count)[:, None]
     index = torch.where(inside[:, None], (start[:, None] + layer)[..., None] + position, 0)
     gate, tau = slab.scalars[slot].tensor_split([slab.depth - 1], dim=1)
+    prompted = {own.layers > 1 for own in layouts if own.prompts}
     return AdapterBatch(
         prompt=slab.rows[index],
         gate=gate,
-        tau=tau if any(kind.tempered for kind in kinds) else None,
-        mean_pool=mean_pool.bool(),
-        plan=Plan.shared([kind.plan for kind in set(kinds)]),
-        deep=is_deep.bool() if len(set(deep)) > 1 else None,
-        counts=count if len({kind.prompts for kind in kinds}) > 1 else None,
-        memory=_Memory(slab.rows, memory[:, None], count[:, None], inside, remembered),
-        skipped=skipped,
-        first_block=kinds[0].first_block,
+        tau=tau if layout.tempered else None,
+        shift=_shifts(slab, shifts) if layout.shifted else None,
+        layout=layout,
+        deep=is_deep.bool() if len(prompted) > 1 else None,
+        counts=count if len({own.prompts for own in layouts}) > 1 else None,
+        kv=_GatheredKV(slab.rows, kv[:, None], count[:, None], inside, layout.remembered),
     )
+
+
+def _shifts(slab: Slab, start: Tensor) -> Tensor:
+    """(A,) first rows, 0 for none, to (A, L, 3, D)."""
+    offset = torch.arange(SHIFTS * slab.depth, device=start.device)
+    index = torch.where(start[:, None] > 0, start[:, None] + offset, 0)
+    return slab.rows[index].view(len(start), slab.depth, SHIFTS, slab.width)

@@ -45,6 +45,20 @@ def fold_temperatures(model: VisionTransformer, tau: Tensor) -> None:
 
 
 @torch.no_grad()
+def fold_shifts(model: VisionTransformer, shift: Tensor) -> None:
+    """Let the biases of each block's projection, second norm and second MLP layer add its shifts.
+
+    Args:
+        model: from `fold_backbone`, which has no LayerScale left between a bias and the sum.
+        shift: (L, 3, D), see `prompted.block`.
+    """
+    blocks: Any = model.blocks
+    for blk, vectors in zip(blocks, shift, strict=True):
+        for module, vector in zip((blk.attn.proj, blk.norm2, blk.mlp.fc2), vectors, strict=True):
+            module.bias = _parameter(vector if module.bias is None else module.bias + vector, vector)
+
+
+@torch.no_grad()
 def fold_pixels(model: VisionTransformer, preprocess: Preprocess, centre: float) -> None:
     """Let the patch embedding take pixels ``u - centre`` with ``u`` in 0..255: ``(u/255 - mean) / std`` is linear.
 

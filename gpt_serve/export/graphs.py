@@ -15,14 +15,14 @@ import onnxscript.optimizer
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from gpt_serve.adapters.adapter import Adapter
-from gpt_serve.export.fold import fold_backbone, fold_pixels, fold_temperatures
+from gpt_serve.export.fold import fold_backbone, fold_pixels, fold_shifts, fold_temperatures
 from gpt_serve.model.backbone import Backbone
-from gpt_serve.model.batch import AdapterBatch, Plan
-from gpt_serve.model.prompted import embed, prompted_features, remember
-from gpt_serve.specs import Pool
+from gpt_serve.model.batch import AdapterBatch, Layout
+from gpt_serve.model.heads import linear
+from gpt_serve.model.prompted import embed, prompted_features, remember, tapped_features
+from gpt_serve.specs import Pool, Tap
 
 OPSET = 23  # the first with an Attention operator
 EXAMPLE_BATCH = 2  # a batch of 1 would be taken for a constant
@@ -94,9 +94,11 @@ class SingleTask(_Graph):
         tensors = AdapterBatch.of(adapter, backbone.spec, "cpu")
         if tensors.tau is not None:
             fold_temperatures(model, tensors.tau[0])
+        if tensors.shift is not None:
+            fold_shifts(model, tensors.shift[0])
         if form.input == "uint8":
             fold_pixels(model, adapter.preprocess, form.centre)
-        tensors = remember(model, replace(tensors, tau=None))
+        tensors = remember(model, replace(tensors, tau=None, shift=None))
         super().__init__(model, form)
         self.adapter = _to(tensors, form.dtype)
         self.head_weight = nn.Buffer(adapter.head_weight.to(form.dtype))
@@ -105,7 +107,7 @@ class SingleTask(_Graph):
     def forward(self, images: Tensor) -> Tensor:
         """(B, h, w, 3) or (B, 3, h, w) to (B, C)."""
         features = prompted_features(self.model, self.embed(images), self.adapter)
-        return self.scores(F.linear(features, self.head_weight, self.head_bias))
+        return self.scores(linear(features, self.head_weight, self.head_bias))
 
 
 class MultiTask(_Graph):
@@ -121,8 +123,9 @@ class MultiTask(_Graph):
         if form.input == "uint8":
             fold_pixels(model, backbone.spec.preprocess, form.centre)
         super().__init__(model, form)
-        self.plan = Plan((False,) * (backbone.spec.depth - 1), pool)
-        self.deep = deep
+        last = backbone.spec.depth - 1
+        pools: tuple[Pool, ...] = ("cls", "mean") if pool is None else (pool,)
+        self.layout = _open_layout(backbone, tuple(Tap(last, pool) for pool in pools), deep)
 
     def forward(
         self,
@@ -151,11 +154,10 @@ class MultiTask(_Graph):
             is_deep: (T,) bool, in a deep graph.
             mean_pool: (T,) bool, in a graph for both kinds of pooling.
         """
-        if mean_pool is None:
-            mean_pool = torch.full_like(counts, self.plan.pool == "mean", dtype=torch.bool)
-        bank = AdapterBatch(prompt, gate, tau, mean_pool, self.plan, is_deep, counts)
-        adapter = _to(bank.gather(index), self.form.dtype)
-        features = prompted_features(self.model, self.embed(images), adapter)
+        bank = AdapterBatch(prompt, gate, tau, self.layout, deep=is_deep, counts=counts)
+        adapter = _to(_rows(bank, index), self.form.dtype)
+        tapped = tapped_features(self.model, self.embed(images), adapter)
+        features = tapped[0] if mean_pool is None else torch.where(mean_pool[index, None], tapped[1], tapped[0])
         logits = torch.matmul(head_weight[index], features.float()[:, :, None])[..., 0] + head_bias[index]
         return self.scores(logits)
 
@@ -165,12 +167,10 @@ class Features(_Graph):
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__(fold_backbone(backbone.model), Form(input="float"))
-        self.plan = Plan((False,) * (backbone.spec.depth - 1), None)
+        self.layout = _open_layout(backbone, serving_taps(backbone.spec.depth), deep=False)
 
-    def forward(
-        self, images: Tensor, prompt: Tensor, counts: Tensor, gate: Tensor, tau: Tensor, mean_pool: Tensor
-    ) -> Tensor:
-        """Features (B, D).
+    def forward(self, images: Tensor, prompt: Tensor, counts: Tensor, gate: Tensor, tau: Tensor) -> Tensor:
+        """Features (B, T, D) of the `serving_taps`, in their order.
 
         Args:
             images: (B, 3, h, w) normalised.
@@ -178,10 +178,36 @@ class Features(_Graph):
             counts: (B,) int64, prompts of each row.
             gate: (B, L-1).
             tau: (B, L).
-            mean_pool: (B,) bool.
         """
-        adapter = AdapterBatch(prompt, gate, tau, mean_pool, self.plan, counts=counts)
-        return prompted_features(self.model, self.embed(images), adapter)
+        adapter = AdapterBatch(prompt, gate, tau, self.layout, counts=counts)
+        return torch.stack(tapped_features(self.model, self.embed(images), adapter), dim=1)
+
+
+def serving_taps(depth: int) -> tuple[Tap, ...]:
+    """All that a linear head may read of a backbone with ``depth`` blocks: what a serving graph puts out."""
+    return (
+        *(Tap(block, "cls") for block in range(depth)),
+        *(Tap(block, "patches") for block in range(depth)),
+        Tap(depth - 1, "mean"),
+    )
+
+
+def _open_layout(backbone: Backbone, taps: tuple[Tap, ...], deep: bool) -> Layout:
+    """Nothing known of any row: every gate may be open, every temperature another one."""
+    depth = backbone.spec.depth
+    return Layout((False,) * (depth - 1), taps, layers=depth if deep else 1, prompts=1, tempered=True)
+
+
+def _rows(bank: AdapterBatch, index: Tensor) -> AdapterBatch:
+    """Rows ``index`` (B,) of a bank without keys and values, so that ``A`` becomes ``B``."""
+    return replace(
+        bank,
+        prompt=bank.prompt[index],
+        gate=bank.gate[index],
+        tau=None if bank.tau is None else bank.tau[index],
+        deep=None if bank.deep is None else bank.deep[index],
+        counts=None if bank.counts is None else bank.counts[index],
+    )
 
 
 def features_graph(backbone: Backbone) -> ir.Model:
@@ -193,7 +219,6 @@ def features_graph(backbone: Backbone) -> ir.Model:
         "counts": torch.full((EXAMPLE_BATCH,), prompts),
         "gate": torch.zeros(EXAMPLE_BATCH, spec.depth - 1),
         "tau": torch.ones(EXAMPLE_BATCH, spec.depth),
-        "mean_pool": torch.zeros(EXAMPLE_BATCH, dtype=torch.bool),
     }
     batch, longest = torch.export.Dim("batch"), torch.export.Dim("prompts")
     dynamic: Dynamic = {name: {0: batch} for name in example}
@@ -290,5 +315,5 @@ def _to(adapter: AdapterBatch, dtype: torch.dtype) -> AdapterBatch:
         prompt=adapter.prompt.to(dtype),
         gate=adapter.gate.to(dtype),
         tau=None if adapter.tau is None else adapter.tau.to(dtype),
-        memory=tuple((keys.to(dtype), values.to(dtype)) for keys, values in adapter.memory),
+        kv=tuple((keys.to(dtype), values.to(dtype)) for keys, values in adapter.kv),
     )

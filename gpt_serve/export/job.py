@@ -270,6 +270,10 @@ def _check_shared(adapter: Adapter, backbone: Backbone, pool: str) -> None:
         raise ExportError(
             f"the prompts of {adapter.task!r} enter block {adapter.first_block}, not the first: export it alone"
         )
+    if adapter.taps or adapter.shift is not None:
+        raise ExportError(
+            f"a graph for many tasks has no place for the taps or shifts of {adapter.task!r}: export it alone"
+        )
     if adapter.pool != pool:
         raise ExportError(f"{adapter.task!r} pools by {adapter.pool}, the graph by {pool}: export it alone")
 

@@ -143,26 +143,30 @@ def bank_inputs(
         ExportError: prompts for every block, and the graph has no place for them.
     """
     deep = "is_deep" in graph.inputs
-    stacked = AdapterBatch.stack(adapters)
-    layers = [adapter.prompt.shape[1] for adapter in adapters]
+    layers = [adapter.layout.layers for adapter in adapters]
     if max(layers) > 1 and not deep:
         raise ExportError("the graph has no place for prompts in every block: export it again with all of its tasks")
-    tasks, depth = len(adapters), stacked.gate.shape[1] + 1
-    padding = (0, 0, 0, max(0, 1 - stacked.prompts), 0, depth - stacked.prompt.shape[1] if deep else 0)
+    depth = adapters[0].gate.shape[1] + 1
+    longest = max(1, *(adapter.prompts for adapter in adapters))
     classes = max(len(bias) for _, bias in heads)
     bank = {
-        "prompt": torch.nn.functional.pad(stacked.prompt, padding),
+        "prompt": torch.cat([_pad_prompt(adapter.prompt, depth if deep else 1, longest) for adapter in adapters]),
         "counts": torch.tensor([adapter.prompts for adapter in adapters]),
-        "gate": stacked.gate,
-        "tau": torch.ones(tasks, depth) if stacked.tau is None else stacked.tau,
+        "gate": torch.cat([adapter.gate for adapter in adapters]),
+        "tau": torch.cat([torch.ones(1, depth) if adapter.tau is None else adapter.tau for adapter in adapters]),
         "head_weight": torch.stack([_pad_rows(weight, classes, 0.0) for weight, _ in heads]),
         "head_bias": torch.stack([_pad_rows(bias, classes, float("-inf")) for _, bias in heads]),
     }
     if deep:
         bank["is_deep"] = torch.tensor([count > 1 for count in layers])
     if "mean_pool" in graph.inputs:
-        bank["mean_pool"] = stacked.mean_pool
+        bank["mean_pool"] = torch.tensor([adapter.layout.taps[0].pool != "cls" for adapter in adapters])
     return {name: tensor.cpu().numpy() for name, tensor in bank.items()}
+
+
+def _pad_prompt(prompt: Tensor, layers: int, length: int) -> Tensor:
+    """(1, layers or fewer, length or fewer, D) to (1, layers, length, D), filled with zeros."""
+    return torch.nn.functional.pad(prompt, (0, 0, 0, length - prompt.shape[2], 0, layers - prompt.shape[1]))
 
 
 def _pad_rows(tensor: Tensor, rows: int, value: float) -> Tensor:

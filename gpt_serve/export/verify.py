@@ -18,6 +18,7 @@ from gpt_serve.images.decode import LOCAL_LIMITS, decode
 from gpt_serve.images.preprocess import normalize, preprocess_image
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.model.batch import AdapterBatch
+from gpt_serve.model.heads import linear
 from gpt_serve.model.prompted import embed, prompted_features
 from gpt_serve.specs import Preprocess
 from gpt_serve.train.data.datasets import Sample, open_evaluation
@@ -126,7 +127,7 @@ def torch_answer(backbone: Backbone, adapter: Adapter) -> Answer:
     def answer(images: Tensor) -> Array:
         tokens = embed(backbone.model, normalize(images, mean, std))
         features = prompted_features(backbone.model, tokens, tensors)
-        logits = torch.addmm(adapter.head_bias, features, adapter.head_weight.T)
+        logits = linear(features, adapter.head_weight, adapter.head_bias)
         return logits.softmax(dim=1).numpy()
 
     return answer

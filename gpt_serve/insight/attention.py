@@ -56,7 +56,7 @@ def by_block(model: Any, tokens: Tensor, adapter: AdapterBatch, measure: Callabl
         tokens: (B, prefix + N, D) from `embed`.
         adapter: nothing remembered, so that each block is given all of its tokens.
     """
-    assert not adapter.memory
+    assert not adapter.kv
     measured = []
 
     def watch(blk: Any, x: Tensor, tau: Tensor | None, *rest: Any) -> Tensor:
@@ -82,14 +82,14 @@ def embed_pixels(backbone: Backbone, images: Tensor, preprocess: Preprocess) -> 
 
 
 def attention_maps(backbone: Backbone, tokens: Tensor, adapter: AdapterBatch) -> AttentionMaps:
-    """The maps of one image.
+    """The maps of one image: of the rows that the last block's pooling reads.
 
     Args:
         tokens: (1, prefix + N, D) from `embed`.
         adapter: one adapter, from `adapter_rows`.
     """
     prefix, body = backbone.model.num_prefix_tokens, tokens.shape[1]
-    pooled = slice(0, 1) if adapter.plan.pool == "cls" else slice(prefix, None)
+    pooled = slice(0, 1) if adapter.layout.reads_class_token_last else slice(prefix, None)
 
     def measure(weights: Tensor) -> tuple[Tensor, float, float]:
         rows = weights[0, :, pooled].double()

@@ -6,7 +6,10 @@ by working on the first rows only.
 
 A gate is write permission. Where it is closed (exactly 0) the prompts are read, never written: they get no query,
 projection or MLP row. Where they still are the adapter's own constants, `remember` computes even their keys and values
-beforehand. Under CLS pooling the last block computes the CLS row alone.
+beforehand. Where the head reads the CLS token alone, the last block computes its row alone.
+
+Blocks before the first that any adapter touches (the trunk) may compute fewer images than there are rows: several tasks
+of one image share them.
 
 Shapes: batch ``B``, adapter rows ``A`` (1 or ``B``), blocks ``L``, width ``D``, heads ``H`` of size ``d``, prompts
 ``P``, patch tokens ``N``, sequence ``S = prefix + N + P``.
@@ -21,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gpt_serve.model.batch import AdapterBatch
+from gpt_serve.specs import Tap
 
 TAU_MIN = 0.01
 TAU_MAX = 10.0
@@ -48,7 +52,7 @@ def attention(
     tau: Tensor | None,
     mask: Tensor | None,
     rows: int | None = None,
-    memory: tuple[Tensor, Tensor] | None = None,
+    kv: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Multi-head self-attention with scores ``q k^T / (sqrt(d) * tau)`` (Eq. 9).
 
@@ -58,16 +62,14 @@ def attention(
         tau: (A,) temperatures within their range; None for 1.
         mask: (A, 1, 1, S) bool, which keys may be read; None for all.
         rows: how many of the first rows are queries; None for all.
-        memory: more keys and values, (A, M, H*d) each, that follow those of ``x``.
+        kv: more keys and values, (A, M, H*d) each, that follow those of ``x``.
 
     Returns:
         (B, rows, D)
     """
     q, k, v = _tempered(attn, x, tau, rows)
-    if memory is not None:
-        k, v = (
-            torch.cat([own, more.expand(x.shape[0], -1, -1)], dim=1) for own, more in zip((k, v), memory, strict=True)
-        )
+    if kv is not None:
+        k, v = (torch.cat([own, more.expand(x.shape[0], -1, -1)], dim=1) for own, more in zip((k, v), kv, strict=True))
     return attn.proj(attn.norm(_attend(q, k, v, attn.num_heads, mask)))  # type: ignore[no-any-return]
 
 
@@ -139,28 +141,38 @@ def block(
     tau: Tensor | None,
     mask: Tensor | None,
     rows: int | None = None,
-    memory: tuple[Tensor, Tensor] | None = None,
+    kv: tuple[Tensor, Tensor] | None = None,
+    shift: Tensor | None = None,
 ) -> Tensor:
-    """The first ``rows`` rows of one frozen pre-norm transformer block (Eq. 2); arguments as in `attention`."""
+    """The first ``rows`` rows of one frozen pre-norm transformer block (Eq. 2); arguments as in `attention`.
+
+    Args:
+        shift: (A, 3, D), added to what attention adds, to what the MLP reads, and to what the MLP adds: all that
+            learned biases of values, projection, second norm and second MLP layer can do.
+    """
     own = x if rows is None else x[:, :rows]
-    y = own + blk.ls1(attention(blk.attn, blk.norm1(x), tau, mask, rows, memory))
-    return y + blk.ls2(blk.mlp(blk.norm2(y)))  # type: ignore[no-any-return]
+    y = own + blk.ls1(attention(blk.attn, blk.norm1(x), tau, mask, rows, kv))
+    if shift is None:
+        return y + blk.ls2(blk.mlp(blk.norm2(y)))  # type: ignore[no-any-return]
+    after_attention, before_mlp, after_mlp = shift.to(y.dtype)[:, :, None].unbind(1)
+    y = y + after_attention
+    return y + blk.ls2(blk.mlp(blk.norm2(y) + before_mlp)) + after_mlp  # type: ignore[no-any-return]
 
 
 def remember(model: Any, adapter: AdapterBatch) -> AdapterBatch:
-    """``adapter`` with keys and values for the first blocks that only read its prompts while these are constant.
-
-    Deep prompts are constant in every block whose predecessor's gate is closed, shallow ones until the first open gate.
+    """``adapter`` with keys and values for the first blocks that only read its prompts, see `Layout.constant`.
 
     Args:
-        adapter: one adapter, ``A = 1``.
+        adapter: one adapter, ``A = 1``, of which nothing is remembered yet.
     """
-    memory = []
-    constant = adapter.plan.constant if adapter.prompts else 0
-    for index, blk in list(enumerate(model.blocks))[adapter.first_block : constant]:
+    layout = adapter.layout
+    kv = []
+    for index in range(layout.first_block, layout.first_block + layout.constant):
+        blk = model.blocks[index]
         keys, values = _keys_and_values(blk.attn, blk.norm1(adapter.entering(index)))
-        memory.append((_norm_heads(blk.attn, blk.attn.k_norm, keys), values))
-    return replace(adapter, memory=tuple(memory))
+        kv.append((_norm_heads(blk.attn, blk.attn.k_norm, keys), values))
+    prompt = adapter.prompt[:, layout.constant :] if layout.layers > 1 else adapter.prompt
+    return replace(adapter, prompt=prompt, kv=tuple(kv), layout=replace(layout, remembered=layout.constant))
 
 
 def _in_range(tau: Tensor) -> Tensor:
@@ -179,10 +191,10 @@ def _gated_prompts(adapter: AdapterBatch, index: int, before: Tensor, after: Ten
     the gate is closed.
     """
     keep = before
-    if adapter.prompt.shape[1] > 1:
+    if adapter.layout.layers > 1:
         fresh = adapter.entering(index + 1).to(before.dtype).expand_as(before)
         keep = fresh if adapter.deep is None else torch.where(adapter.deep[:, None, None], fresh, before)
-    if adapter.plan.closed[index]:
+    if adapter.layout.closed[index]:
         return keep
     gate = adapter.gate[:, index, None, None]
     return gate * after + (1 - gate) * keep
@@ -194,20 +206,92 @@ def final_norm(model: Any) -> nn.Module:
     return norm
 
 
-def pool(x: Tensor, adapter: AdapterBatch, prefix: int) -> Tensor:
-    """Weighted sum over the rows of (B, S, D) -> (B, D): CLS, or the mean of patches and prompts."""
-    if adapter.plan.pool == "cls":
+def _pooled(tap: Tap, x: Tensor, prefix: int, body: int, valid: Tensor | None) -> Tensor:
+    """What ``tap`` makes of the tokens after its block, before the norm: (B, D), or (B, N, D) for all patches.
+
+    Args:
+        x: (B, prefix + N or more, D).
+        body: ``prefix + N``.
+        valid: (A, S) bool, which rows of ``x`` are real; None for all.
+    """
+    if tap.pool == "cls":
         return x[:, 0]
-    rows = x.shape[1]
-    valid = adapter.valid(rows - adapter.prompts)
-    if adapter.plan.pool == "mean" and valid is None:
+    if tap.pool in ("grid", "raw"):
+        return x[:, prefix:body]
+    if tap.pool == "patches":
+        return x[:, prefix:body].mean(dim=1)
+    if valid is None:
         return x[:, prefix:].mean(dim=1)
-    position = torch.arange(rows, device=x.device)
-    mean = (position >= prefix)[None] if valid is None else valid & (position >= prefix)
+    mean = valid & (torch.arange(x.shape[1], device=x.device) >= prefix)
     weights = mean.to(x.dtype) / mean.sum(dim=1, keepdim=True)
-    if adapter.plan.pool is None:
-        weights = torch.where(adapter.mean_pool[:, None], weights, (position == 0).to(x.dtype))
     return torch.matmul(weights[:, None], x)[:, 0]
+
+
+def _rows_read(adapter: AdapterBatch, index: int, rows: int, body: int) -> int | None:
+    """How many of the ``rows`` of block ``index``, counted from the first, are read by anyone; None for all."""
+    layout = adapter.layout
+    if index == layout.last and layout.reads_class_token_last:
+        return 1
+    only_read = layout.reads_prompts_last if index == layout.last else layout.closed[index]
+    return body if rows > body and only_read else None
+
+
+def tapped_features(
+    model: Any,
+    tokens: Tensor,
+    adapter: AdapterBatch,
+    on_block: OnBlock | None = None,
+    run_block: Callable[..., Tensor] = block,
+) -> tuple[Tensor, ...]:
+    """Run the blocks with prompts, gates, temperatures and shifts; at each tap pool, then apply the backbone's norm.
+
+    Args:
+        model: a frozen timm ``VisionTransformer``.
+        tokens: (B, prefix + N, D) from `embed`, or (U, prefix + N, D) where ``adapter.images`` tells rows' images.
+        adapter: ``A`` is 1 or ``B``.
+        on_block: called as ``on_block(l, x)`` with the tokens that block ``l`` hands on: (B, S, D), without the prompt
+            rows before they enter and while they are remembered, and with those rows alone that a tap reads after the
+            last block.
+        run_block: `block`, what ``torch.compile`` made of it, or a function around it that looks at what it is given.
+
+    Returns:
+        For each tap of the layout (B, D), or (B, N, D) for one of all patches.
+    """
+    layout, body = adapter.layout, tokens.shape[1]
+    valid = adapter.valid(body)
+    mask = None if valid is None else valid[:, None, None]
+    tau = None if adapter.tau is None else _in_range(adapter.tau)
+    norm, tapped = final_norm(model), {}
+    x, images = tokens, adapter.images
+    for index in range(layout.last + 1):
+        if images is not None and index == layout.trunk:
+            x, images = x[images], None
+        if adapter.prompts and index == layout.entry:
+            x = torch.cat([x, adapter.entering(index).to(x.dtype).expand(x.shape[0], -1, -1)], dim=1)
+        inside = adapter.prompts > 0 and index >= layout.first_block
+        carried = inside and layout.entry <= index < layout.last
+        own = index >= layout.trunk
+        y = run_block(
+            model.blocks[index],
+            x,
+            tau[:, index] if own and tau is not None else None,
+            mask if inside else None,
+            _rows_read(adapter, index, x.shape[1], body),
+            adapter.kv[index - layout.first_block] if inside and index < layout.entry else None,
+            adapter.shift[:, index] if own and adapter.shift is not None else None,
+        )
+        if carried:
+            prompts = _gated_prompts(adapter, index, x[:, body:], y[:, body:])
+            y = torch.cat([y[:, :body], prompts.to(y.dtype)], dim=1)
+        x = y
+        for tap in layout.taps:
+            if tap.block == index:
+                pooled = _pooled(tap, x, model.num_prefix_tokens, body, valid)
+                pooled = pooled if tap.pool == "raw" else norm(pooled)
+                tapped[tap] = pooled if images is None else pooled[images]
+        if on_block is not None:
+            on_block(index, x)
+    return tuple(tapped[tap] for tap in layout.taps)
 
 
 def prompted_features(
@@ -217,42 +301,5 @@ def prompted_features(
     on_block: OnBlock | None = None,
     run_block: Callable[..., Tensor] = block,
 ) -> Tensor:
-    """Run all blocks with prompts, gates and temperatures, then pool, then the backbone's norm.
-
-    Args:
-        model: a frozen timm ``VisionTransformer``.
-        tokens: (B, prefix + N, D) from `embed`.
-        adapter: ``A`` is 1 or ``B``.
-        on_block: called as ``on_block(l, x)`` with the tokens that block ``l`` hands on: (B, S, D), without the
-            prompt rows before they enter and while they are remembered, and the CLS row alone after the last block
-            under CLS pooling.
-        run_block: `block`, what ``torch.compile`` made of it, or a function around it that looks at what it is given.
-
-    Returns:
-        (B, D) features for the head.
-    """
-    batch, body, _ = tokens.shape
-    valid = adapter.valid(body)
-    mask = None if valid is None else valid[:, None, None]
-    tau = None if adapter.tau is None else _in_range(adapter.tau)
-    last = len(model.blocks) - 1
-    entry = adapter.first_block + len(adapter.memory)
-    x = tokens
-    for index, blk in enumerate(model.blocks):
-        inside = index >= adapter.first_block
-        memory = adapter.memory[index - adapter.first_block] if inside and index < entry else None
-        if adapter.prompts and index == entry:
-            x = torch.cat([x, adapter.entering(index).to(x.dtype).expand(batch, -1, -1)], dim=1)
-        rows = 1 if index == last and adapter.plan.pool == "cls" else None
-        carried = adapter.prompts > 0 and entry <= index < last
-        if carried and adapter.plan.closed[index]:
-            rows = body
-        y = run_block(blk, x, None if tau is None else tau[:, index], mask if inside else None, rows, memory)
-        if carried:
-            prompts = _gated_prompts(adapter, index, x[:, body:], y[:, body:])
-            y = torch.cat([y[:, :body], prompts.to(y.dtype)], dim=1)
-        x = y
-        if on_block is not None:
-            on_block(index, x)
-    features: Tensor = final_norm(model)(pool(x, adapter, model.num_prefix_tokens))
-    return features
+    """The features of `tapped_features` side by side, (B, K*D), for a linear head of the same taps."""
+    return torch.cat(tapped_features(model, tokens, adapter, on_block, run_block), dim=-1)

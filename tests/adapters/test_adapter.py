@@ -103,7 +103,7 @@ def test_the_file_is_what_the_design_says():
     adapter = make_adapter(classes=2)
     header, body = unpack(adapter.to_bytes())
     metadata = header.pop("__metadata__")
-    assert metadata["format"] == FORMAT == "gpt-serve/1"
+    assert metadata["format"] == FORMAT == "gpt-serve/2"
     assert json.loads(metadata["labels"]) == ["class-0", "class-1"]
     assert json.loads(metadata["preprocess"])["input_size"] == [16, 16]
     assert {name: entry["shape"] for name, entry in header.items()} == {

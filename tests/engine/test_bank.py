@@ -49,7 +49,7 @@ def room(spec: BackboneSpec, *adapters: Adapter) -> int:
     rows = 0
     for adapter in adapters:
         packed = Packed.of(adapter, spec)
-        rows += packed.extent(packed.kind.plan.constant if packed.kind.prompts else 0)
+        rows += packed.extent(packed.layout.constant)
     return (rows + 1) * 4 * spec.width  # row 0 pads
 
 
@@ -464,9 +464,9 @@ def test_keys_and_values_of_closed_adapters_are_remembered_when_there_is_room(ti
     store.publish(make_adapter(tiny.spec, "deep", method="vpt-deep", pool="cls"))
     store.publish(make_adapter(tiny.spec, "open"))
     generous, tight = bank_of(tiny, store), bank_of(tiny, store, bank_bytes=40 * 4 * tiny.spec.width)
-    assert get(generous, "deep").place.kind.remembered == tiny.spec.depth
-    assert get(generous, "open").place.kind.remembered == 0
-    assert get(tight, "deep").place.kind.remembered == 0
+    assert get(generous, "deep").place.layout.remembered == tiny.spec.depth
+    assert get(generous, "open").place.layout.remembered == 0
+    assert get(tight, "deep").place.layout.remembered == 0
 
 
 def test_an_adapter_that_only_fits_without_what_is_remembered(tiny, store):
@@ -474,4 +474,4 @@ def test_an_adapter_that_only_fits_without_what_is_remembered(tiny, store):
     store.publish(deep)
     rows = Packed.of(deep, tiny.spec).extent()
     bank = bank_of(tiny, store, bank_bytes=(rows + 1) * 4 * tiny.spec.width)
-    assert get(bank, "deep").place.kind.remembered == 0
+    assert get(bank, "deep").place.layout.remembered == 0

@@ -17,8 +17,7 @@ from gpt_serve.adapters.adapter import Adapter
 from gpt_serve.adapters.store import FILE_NAME, AdapterStore
 from gpt_serve.engine import engine as engine_module
 from gpt_serve.engine.engine import Engine, Forward, ImageInput, Prediction, TorchForward, planner_for
-from gpt_serve.engine.onnx import FasterForward, OnnxForward
-from gpt_serve.engine.onnx_cache import serving_graph
+from gpt_serve.engine.onnx import FasterForward, OnnxForward, serving_graph
 from gpt_serve.errors import (
     BackboneMismatch,
     GPTServeError,

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from gpt_serve.engine.extents import Extents
+from gpt_serve.engine.slab import Extents
 
 
 def test_best_fit() -> None:

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from gpt_serve.adapters.store import AdapterStore
-from gpt_serve.engine.engine import Engine, Prediction, Row, planner_for
+from gpt_serve.engine.engine import Engine, Features, Prediction, Row, planner_for
 from gpt_serve.engine.onnx import FasterForward, OnnxForward
 from gpt_serve.engine.scheduler import Scheduler
 from gpt_serve.errors import GPTServeError
 from gpt_serve.export.session import Graph
 from gpt_serve.model.backbone import Backbone
+from gpt_serve.model.batch import Layout
 from tests.factories import make_adapter
 from tests.serve.conftest import encode
 
@@ -56,9 +57,10 @@ class Noting:
     def __init__(self) -> None:
         self.tasks: list[set[str]] = []
 
-    def __call__(self, rows: Sequence[Row]) -> torch.Tensor:
+    def __call__(self, rows: Sequence[Row]) -> Features:
         self.tasks.append({row.resident.task for row in rows})
-        return torch.zeros(len(rows), 24)
+        taps = Layout.joined([row.resident.place.layout for row in rows]).taps
+        return Features(taps, tuple(torch.zeros(len(rows), 24) for _ in taps))
 
 
 def test_closed_gates_go_to_torch_open_ones_to_onnxruntime(tiny: Backbone, store: AdapterStore) -> None:
@@ -78,7 +80,7 @@ def test_closed_gates_go_to_torch_open_ones_to_onnxruntime(tiny: Backbone, store
 class Sabotaged(OnnxForward):
     """Hands onnxruntime images of a wrong size as soon as one of the tasks is ``linear``."""
 
-    def __call__(self, rows: Sequence[Row]) -> torch.Tensor:
+    def __call__(self, rows: Sequence[Row]) -> Features:
         if any(row.resident.task == "linear" for row in rows):
             rows = [Row(row.resident, row.image[:, 1:]) for row in rows]
         return super().__call__(rows)

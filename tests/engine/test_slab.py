@@ -10,7 +10,9 @@ from gpt_serve.adapters.adapter import Adapter
 from gpt_serve.engine.slab import MIN_ROWS_PER_SLOT, Packed, Place, Slab, gather
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.model.batch import AdapterBatch
-from gpt_serve.model.prompted import embed, prompted_features, remember
+from gpt_serve.model.heads import read_taps
+from gpt_serve.model.prompted import embed, prompted_features, remember, tapped_features
+from gpt_serve.specs import Tap
 from tests.factories import make_adapter
 from tests.tiny_vit import random_images, random_tensors, tiny_backbone
 
@@ -32,10 +34,24 @@ def adapters_of(backbone: Backbone) -> dict[str, Adapter]:
         "deep-cls": make_adapter(spec, method="vpt-deep", prompts=4, seed=8, pool="cls", classes=30),
         "deep-half": make_adapter(spec, deep=True, prompts=3, seed=9, gamma=half),
         "deep-open": make_adapter(spec, deep=True, prompts=3, seed=10),
+        "linear-cls": make_adapter(spec, method="linear", pool="cls", seed=14),
+        "taps": make_adapter(spec, prompts=4, seed=15, gamma=half, **tapped(Tap(1, "patches"), Tap(2, "mean"))),
+        "taps-deep": make_adapter(spec, deep=True, prompts=2, seed=16, **tapped(Tap(0, "cls"), Tap(1, "cls"))),
+        "shifted": make_adapter(spec, prompts=2, seed=17, shift=random_shift()),
         "late": make_adapter(spec, prompts=3, seed=11, **late("gated", 3)),
         "late-deep": make_adapter(spec, prompts=5, seed=12, **late("vpt-deep", 5)),
         "late-cls": make_adapter(spec, prompts=2, seed=13, pool="cls", **late("vpt-deep", 2)),
+        "shifted-linear": make_adapter(spec, method="linear", seed=18, shift=random_shift()),
     }
+
+
+def tapped(*taps: Tap) -> dict[str, Any]:
+    """A head of four classes that reads ``taps``."""
+    return {"taps": taps, "head_weight": torch.randn(4, 24 * len(taps), generator=torch.Generator().manual_seed(1))}
+
+
+def random_shift() -> torch.Tensor:
+    return torch.randn(3, 3, 24, generator=torch.Generator().manual_seed(2))
 
 
 def late(method: str, prompts: int) -> dict[str, Any]:
@@ -51,11 +67,11 @@ def backbone() -> Backbone:
 
 def place(slab: Slab, backbone: Backbone, adapter: Adapter) -> Place:
     packed = Packed.of(adapter, backbone.spec)
-    place = slab.reserve(packed, packed.kind.constant)
+    place = slab.reserve(packed, packed.layout.constant)
     assert place is not None
     slab.write(place, packed)
-    if place.kind.remembered:
-        slab.write_memory(place, remember(backbone.model, AdapterBatch.of(adapter, backbone.spec, "cpu")))
+    if place.layout.remembered:
+        slab.write_kv(place, remember(backbone.model, AdapterBatch.of(adapter, backbone.spec, "cpu")))
     return place
 
 
@@ -76,7 +92,12 @@ MIXES: dict[str, list[str]] = {
     "half and whole": ["half", "closed", "deep", "deep-half"],
     "deep": ["deep", "deep-cls", "deep-open"],
     "open": ["open", "open-cls", "linear", "open"],
-    "without prompts": ["linear", "linear"],
+    "without prompts": ["linear", "linear-cls"],
+    "without prompts beside closed ones": ["linear", "closed-cls", "deep-cls", "linear-cls"],
+    "without prompts beside late ones": ["linear", "late", "late-deep", "linear-cls"],
+    "taps": ["taps", "closed-cls", "linear", "taps-deep"],
+    "shifts": ["shifted", "linear", "shifted-linear", "taps"],
+    "shifts alone": ["shifted", "shifted"],
 }
 
 
@@ -85,17 +106,19 @@ def test_features_are_those_of_the_adapters_alone(backbone: Backbone, places: di
     names = MIXES[mix]
     tokens = embed(backbone.model, random_images(len(names)))
     with torch.inference_mode():
-        actual = prompted_features(backbone.model, tokens, gather([places[name] for name in names]))
+        batch = gather([places[name] for name in names])
+        tapped = tapped_features(backbone.model, tokens, batch)
         for row, name in enumerate(names):
             alone = AdapterBatch.of(adapters_of(backbone)[name], backbone.spec, "cpu")
             expected = prompted_features(backbone.model, tokens[row : row + 1], alone)
-            torch.testing.assert_close(actual[row : row + 1], expected, rtol=1e-5, atol=1e-5)
+            actual = read_taps(tapped, batch.layout.taps, alone.layout.taps, slice(row, row + 1))
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def remembered(names: Sequence[str], places: dict[str, Place]) -> tuple[int, int]:
     """Blocks that a gathered batch remembers, and layers of prompts that it still gathers."""
     batch = gather([places[name] for name in names])
-    return len(batch.memory), batch.prompt.shape[1]
+    return len(batch.kv), batch.prompt.shape[1]
 
 
 def test_what_all_remember_is_remembered(places: dict[str, Place]) -> None:

@@ -1,5 +1,6 @@
 """The forward pass against the slow reference, against timm's own blocks, and row by row against itself."""
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from functools import cache
@@ -12,10 +13,13 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from gpt_serve.adapters.adapter import Adapter
+from gpt_serve.engine.slab import Packed, Slab, gather
 from gpt_serve.model.backbone import Backbone
-from gpt_serve.model.batch import AdapterBatch, Plan
-from gpt_serve.model.prompted import embed, prompted_features, remember
-from gpt_serve.specs import Pool
+from gpt_serve.model.batch import AdapterBatch, Layout
+from gpt_serve.model.heads import read_taps
+from gpt_serve.model.prompted import embed, prompted_features, remember, tapped_features
+from gpt_serve.specs import Pool, Tap
 from tests import reference
 from tests.factories import make_adapter
 from tests.tiny_vit import METHODS, random_images, random_tensors, tiny_backbone
@@ -80,10 +84,10 @@ def check_block_by_block(backbone: Backbone, images: Tensor, tensors: dict[str, 
     tokens = embed(backbone.model, images)
     blocks: list[Tensor] = []
     actual = prompted_features(backbone.model, tokens, adapter, lambda index, x: blocks.append(x))
-    pool, body = adapter.plan.pool, tokens.shape[1]
-    assert pool is not None
+    body, layout = tokens.shape[1], adapter.layout
+    pool = "cls" if layout.reads_class_token_last else "mean"
     for index, x in enumerate(blocks[:-1]):
-        assert x.shape[1] == body + (adapter.prompts if index >= adapter.first_block + len(adapter.memory) else 0)
+        assert x.shape[1] == body + (adapter.prompts if index >= layout.entry else 0)
     assert blocks[-1].shape[1] == (1 if pool == "cls" else body + adapter.prompts)
     for row, image in enumerate(images):
         expected = slow(backbone, image, pool, tensors)
@@ -128,10 +132,10 @@ def test_closed_gates_leave_rows_out_and_change_nothing(
     random = method_tensors(backbone, "gated-deep" if layers > 1 else "gated")
     tensors = random | {"gamma": torch.tensor(gamma)}
     adapter = AdapterBatch.of(make_adapter(backbone.spec, pool=pool, **tensors), backbone.spec, "cpu")
-    assert adapter.plan == Plan(tuple(value <= -200 for value in gamma), pool)
+    assert adapter.layout.closed == tuple(value <= -200 for value in gamma)
     if remembering:
         adapter = remember(backbone.model, adapter)
-        assert len(adapter.memory) == (cls_blocks if pool == "cls" else mean_blocks)
+        assert len(adapter.kv) == (cls_blocks if pool == "cls" else mean_blocks)
     check_block_by_block(backbone, random_images(2), tensors, adapter)
 
 
@@ -148,7 +152,7 @@ def test_prompts_that_enter_a_later_block(method: str, first: int, pool: Pool, r
     if remembering:
         adapter = remember(backbone.model, adapter)
         read_only = {"cls": 4, "mean": 3}[pool] - first  # blocks that never write deep prompts
-        assert method != "vpt-deep" or len(adapter.memory) == read_only
+        assert method != "vpt-deep" or len(adapter.kv) == read_only
     check_block_by_block(backbone, random_images(2), tensors, adapter)
 
 
@@ -166,12 +170,18 @@ def test_prompts_that_enter_late_cost_nothing_before(tiny: Backbone) -> None:
     assert flops == [counter.get_total_flops() + blocks * of_a_block for blocks in (3, 2, 1)]
 
 
+def everything_read(layout: Layout) -> Layout:
+    """All gates open, and the mean over all rows read."""
+    last = len(layout.closed)
+    return dataclasses.replace(layout, closed=(False,) * last, taps=(Tap(last, "mean"),))
+
+
 def test_closed_gates_save_the_work_that_they_promise(tiny: Backbone) -> None:
     """FLOPs per block: a closed gate costs keys, values and their part of the scores; a remembered one the scores."""
     tensors = method_tensors(tiny, "gated", prompts=16) | {"gamma": torch.tensor([-INF, -INF])}
     closed = AdapterBatch.of(make_adapter(tiny.spec, pool="cls", **tensors), tiny.spec, "cpu")
     variants = {
-        "open": dataclasses.replace(closed, plan=Plan((False, False), None)),
+        "open": dataclasses.replace(closed, layout=everything_read(closed.layout)),
         "closed": closed,
         "remembered": remember(tiny.model, closed),
     }
@@ -376,7 +386,7 @@ def test_bundled_backbone_without_prompts_equals_timm_with_cls_pooling(bundled: 
 # Adapters side by side in one forward pass
 
 
-def zoo(backbone: Backbone) -> list[AdapterBatch]:
+def zoo(backbone: Backbone) -> list[Adapter]:
     """Adapters of every method, with different prompt counts, layers and pools."""
     kinds: list[tuple[str, int, Pool]] = [
         ("gated", 5, "mean"),
@@ -389,7 +399,12 @@ def zoo(backbone: Backbone) -> list[AdapterBatch]:
         ("gated", 1, "mean"),
     ]
     return [
-        single(backbone, pool, method_tensors(backbone, method, prompts=prompts, seed=10 + seed))
+        make_adapter(
+            backbone.spec,
+            pool=pool,
+            **{"prompt": None, "gamma": None, "tau": None}
+            | method_tensors(backbone, method, prompts=prompts, seed=10 + seed),
+        )
         for seed, (method, prompts, pool) in enumerate(kinds)
     ]
 
@@ -405,30 +420,134 @@ TRAFFIC = {
 }
 
 
-@pytest.mark.parametrize("how", ["stack", "gather"])
+def side_by_side(backbone: Backbone, adapters: Sequence[Adapter], images: Tensor) -> list[Tensor]:
+    """The features of each image with its adapter, all in one forward pass."""
+    slab = Slab(backbone.spec, 1000 * 4 * backbone.spec.width, "cpu")
+    packed = [Packed.of(adapter, backbone.spec) for adapter in adapters]
+    places = [slab.reserve(item, remembered=0) for item in packed]
+    for place, item in zip(places, packed, strict=True):
+        slab.write(place, item)
+    batch = gather(places)
+    tapped = tapped_features(backbone.model, embed(backbone.model, images), batch)
+    wanted = [adapter.taps_of(backbone.spec.depth) for adapter in adapters]
+    return [read_taps(tapped, batch.layout.taps, taps, slice(row, row + 1))[0] for row, taps in enumerate(wanted)]
+
+
+def alone(backbone: Backbone, adapter: Adapter, image: Tensor) -> Tensor:
+    return features(backbone, image[None], AdapterBatch.of(adapter, backbone.spec, "cpu"))[0]
+
+
 @pytest.mark.parametrize("traffic", TRAFFIC)
-def test_a_mixed_batch_equals_one_at_a_time(tiny: Backbone, traffic: str, how: str) -> None:
-    adapters, rows = zoo(tiny), TRAFFIC[traffic]
-    if how == "stack":
-        batch = AdapterBatch.stack([adapters[row] for row in rows])
-    else:
-        batch = AdapterBatch.stack(adapters).gather(torch.tensor(rows))
-    images = random_images(len(rows))
-    mixed = features(tiny, images, batch)
-    for position, row in enumerate(rows):
-        close(mixed[position], features(tiny, images[position, None], adapters[row])[0])
+def test_a_mixed_batch_equals_one_at_a_time(tiny: Backbone, traffic: str) -> None:
+    adapters = [zoo(tiny)[row] for row in TRAFFIC[traffic]]
+    images = random_images(len(adapters))
+    mixed = side_by_side(tiny, adapters, images)
+    for row, adapter, image in zip(mixed, adapters, images, strict=True):
+        close(row, alone(tiny, adapter, image))
 
 
 def test_a_mixed_batch_on_the_bundled_backbone_equals_one_at_a_time(bundled: Backbone) -> None:
     adapters = zoo(bundled)
     images = random_images(len(adapters), side=32)
-    mixed = features(bundled, images, AdapterBatch.stack(adapters))
-    for image, row, adapter in zip(images, mixed, adapters, strict=True):
-        close(row, features(bundled, image[None], adapter)[0])
+    mixed = side_by_side(bundled, adapters, images)
+    for row, adapter, image in zip(mixed, adapters, images, strict=True):
+        close(row, alone(bundled, adapter, image))
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_one_adapter_for_all_rows_equals_one_per_row(tiny: Backbone, method: str) -> None:
-    adapter = single(tiny, "mean", method_tensors(tiny, method))
+    adapter = make_adapter(tiny.spec, **{"prompt": None, "gamma": None, "tau": None} | method_tensors(tiny, method))
     images = random_images(3)
-    close(features(tiny, images, adapter), features(tiny, images, AdapterBatch.stack([adapter] * 3)))
+    expected = features(tiny, images, AdapterBatch.of(adapter, tiny.spec, "cpu"))
+    for row, one in zip(side_by_side(tiny, [adapter] * 3, images), expected, strict=True):
+        close(row, one)
+
+
+# Taps, shifts, images that rows share
+
+
+TAPS = (Tap(1, "cls"), Tap(0, "patches"), Tap(3, "mean"), Tap(3, "cls"), Tap(2, "grid"), Tap(1, "raw"))
+
+
+@pytest.mark.parametrize("remembering", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_taps_read_what_the_reference_has_after_their_blocks(method: str, remembering: bool) -> None:
+    backbone = deeper_vit("dinov2")
+    tensors = method_tensors(backbone, method)
+    fields = {"prompt": None, "gamma": None, "tau": None} | tensors
+    adapter = AdapterBatch.of(make_adapter(backbone.spec, taps=TAPS, **fields), backbone.spec, "cpu")
+    adapter = remember(backbone.model, adapter) if remembering else adapter
+    images = random_images(2)
+    tapped = tapped_features(backbone.model, embed(backbone.model, images), adapter)
+    for row, image in enumerate(images):
+        traces = slow(backbone, image, "mean", tensors).blocks
+        for tap, actual in zip(TAPS, tapped, strict=True):
+            trace = traces[tap.block]
+            expected = {
+                "cls": trace.prefix[0],
+                "patches": trace.patches.mean(dim=0),
+                "mean": torch.cat([trace.patches, trace.prompts_out]).mean(dim=0),
+                "grid": trace.patches,
+                "raw": trace.patches,
+            }[tap.pool]
+            close(actual[row], expected if tap.pool == "raw" else backbone.model.norm(expected))
+
+
+def test_blocks_behind_the_last_tap_are_not_computed(tiny: Backbone) -> None:
+    adapter = single(tiny, "cls", method_tensors(tiny, "gated") | {"taps": (Tap(1, "cls"), Tap(0, "patches"))})
+    computed: list[int] = []
+    tapped_features(tiny.model, embed(tiny.model, random_images(1)), adapter, lambda index, x: computed.append(index))
+    assert computed == [0, 1]
+
+
+@pytest.mark.parametrize("method", ["linear", "gated", "vpt-deep", "gated-deep"])
+@pytest.mark.parametrize("name", ["plain", "dinov2", "no-bias"])
+def test_shifts_are_what_edited_biases_do(name: str, method: str) -> None:
+    """`prompted.block`: biases of values, projection, second norm and second MLP layer are three vectors a block."""
+    backbone = deeper_vit(name)
+    edited = copy.deepcopy(backbone.model)
+    shift = torch.stack([reference.edit_biases(block, seed) for seed, block in enumerate(edited.blocks)])
+    tensors = method_tensors(backbone, method)
+    images = random_images(2)
+    actual = features(backbone, images, single(backbone, "mean", tensors | {"shift": shift}))
+    other = tiny_backbone(depth=4, **VITS[name])
+    other.model = edited
+    for row, image in enumerate(images):
+        torch.testing.assert_close(actual[row], slow(other, image, "mean", tensors).feature, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("traffic", ["all", "linear", "late"])
+def test_rows_may_share_images(traffic: str) -> None:
+    """Three images, each for every task: blocks that no task touches compute three rows, and nothing changes."""
+    backbone = deeper_vit("plain")
+    adapters = shared_tasks(backbone, traffic)
+    images, depth = random_images(3), backbone.spec.depth
+    slab = Slab(backbone.spec, 1000 * 4 * backbone.spec.width, "cpu")
+    places = []
+    for adapter in adapters:
+        packed = Packed.of(adapter, backbone.spec)
+        places.append(slab.reserve(packed, remembered=0))
+        slab.write(places[-1], packed)
+    which = torch.arange(3).repeat_interleave(len(adapters))
+    batch = dataclasses.replace(gather(places * 3), images=which)
+    rows: list[int] = []
+    tokens = embed(backbone.model, images)
+    tapped = tapped_features(backbone.model, tokens, batch, lambda index, x: rows.append(len(x)))
+    assert rows == [3] * batch.layout.trunk + [len(which)] * (depth - batch.layout.trunk)
+    assert batch.layout.trunk == {"all": 0, "linear": 4, "late": 2}[traffic]
+    for row, image in enumerate(which.tolist()):
+        adapter = adapters[row % len(adapters)]
+        wanted = adapter.taps_of(depth)
+        actual = read_taps(tapped, batch.layout.taps, wanted, slice(row, row + 1))[0]
+        torch.testing.assert_close(actual, alone(backbone, adapter, images[image]), rtol=1e-6, atol=1e-6)
+
+
+def shared_tasks(backbone: Backbone, traffic: str) -> list[Adapter]:
+    """Adapters that touch every block, none, or those from the third on."""
+    bare = {"prompt": None, "gamma": None, "tau": None}
+    linear = [make_adapter(backbone.spec, **bare), make_adapter(backbone.spec, taps=(Tap(1, "cls"),), **bare)]
+    late = [
+        make_adapter(backbone.spec, **bare | method_tensors(backbone, method, first_block=2))
+        for method in ("vpt-shallow", "vpt-deep")
+    ]
+    return {"all": [*zoo(backbone)[:2], *linear], "linear": linear, "late": [*late, *linear]}[traffic]

@@ -166,7 +166,7 @@ def test_the_published_adapter_is_the_module_that_was_chosen(
     after, step = stored(adapters), summary["closing"]
     assert after.gamma is not None and torch.sigmoid(after.gamma).tolist() == [0] * GATES
     assert step["closed"] == [1, 2, 3, 4, 5] and step["best_epoch"] > 0
-    assert AdapterBatch.of(after, deep_enough.spec, "cpu").plan.closed == (True,) * GATES
+    assert AdapterBatch.of(after, deep_enough.spec, "cpu").layout.closed == (True,) * GATES
     dataset = open_dataset(str(colours), 0)
     for split, name in ((dataset.val, "val_accuracy"), (dataset.test, "test_accuracy")):
         view = View(split, PREPROCESS, None, "none", 0)

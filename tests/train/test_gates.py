@@ -113,7 +113,7 @@ def test_evaluation_computes_what_is_stored(tiny: Backbone) -> None:
     module = hard_module(tiny, torch.tensor([0.2, -0.3])).eval()
     stored = module.stored()
     assert stored["gamma"].tolist() == [math.inf, -math.inf]
-    assert module.batch(2).plan.closed == (False, True)
+    assert module.batch(2).layout.closed == (False, True)
     images = random_images(4)
     tensors = {name: stored[name] for name in ("prompt", "gamma", "tau")}
     served = AdapterBatch.single(

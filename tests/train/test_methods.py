@@ -63,7 +63,7 @@ def test_the_large_model_has_23_gates_and_24_temperatures() -> None:
     assert module.gamma is not None and module.tau is not None
     assert (len(module.gamma), len(module.tau)) == (23, 24)
     batch = module.batch(1)
-    assert batch.gate.shape == (1, 23) and len(batch.plan.closed) == 23
+    assert batch.gate.shape == (1, 23) and len(batch.layout.closed) == 23
 
 
 @pytest.mark.parametrize(("prior", "gate"), [(1, 0.269), (5, 0.0066929), (10, 4.54e-5), (15, 3.06e-7), (20, 2.06e-9)])

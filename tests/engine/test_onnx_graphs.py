@@ -13,8 +13,8 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from gpt_serve.engine import onnx_cache as cache
-from gpt_serve.engine.onnx_cache import cache_folder, file_name, serving_graph
+from gpt_serve.engine import onnx as cache
+from gpt_serve.engine.onnx import cache_folder, file_name, serving_graph
 from gpt_serve.errors import ExportError
 from gpt_serve.export import files, graphs
 from gpt_serve.export.session import Graph
