@@ -15,7 +15,7 @@ from result import card, save_weights
 from gpt_serve.errors import UsageError
 from gpt_serve.model.backbone import Backbone, create_bundled
 from gpt_serve.model.catalog import TINY
-from gpt_serve.train.checkpoint import RunCheckpoint
+from gpt_serve.train.checkpoint import RunCheckpoint, held, run_folder
 
 MODELS = {"mae": MAE, "mocov3": MoCoV3}
 
@@ -48,6 +48,11 @@ def pretrain(job: Job, report: Callable[[Epoch], None], notice: Callable[[str], 
         GPTServeError: one line for the user.
         KeyboardInterrupt: interrupted; the last finished epoch is stored for ``resume``.
     """
+    with held(run_folder(job.output, _name(job))):
+        return _pretrain(job, report, notice)
+
+
+def _pretrain(job: Job, report: Callable[[Epoch], None], notice: Callable[[str], None]) -> Path:
     checkpoint = _open_checkpoint(job)
     scaling = replace(Backbone.load(TINY.name).spec.preprocess, crop_pct=1.0)
     pixels, digest = load_pixels(job.data, job.splits, scaling, job.output)
@@ -71,7 +76,6 @@ def _open_checkpoint(job: Job) -> RunCheckpoint:
         checkpoint.require()
     elif checkpoint.exists():  # hours on a GPU, so it is not replaced unasked
         raise UsageError(f"{checkpoint.path} holds an interrupted run: add --resume, or delete the file to begin anew")
-    checkpoint.prepare()
     return checkpoint
 
 
