@@ -3,6 +3,7 @@
 import hashlib
 import textwrap
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +16,9 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from gpt_serve.errors import BackboneError, UnsupportedBackbone
-from gpt_serve.model.catalog import BUNDLED, DEFAULT_BACKBONE, Bundled, known_names
-from gpt_serve.model.checkpoints import load_checkpoint
+from gpt_serve.model.catalog import BUNDLED, DEFAULT_BACKBONE, IMAGENET_MEAN, IMAGENET_STD, Bundled, known_names
+from gpt_serve.model.checkpoints import load_checkpoint, read_checkpoint
+from gpt_serve.model.hub import offline_without_answer
 from gpt_serve.specs import BackboneSpec, Family, Pool, Preprocess
 
 POOL_OF: dict[Family, Pool] = {"mae": "mean", "mocov3": "cls"}
@@ -79,13 +81,16 @@ class Backbone:
         if name in BUNDLED:
             return cls._load_bundled(BUNDLED[name], checkpoint, input_size, pool, device)
         _check_name(name, input_size)
-        from_hub = pretrained and checkpoint is None
-        model = _create(name, pretrained=from_hub)
+        file = None if checkpoint is None else read_checkpoint(checkpoint)
+        model = _create(name, pretrained=pretrained and file is None, **({} if file is None else file.arguments))
         size = (input_size, input_size) if input_size is not None else model.patch_embed.img_size
         preprocess = _preprocess(resolve_data_config({}, pretrained_cfg=model.pretrained_cfg), size)
         family: Family | None = "mae" if "mae" in name.rpartition(".")[2].split("_") else None
-        if checkpoint is not None:
-            family = load_checkpoint(model, checkpoint) or family
+        if file is not None:
+            load_checkpoint(model, file)
+            family = file.family or family
+        if family is not None:  # timm's plain names have the mean and standard deviation of Google's weights
+            preprocess = replace(preprocess, mean=IMAGENET_MEAN, std=IMAGENET_STD)
         pool = pool or (_default_pool(model) if family is None else POOL_OF[family])
         return cls.from_model(model, name, preprocess, pool, input_size=size, device=device, family=family)
 
@@ -99,8 +104,10 @@ class Backbone:
         device: str,
     ) -> "Backbone":
         _check_input_size(bundled.name, input_size, bundled.patch)
-        model = create_bundled(bundled)
-        family = load_checkpoint(model, checkpoint or bundled.weights) or bundled.family
+        file = read_checkpoint(checkpoint or bundled.weights)
+        model = create_bundled(bundled, **file.arguments)
+        load_checkpoint(model, file)
+        family = file.family or bundled.family
         size = (input_size, input_size) if input_size is not None else bundled.preprocess.input_size
         pool = pool or (bundled.pool if family is None else POOL_OF[family])
         return cls.from_model(
@@ -149,10 +156,10 @@ class Backbone:
         return cls(model, spec, device, family)
 
 
-def create_bundled(bundled: Bundled) -> VisionTransformer:
+def create_bundled(bundled: Bundled, **arguments: Any) -> VisionTransformer:
     """The architecture of a bundled backbone at its default input size, with random weights."""
     size = bundled.preprocess.input_size
-    return timm.create_model(bundled.architecture, img_size=size, num_classes=0, **bundled.arguments)
+    return timm.create_model(bundled.architecture, img_size=size, num_classes=0, **bundled.arguments, **arguments)
 
 
 def check_plain(model: nn.Module, name: str) -> None:
@@ -230,10 +237,11 @@ def _check_input_size(name: str, input_size: int | None, patch: int) -> None:
         )
 
 
-def _create(name: str, *, pretrained: bool) -> VisionTransformer:
+def _create(name: str, *, pretrained: bool, **arguments: Any) -> VisionTransformer:
     """The timm model at its own input size, so that its position embeddings are those that were published."""
     try:
-        return timm.create_model(name, pretrained=pretrained, num_classes=0)
+        with offline_without_answer() if pretrained else nullcontext():
+            return timm.create_model(name, pretrained=pretrained, num_classes=0, **arguments)
     except Exception as error:  # timm and the hub raise whatever their HTTP stack raises
         if not pretrained:
             raise BackboneError(f"backbone {name!r} cannot be built: {_first_line(error)}") from error

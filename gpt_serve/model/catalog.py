@@ -8,6 +8,9 @@ from typing import Any
 
 from gpt_serve.specs import Family, Pool, Preprocess
 
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
 
 @dataclass(frozen=True)
 class Bundled:
@@ -44,8 +47,8 @@ def _imagenet(side: int) -> Preprocess:
         crop_pct=0.875,
         crop_mode="center",
         interpolation="bicubic",
-        mean=(0.485, 0.456, 0.406),
-        std=(0.229, 0.224, 0.225),
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
     )
 
 

@@ -1,12 +1,14 @@
 """Data sets of the Hugging Face hub, by the library ``datasets`` (the extra ``hf``)."""
 
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from gpt_serve.errors import DataError
 from gpt_serve.images.convert import readable
+from gpt_serve.model.hub import offline_without_answer
 from gpt_serve.train.data.samples import (
     SPLITS,
     Dataset,
@@ -65,7 +67,8 @@ def _load(name: str, config: str | None) -> Any:
             f"--data {name}: no such folder; a Hugging Face data set needs: pip install 'gpt-serve[hf]'"
         ) from error
     try:
-        return datasets.load_dataset(name, name=config)
+        with nullcontext() if Path(name).exists() else offline_without_answer():
+            return datasets.load_dataset(name, name=config)
     except Exception as error:  # errors of the library, of the hub and of the network share no narrower base
         reason = " ".join(str(error).split())[:300]
         raise DataError(
