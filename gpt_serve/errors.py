@@ -19,8 +19,12 @@ The message of each is one line for the person who caused it and says what to do
     │   ├── ImageTooLarge          too many bytes or pixels
     │   ├── UnsupportedImage       not JPEG, PNG or WebP
     │   └── UndecodableImage       damaged or truncated
+    ├── ServerError            a server that does not answer, or not as GPT-Serve does
     └── RequestError           a request that the server turns away
         ├── InvalidRequest         a field is missing or malformed
+        ├── InvalidKey             no key, or one that the server does not know
+        ├── TaskForbidden          a task that the key does not open
+        ├── RateLimited            more requests than the key allows
         ├── Overloaded             too many requests are waiting
         ├── NotReady               starting, restarting or draining
         └── DeadlineExceeded       no answer in time
@@ -122,12 +126,28 @@ class UndecodableImage(ImageError):
     """The image is damaged or truncated."""
 
 
+class ServerError(GPTServeError):
+    """A server that cannot be reached, fails, or does not answer as GPT-Serve does; raised by `gpt_serve.client`."""
+
+
 class RequestError(GPTServeError):
     """A request that the server turns away."""
 
 
 class InvalidRequest(RequestError):
     """A field of the request is missing or malformed."""
+
+
+class InvalidKey(RequestError):
+    """The request has no key, or one that the server does not know."""
+
+
+class TaskForbidden(RequestError):
+    """The request's key does not open the task."""
+
+
+class RateLimited(RequestError):
+    """The key's owner has more requests a second, or more images in flight, than the key allows."""
 
 
 class Overloaded(RequestError):

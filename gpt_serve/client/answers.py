@@ -1,0 +1,81 @@
+"""From responses to answers and errors."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from gpt_serve.errors import GPTServeError, InvalidKey, InvalidRequest, ServerError, revive
+
+_PROBLEM = "urn:gpt-serve:problem:"
+
+
+@dataclass(frozen=True)
+class Label:
+    """A class and its probability in [0, 1]."""
+
+    label: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a server says of one image for one task.
+
+    Attributes:
+        task: the task that was asked.
+        revision: the revision of the adapter that computed the answer: the first 12 hex digits of its file's SHA-256.
+        predictions: the most probable classes, best first; empty for a task that answers something else.
+        content: the whole answer, for what only some tasks say, such as ``"unknown"`` or ``"mask"``.
+    """
+
+    task: str
+    revision: str
+    predictions: tuple[Label, ...]
+    content: Mapping[str, Any]
+
+    @property
+    def best(self) -> Label:
+        """The most probable class. Raises `IndexError` when there are no predictions."""
+        return self.predictions[0]
+
+
+def answer_of(response: httpx.Response) -> Answer:
+    """The answer that a successful response holds. Raises `ServerError` when it holds none."""
+    content = object_of(response)
+    try:
+        predictions = tuple(Label(item["label"], item["probability"]) for item in content.get("predictions", ()))
+        return Answer(content["task"], content["revision"], predictions, content)
+    except (KeyError, TypeError):
+        raise _not_ours(response) from None
+
+
+def object_of(response: httpx.Response) -> dict[str, Any]:
+    """The JSON object that a successful response holds. Raises `ServerError` when it holds none."""
+    try:
+        content = response.json()
+    except ValueError:
+        raise _not_ours(response) from None
+    if not isinstance(content, dict):
+        raise _not_ours(response)
+    return content
+
+
+def error_of(response: httpx.Response) -> GPTServeError:
+    """The error that an unsuccessful response stands for."""
+    try:
+        problem = response.json()
+        kind, detail = str(problem.get("type", "")), str(problem["detail"])
+    except (AttributeError, KeyError, ValueError):
+        return ServerError(f"{response.request.url} answered {response.status_code} {response.reason_phrase}")
+    if kind.startswith(_PROBLEM):
+        words = kind.removeprefix(_PROBLEM).split("-")
+        return revive("".join(word.capitalize() for word in words), detail)
+    if response.status_code == 401:
+        return InvalidKey(detail)
+    return InvalidRequest(detail) if response.status_code < 500 else ServerError(detail)
+
+
+def _not_ours(response: httpx.Response) -> ServerError:
+    return ServerError(f"{response.request.url} does not answer as GPT-Serve does: check the address")
