@@ -7,12 +7,13 @@ Copy it beside any graph (with bank.py if that has several tasks) and run it the
 """
 
 import argparse
+import io
 import json
 import math
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, repeat
 from pathlib import Path
@@ -292,27 +293,56 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the answers; 2 after a mistake, with one line on stderr."""
+    """Print the answers; 1 if some images have none, 2 if no image has one, with a line on stderr for each mistake."""
     options = parse_arguments(arguments)
     warnings.simplefilter("ignore")  # Pillow's, on EXIF and sizes that are handled here
     ort.set_default_logger_severity(4)
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # labels in any script, terminals in any encoding
+    broken: dict[str, str] = {}
     try:
         model = Model(options.graph, [options.task] if options.task else (), options.providers.split(","))
-        found = model.predict((open_image(path) for path in options.images), options.task)
+        found = iter(model.predict(open_images(options.images, broken), options.task))
     except RunnerError as error:
-        print(f"run.py: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        complain(str(error))
         return 2
-    answers = []
-    for path, prediction in zip(options.images, found, strict=True):
+    answers: list[dict[str, Any]] = []
+    for path in options.images:
+        if path in broken:
+            complain(broken[path])
+            answers.append({"image": path, "error": broken[path]})
+            continue
+        prediction = next(found)
         best = [{"label": label, "probability": value} for label, value in prediction.top(options.top_k)]
         answers.append({"image": path, "revision": prediction.task.revision, "predictions": best})
-    if options.json:
-        print(json.dumps({"task": found[0].task.name, "images": answers}))
-        return 0
+    if len(broken) == len(set(options.images)):
+        return 2
+    show(answers, options.task or next(iter(model.tasks)), options.json)
+    return 1 if broken else 0
+
+
+def open_images(paths: Sequence[str], broken: dict[str, str]) -> Iterator[Image.Image]:
+    """Those that can be opened; of the others, the reason goes to ``broken``, by path."""
+    for path in paths:
+        try:
+            if path not in broken:
+                yield open_image(path)
+        except RunnerError as error:
+            broken[path] = str(error)
+
+
+def complain(text: str) -> None:
+    print(f"run.py: {' '.join(text.splitlines())}", file=sys.stderr)
+
+
+def show(answers: Sequence[Mapping[str, Any]], task: str, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"task": task, "images": answers}))
+        return
     for answer in answers:
-        shown = ", ".join(f"{item['label']} {100 * item['probability']:.1f} %" for item in answer["predictions"])
-        print(f"{os.fsencode(answer['image']).decode(errors='replace')}: {shown}")
-    return 0
+        if "error" not in answer:
+            shown = ", ".join(f"{item['label']} {100 * item['probability']:.1f} %" for item in answer["predictions"])
+            print(f"{os.fsencode(answer['image']).decode(errors='replace')}: {shown}")
 
 
 if __name__ == "__main__":

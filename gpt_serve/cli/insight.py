@@ -12,8 +12,8 @@ import click
 from gpt_serve.cli.options import (
     adapters_option,
     backbone_options,
+    image_bytes,
     json_option,
-    read_file,
     resolve_device,
     task_option,
 )
@@ -181,7 +181,7 @@ def _pixels(path: Path, preprocess: "Preprocess") -> "Tensor":
     from gpt_serve.images.preprocess import preprocess_image
 
     try:
-        return preprocess_image(decode(read_file(path), LOCAL_LIMITS, exif=preprocess.exif), preprocess)
+        return preprocess_image(decode(image_bytes(path), LOCAL_LIMITS, exif=preprocess.exif), preprocess)
     except ImageError as error:
         raise UsageError(f"{path}: {error}") from error
 

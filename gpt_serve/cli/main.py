@@ -1,4 +1,4 @@
-"""The command line; the only file that knows exit codes. Heavy imports live inside the commands."""
+"""The command line: its commands, and how it ends. Heavy imports live inside the commands."""
 
 import json
 import os
@@ -7,37 +7,30 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from gpt_serve import __version__
+from gpt_serve.cli.exits import EXIT_INTERRUPTED, EXIT_MISTAKE, escape_what_cannot_be_shown, say
 from gpt_serve.cli.insight import inspect, reconstruct
 from gpt_serve.cli.options import (
     adapters_option,
     backbone_options,
     bench_options,
     data_by_task,
-    data_option,
     device_option,
     export_options,
     json_option,
-    read_file,
     resolve_device,
     serving_options,
-    task_option,
     weights_options,
 )
+from gpt_serve.cli.predict import evaluate, predict
 from gpt_serve.cli.sweep import sweep
 from gpt_serve.cli.train import close_gates, train
 from gpt_serve.engine.malloc import reuse_freed_memory
 from gpt_serve.errors import GPTServeError, UsageError
-
-if TYPE_CHECKING:
-    from gpt_serve.engine.engine import Engine
-
-EXIT_MISTAKE = 2
-EXIT_INTERRUPTED = 130
 
 
 class Mistake(click.ClickException):
@@ -46,7 +39,7 @@ class Mistake(click.ClickException):
     exit_code = EXIT_MISTAKE
 
     def show(self, file: Any = None) -> None:
-        click.echo(f"gpt-serve: {' '.join(self.message.splitlines())}", err=True)
+        say(self.message)
 
 
 @contextmanager
@@ -67,6 +60,7 @@ class Group(click.Group):
     """Ends a user's mistake with one line on stderr and an exit code."""
 
     def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        escape_what_cannot_be_shown()
         with _mistakes():
             return super().make_context(*args, **extra)
 
@@ -75,7 +69,7 @@ class Group(click.Group):
             with _mistakes():
                 return super().invoke(ctx)
         except KeyboardInterrupt:
-            click.echo("gpt-serve: interrupted", err=True)
+            say("interrupted")
             ctx.exit(EXIT_INTERRUPTED)
 
 
@@ -88,54 +82,13 @@ def main() -> None:
     reuse_freed_memory()
 
 
+main.add_command(evaluate)
+main.add_command(predict)
 main.add_command(train)
 main.add_command(sweep)
 main.add_command(close_gates)
 main.add_command(inspect)
 main.add_command(reconstruct)
-
-
-@main.command("eval")
-@task_option
-@data_option
-@backbone_options
-@adapters_option
-@json_option
-def evaluate(task: str, data: str, adapters: Path, as_json: bool, **backbone: Any) -> None:
-    """Accuracy of an adapter on DIR/test, or on DIR itself when it holds class folders."""
-    engine = _engine(task, adapters, **backbone)
-    from gpt_serve.engine.evaluate import evaluate_task
-
-    result = evaluate_task(engine, task, data, lambda text: click.echo(text, err=True))
-    if as_json:
-        click.echo(json.dumps(result))
-    else:
-        click.echo(f"{task}: accuracy {100 * result['accuracy']:.2f} % on {result['n']} images ({result['revision']})")
-
-
-@main.command()
-@task_option
-@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, dir_okay=False))
-@click.option("--top-k", type=click.IntRange(1, 1000), default=5, show_default=True, help="Answers per image.")
-@backbone_options
-@adapters_option
-@json_option
-def predict(task: str, images: tuple[Path, ...], top_k: int, adapters: Path, as_json: bool, **backbone: Any) -> None:
-    """Classify image files."""
-    engine = _engine(task, adapters, **backbone)
-    results = engine.predict([(task, read_file(path)) for path in images])
-    answers: list[dict[str, Any]] = []
-    for path, result in zip(images, results, strict=True):
-        if isinstance(result, GPTServeError):
-            raise UsageError(f"{path}: {result}")
-        best = [{"label": label, "probability": probability} for label, probability in result.top(top_k)]
-        answers.append({"image": str(path), "revision": result.revision, "predictions": best})
-    if as_json:
-        click.echo(json.dumps({"task": task, "images": answers}))
-        return
-    for answer in answers:
-        shown = ", ".join(f"{item['label']} {100 * item['probability']:.1f} %" for item in answer["predictions"])
-        click.echo(f"{click.format_filename(answer['image'])}: {shown}")
 
 
 @main.command()
@@ -238,22 +191,3 @@ def bench(only: tuple[str, ...], backbones: tuple[str, ...], device: str, repeat
     for table in report.tables():
         click.echo(f"\n{table.title}")
         echo_table(table.header, table.rows)
-
-
-def _engine(
-    task: str, adapters: Path, *, backbone: str, checkpoint: Path | None, input_size: int | None, device: str
-) -> "Engine":
-    """An engine that has the task; an unknown or broken one is reported before the backbone is loaded."""
-    from gpt_serve.adapters.store import AdapterStore
-
-    store = AdapterStore(adapters)
-    store.load(task)
-    from gpt_serve.engine.engine import Engine
-    from gpt_serve.images.decode import LOCAL_LIMITS
-    from gpt_serve.model.backbone import Backbone
-
-    model = Backbone.load(backbone, checkpoint=checkpoint, input_size=input_size, device=resolve_device(device))
-    engine = Engine(model, store, limits=LOCAL_LIMITS)
-    with engine.bank.holding(task):  # trouble is reported before anything is computed
-        pass
-    return engine

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from gpt_serve.errors import UsageError
+from gpt_serve.errors import ImageError, UsageError
 from gpt_serve.model.catalog import DEFAULT_BACKBONE
 from gpt_serve.specs import TASK_PATTERN
 
@@ -173,12 +173,18 @@ def resolve_device(name: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def read_file(path: Path) -> bytes:
-    """Its bytes; one that cannot be read is the user's mistake."""
+def image_bytes(path: Path) -> bytes:
+    """An image file in a form that the decoder takes.
+
+    Raises:
+        ImageError: whatever is wrong with it, the disk included.
+    """
+    from gpt_serve.images.convert import read_image
+
     try:
-        return path.read_bytes()
+        return read_image(path)
     except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+        raise ImageError(f"cannot be read: {error.strerror}") from error
 
 
 def data_by_task(data: Sequence[str], tasks: Sequence[str]) -> dict[str, str]:

@@ -76,8 +76,8 @@ def read_image(path: Path) -> bytes:
     """`readable`, of a file.
 
     Raises:
-        OSError: it cannot be read.
-        ImageError: as `readable`.
+        OSError: the disk refuses.
+        ImageTooLarge, UnsupportedImage, UndecodableImage: as `readable`.
     """
     return readable(path.read_bytes())
 

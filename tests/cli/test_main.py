@@ -1,5 +1,6 @@
 """The command line: one JSON object on stdout, one line for a mistake, no traceback."""
 
+import io
 import json
 import os
 import shutil
@@ -126,11 +127,50 @@ def test_predict_takes_any_file_name(folder):
     assert run_json("predict", "--device", "cpu", "--task", "alpha", name)["images"][0]["image"] == name
 
 
-def test_one_bad_image_of_many_is_named_and_nothing_is_printed(folder):
-    for extra in ([], ["--json"]):
-        result = run_cpu("predict", "--task", "alpha", "one.png", "cut.png", "two.png", *extra)
-        assert (result.exit_code, result.stdout) == (2, "")
-        assert result.stderr == ("gpt-serve: cut.png: PNG image is damaged or truncated: save it anew and send that\n")
+def test_images_that_cannot_be_read_take_nothing_from_the_others(folder, monkeypatch):
+    monkeypatch.setattr("gpt_serve.cli.predict.CHUNK", 2)
+    given = ("one.png", "cut.png", "none.png", "data", "two.png")
+    result = run_cpu("predict", "--task", "alpha", *given)
+    assert result.exit_code == 1
+    assert [line.split(": ")[0] for line in result.stdout.splitlines()] == ["one.png", "two.png"]
+    assert result.stderr.splitlines() == [
+        "gpt-serve: cut.png: PNG image is damaged or truncated: save it anew and send that",
+        "gpt-serve: none.png: cannot be read: No such file or directory",
+        "gpt-serve: data: cannot be read: Is a directory",
+    ]
+    told = run_cpu("predict", "--task", "alpha", *given, "--json")
+    assert (told.exit_code, told.stderr, told.stdout.count("\n")) == (1, result.stderr, 1)
+    entries = json.loads(told.stdout)["images"]
+    assert [entry["image"] for entry in entries] == list(given)
+    assert ["error" in entry for entry in entries] == [False, True, True, True, False]
+    assert entries[2] == {"image": "none.png", "error": "cannot be read: No such file or directory"}
+    assert len(entries[4]["predictions"]) == 3
+
+
+@pytest.mark.parametrize("kind", ["BMP", "TIFF", "GIF"])
+def test_predict_takes_what_training_takes(folder, tmp_path, kind):
+    with Image.open("one.png") as image:
+        image.quantize(16).convert("RGB").save(tmp_path / "x.png")
+    with Image.open(tmp_path / "x.png") as image:
+        image.save(tmp_path / "other", kind)
+    answers = run_json(
+        "predict", "--device", "cpu", "--task", "alpha", *map(str, (tmp_path / "x.png", tmp_path / "other"))
+    )
+    first, second = (entry["predictions"] for entry in answers["images"])
+    assert first == second
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252"])
+def test_labels_of_any_script_can_be_shown_anywhere(folder, bundled, tmp_path, monkeypatch, encoding):
+    store = AdapterStore(tmp_path / "adapters")
+    store.publish(make_adapter(bundled.spec, "scripts", labels=("\u82b1", "caf\u00e9")))
+    shown = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(shown, encoding=encoding))
+    options = ["predict", "--device", "cpu", "--task", "scripts", "--adapters", str(store.root), "one.png"]
+    assert main(options, standalone_mode=False) is None
+    sys.stdout.flush()
+    text = shown.getvalue().decode(encoding)
+    assert "\\u82b1 " in text and "caf\u00e9 " in text
 
 
 # eval
@@ -275,8 +315,8 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "invalid name": (["predict", "--task", "../alpha", "one.png"], "task name '../alpha' is not allowed: use"),
     "invalid name of train": (["train", "--task", "A b", "--data", "data"], "task name 'A b' is not allowed: use"),
     "two lines in a name": (["predict", "--task", "a\nb", "one.png"], r"task name 'a\nb' is not allowed"),
-    "missing image": (["predict", "--task", "alpha", "none.png"], "File 'none.png' does not exist"),
-    "folder for an image": (["predict", "--task", "alpha", "data"], "File 'data' is a directory"),
+    "missing image": (["predict", "--task", "alpha", "none.png"], "none.png: cannot be read: No such file"),
+    "folder for an image": (["predict", "--task", "alpha", "data"], "data: cannot be read: Is a directory"),
     "not an image": (["predict", "--task", "alpha", "text.png"], "text.png: file is not a JPEG, PNG or WebP image"),
     "unknown backbone": (
         ["predict", "--task", "alpha", "--backbone", "vit_nope", "one.png"],
@@ -416,9 +456,9 @@ def test_image_that_vanishes(folder, monkeypatch):
     def vanish(path: Path) -> bytes:
         raise FileNotFoundError(2, "No such file or directory", str(path))
 
-    monkeypatch.setattr("gpt_serve.cli.main.Path.read_bytes", vanish)
+    monkeypatch.setattr("pathlib.Path.read_bytes", vanish)
     result = run_cpu("predict", "--task", "alpha", "one.png")
-    assert (result.exit_code, result.stderr) == (2, "gpt-serve: one.png cannot be read: No such file or directory\n")
+    assert (result.exit_code, result.stderr) == (2, "gpt-serve: one.png: cannot be read: No such file or directory\n")
 
 
 def test_backbone_is_not_loaded_for_an_unknown_task(folder, monkeypatch):

@@ -139,6 +139,31 @@ def test_any_file_name(folder: Path, tmp_path: Path) -> None:
     assert json.loads(done.stdout)["images"][0]["image"] == name
 
 
+def test_images_that_cannot_be_read_take_nothing_from_the_others(folder: Path) -> None:
+    given = ("cut.jpg", "one.png", "absent.png", "two.jpg", "cut.jpg")
+    done = command("flowers.onnx", *given, cwd=folder)
+    assert done.returncode == 1
+    assert [line.split(": ")[0] for line in done.stdout.splitlines()] == ["one.png", "two.jpg"]
+    assert [line.split(" ")[1] for line in done.stderr.splitlines()] == ["cut.jpg", "absent.png", "cut.jpg"]
+    told = command("flowers.onnx", *given, "--json", cwd=folder)
+    assert (told.returncode, told.stderr) == (1, done.stderr)
+    images = json.loads(told.stdout)["images"]
+    assert [image["image"] for image in images] == list(given)
+    assert ["error" in image for image in images] == [True, False, True, False, True]
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252"])
+def test_labels_of_any_script_can_be_shown_anywhere(tmp_path: Path, encoding: str) -> None:
+    labels = json.dumps(["\u82b1", "caf\u00e9", *LABELS[2:]], ensure_ascii=False)
+    single(tmp_path / "scripts.onnx", metadata={"labels": labels})
+    photo().save(tmp_path / "one.png")
+    environment = os.environ | {"PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    asked = [sys.executable, str(RUNNER), "scripts.onnx", "one.png"]
+    done = subprocess.run(asked, cwd=tmp_path, env=environment, capture_output=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"\\u82b1 " in done.stdout and "caf\u00e9 ".encode(encoding) in done.stdout
+
+
 def test_it_can_be_copied_beside_a_graph(folder: Path, tmp_path: Path) -> None:
     for name in ("flowers.onnx", "one.png"):
         shutil.copy(folder / name, tmp_path / name)
@@ -171,9 +196,9 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
     "newer": (["other.onnx", "one.png"], "its format is 'gpt-serve-onnx/9', not 'gpt-serve-onnx/1'"),
     "no weights": (["large.onnx", "one.png"], "large.onnx needs its weights, a .data file, beside it"),
     "cut weights": (["short.onnx", "one.png"], "short.onnx needs its weights"),
-    "missing image": (["flowers.onnx", "one.png", "absent.png"], "absent.png cannot be read: No such file"),
+    "missing image": (["flowers.onnx", "absent.png"], "absent.png cannot be read: No such file"),
     "image a folder": (["flowers.onnx", "multi.bank"], "multi.bank cannot be read: Is a directory"),
-    "image cut": (["flowers.onnx", "one.png", "cut.jpg"], "cut.jpg cannot be read: it is damaged or truncated"),
+    "image cut": (["flowers.onnx", "cut.jpg", "--json"], "cut.jpg cannot be read: it is damaged or truncated"),
     "image text": (["flowers.onnx", "note.png"], "note.png cannot be read: it is not a JPEG, PNG or WebP image"),
     "image gif": (["flowers.onnx", "old.gif"], "old.gif cannot be read: it is not a JPEG, PNG or WebP image"),
     "100 megapixels": (["flowers.onnx", "huge.png"], "huge.png has more than the 50 megapixels allowed"),

@@ -1,0 +1,118 @@
+"""The commands that answer for images on disk: ``predict`` and ``eval``. Heavy imports live inside them."""
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from gpt_serve.cli.exits import EXIT_MISTAKE, EXIT_PARTLY, say
+from gpt_serve.cli.options import (
+    adapters_option,
+    backbone_options,
+    data_option,
+    image_bytes,
+    json_option,
+    resolve_device,
+    task_option,
+)
+from gpt_serve.errors import GPTServeError, ImageError
+
+if TYPE_CHECKING:
+    from gpt_serve.engine.engine import Engine
+
+CHUNK = 256  # images whose bytes are held at a time
+
+
+@click.command("eval")
+@task_option
+@data_option
+@backbone_options
+@adapters_option
+@json_option
+def evaluate(task: str, data: str, adapters: Path, as_json: bool, **backbone: Any) -> None:
+    """Accuracy of an adapter on DIR/test, or on DIR itself when it holds class folders."""
+    engine = _engine(task, adapters, **backbone)
+    from gpt_serve.engine.evaluate import evaluate_task
+
+    result = evaluate_task(engine, task, data, lambda text: click.echo(text, err=True))
+    if as_json:
+        click.echo(json.dumps(result))
+    else:
+        click.echo(f"{task}: accuracy {100 * result['accuracy']:.2f} % on {result['n']} images ({result['revision']})")
+
+
+@click.command()
+@task_option
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--top-k", type=click.IntRange(1, 1000), default=5, show_default=True, help="Answers per image.")
+@backbone_options
+@adapters_option
+@json_option
+def predict(task: str, images: tuple[Path, ...], top_k: int, adapters: Path, as_json: bool, **backbone: Any) -> None:
+    """Classify image files.
+
+    An image that cannot be read gets a line on stderr instead of an answer, with --json also an entry with "error".
+    The exit code is 1 when some have no answer, and 2 when none has.
+    """
+    engine = _engine(task, adapters, **backbone)
+    entries: list[dict[str, Any]] = []
+    for entry in _entries(engine, task, images, top_k):
+        entries.append(entry)
+        if "error" in entry:
+            say(f"{entry['image']}: {entry['error']}")
+        elif not as_json:
+            shown = ", ".join(f"{item['label']} {100 * item['probability']:.1f} %" for item in entry["predictions"])
+            click.echo(f"{click.format_filename(entry['image'])}: {shown}")
+    failed = sum("error" in entry for entry in entries)
+    if failed == len(entries):
+        sys.exit(EXIT_MISTAKE)
+    if as_json:
+        click.echo(json.dumps({"task": task, "images": entries}))
+    if failed:
+        sys.exit(EXIT_PARTLY)
+
+
+def _entries(engine: "Engine", task: str, images: Sequence[Path], top_k: int) -> Iterator[dict[str, Any]]:
+    """What ``--json`` has of each image, in order."""
+    for start in range(0, len(images), CHUNK):
+        read = [(path, _read(path)) for path in images[start : start + CHUNK]]
+        results = iter(engine.predict([(task, data) for _, data in read if isinstance(data, bytes)]))
+        for path, data in read:
+            result = next(results) if isinstance(data, bytes) else data
+            if isinstance(result, ImageError):
+                yield {"image": str(path), "error": str(result)}
+            elif isinstance(result, GPTServeError):
+                raise result
+            else:
+                best = [{"label": label, "probability": probability} for label, probability in result.top(top_k)]
+                yield {"image": str(path), "revision": result.revision, "predictions": best}
+
+
+def _read(path: Path) -> bytes | ImageError:
+    """The file in a form that the engine takes, or why there is none."""
+    try:
+        return image_bytes(path)
+    except ImageError as error:
+        return error
+
+
+def _engine(
+    task: str, adapters: Path, *, backbone: str, checkpoint: Path | None, input_size: int | None, device: str
+) -> "Engine":
+    """An engine that has the task; an unknown or broken one is reported before the backbone is loaded."""
+    from gpt_serve.adapters.store import AdapterStore
+
+    store = AdapterStore(adapters)
+    store.load(task)
+    from gpt_serve.engine.engine import Engine
+    from gpt_serve.images.decode import LOCAL_LIMITS
+    from gpt_serve.model.backbone import Backbone
+
+    model = Backbone.load(backbone, checkpoint=checkpoint, input_size=input_size, device=resolve_device(device))
+    engine = Engine(model, store, limits=LOCAL_LIMITS)
+    with engine.bank.holding(task):  # trouble is reported before anything is computed
+        pass
+    return engine
