@@ -112,23 +112,27 @@ class PredictAPI(LitAPI):
         guard_child()
         reuse_freed_memory()
         configure_logging()
-        from gpt_serve.engine.scheduler import Scheduler  # after the guard: it takes seconds
-
+        self.batches = SimpleQueue()
         try:
-            engine = _load_engine(self.config, device)
+            self.scheduler = self.load(device)
         except GPTServeError as error:
             self.transport.send(Failure.of(error), CONSUMER)
             end_child()
-        self.batches = SimpleQueue()
-        self.scheduler = Scheduler(
-            engine,
+        self.transport.send(Ready(self.scheduler.engine.backbone.spec, self.stats()), CONSUMER)
+
+    def load(self, device: str) -> "Scheduler":
+        """What will do the work, ready for it. Raises a `GPTServeError` where there is no such backbone or device."""
+        from gpt_serve.engine.scheduler import Scheduler  # not before the guard: torch takes seconds to import
+
+        assert self.batches is not None
+        return Scheduler(
+            _load_engine(self.config, device),
             max_batch=self.config.max_batch_size,
             batch_timeout=self.config.batch_timeout,
             overlap=device != "cpu",
             on_batch=self.batches.put,
             on_error=report,
         )
-        self.transport.send(Ready(engine.backbone.spec, self.stats()), CONSUMER)
 
     def predict(self, x: Item, **_: Any) -> "Future[Prediction]":
         """The future that will hold the prediction for ``x``, or its error."""

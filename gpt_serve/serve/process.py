@@ -6,8 +6,13 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from typing import NoReturn
+
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 def configure_logging() -> None:
@@ -20,14 +25,29 @@ def configure_logging() -> None:
     logger.propagate = False
 
 
+@contextmanager
+def holding_signals() -> Iterator[None]:
+    """Have this thread's SIGINT and SIGTERM wait. A child that is spawned meanwhile begins so, until `guard_child`.
+
+    Without it, Ctrl-C during a child's first moments kills the child, which looks like a backbone that cannot load.
+    """
+    resource_tracker.ensure_running()  # it comes with the first child, and its start lets signals through again
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+
+
 def guard_child() -> None:
     """Leave signals to the parent, and do not outlive it.
 
     Ctrl-C and some service managers signal the whole process group; a child that obeyed would die while the parent
     still drains. A parent that was killed outright cannot stop its children, so each watches it.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_exit_after, args=(parent.sentinel,), name="parent-watch", daemon=True).start()

@@ -13,6 +13,7 @@ from gpt_serve.serve.config import ServeConfig
 from gpt_serve.serve.link import Link
 from gpt_serve.serve.messages import Answer, Answered, Failure, Item, Message, Ready
 from gpt_serve.serve.metrics import Metrics
+from gpt_serve.serve.process import holding_signals
 from gpt_serve.serve.state import ServerState
 
 
@@ -47,7 +48,8 @@ class Server:
         self._link = link = Link()
         self.worker_ready, self.worker_error = False, None
         self._drained = asyncio.Event()
-        worker = self._launch(link)
+        with holding_signals():
+            worker = self._launch(link)
         loop = asyncio.get_running_loop()
         link.start(partial(_call, loop, self._receive), partial(_call, loop, self._drained.set))
         return worker

@@ -12,8 +12,6 @@ from gpt_serve.specs import BackboneSpec
 from tests.factories import make_adapter
 from tests.serve.harness import ServerProcess, serving, until
 
-TROUBLES = ("sleepy-a", "hang-a", "bug-a")
-
 
 @pytest.fixture(scope="session")
 def spec(bundled: Backbone) -> BackboneSpec:
@@ -49,16 +47,13 @@ def server(adapters: Path) -> Iterator[ServerProcess]:
 
 
 @pytest.fixture(scope="session")
-def troubled_server(tmp_path_factory: pytest.TempPathFactory, spec: BackboneSpec) -> Iterator[ServerProcess]:
-    root = tmp_path_factory.mktemp("troubled")
-    for task in ("good", *TROUBLES):
-        AdapterStore(root).publish(make_adapter(spec, task, seed=0))
-    yield from serving(root, trouble=True, engine="torch", deadline=2, queue_limit=16, max_batch_size=8)
+def stub_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    yield from serving(tmp_path_factory.mktemp("stub"), stub=True, queue_limit=16)
 
 
 @pytest.fixture
-def troubled(troubled_server: ServerProcess) -> ServerProcess:
-    """A small server whose engine misbehaves on request, see entry.py; ready and idle when a test gets it."""
-    until(lambda: troubled_server.in_flight() == 0)
-    troubled_server.wait_ready()
-    return troubled_server
+def stub(stub_server: ServerProcess) -> ServerProcess:
+    """A server with 16 slots around a stub, see entry.py; ready and idle when a test gets it."""
+    until(lambda: stub_server.in_flight() == 0)
+    stub_server.wait_ready()
+    return stub_server

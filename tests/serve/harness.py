@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ class ServerProcess:
     """A server on a free port of 127.0.0.1, with its log."""
 
     def __init__(self, adapters: Path, *, env: dict[str, str] | None = None, **options: Any) -> None:
+        self.adapters = adapters
         options = {"port": 0, "adapters": str(adapters), "drain": 20} | options
         self.process = subprocess.Popen(
             [sys.executable, str(ENTRY), json.dumps(options)],
@@ -73,11 +75,31 @@ class ServerProcess:
         lines = self.get("/metrics").text.splitlines()
         return sum(float(line.split()[-1]) for line in lines if line.startswith(name + " "))
 
+    @contextmanager
+    def holding(self, name: str = "hold") -> Iterator[None]:
+        """While it lasts, a stub does not answer ``held-*``; with ``hold-start``, its workers do not load."""
+        (self.adapters / name).touch()
+        try:
+            yield
+        finally:
+            (self.adapters / name).unlink()
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """While it lasts, the worker takes nothing from its pipe: what is sent meanwhile waits there."""
+        worker = self.worker_pid()
+        os.kill(worker, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            with suppress(ProcessLookupError):  # it was killed
+                os.kill(worker, signal.SIGCONT)
+
     def in_flight(self) -> float:
         return self.metric("gpt_serve_in_flight")
 
     def worker_pid(self) -> int:
-        """The child that has torch's weights: by far the largest."""
+        """The child that has the engine: by far the largest."""
         return max(children(self.pid), key=resident_pages)
 
     def signal(self, sig: int) -> None:

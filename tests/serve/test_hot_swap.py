@@ -11,7 +11,7 @@ import pytest
 from gpt_serve.adapters.store import AdapterStore
 from gpt_serve.specs import BackboneSpec
 from tests.factories import make_adapter, remove_adapter
-from tests.serve.harness import ServerProcess
+from tests.serve.harness import ServerProcess, until
 
 
 class Sender(threading.Thread):
@@ -62,9 +62,15 @@ def test_no_request_is_lost_or_answered_by_a_wrong_revision(
             revision = store.publish(versions[version])
             labels[revision] = f"v{version}-"
         changes.append((begun, time.monotonic(), revision))
-        time.sleep(0.4)
+        answered()
 
-    time.sleep(0.3)
+    def answered() -> None:
+        """Wait for answers to requests that began after the last change."""
+        since = time.monotonic()
+        for sender in sending.values():
+            until(lambda sender=sender: sum(start > since for start, *_ in sender.results) >= 5, 60)
+
+    answered()
     for version in (0, 1, 2, 0, None, 3, None, 1):
         change(version)
     for sender in sending.values():
