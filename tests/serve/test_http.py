@@ -185,7 +185,7 @@ def test_404_unknown_task_names_no_path(server: ServerProcess, adapters: Path, i
 
 
 def test_404_and_405_of_routes_are_problems_too(server: ServerProcess) -> None:
-    for path in ("/", "/predict/", "/info", "/tasks/a/b", "/tasks/..%2f..%2fetc%2fpasswd", "/redoc", "/shutdown"):
+    for path in ("/predict/", "/info", "/tasks/a/b", "/tasks/..%2f..%2fetc%2fpasswd", "/redoc", "/shutdown"):
         check_problem(server.get(path), 404)
     wrong = server.get("/predict")
     check_problem(wrong, 405)
