@@ -1,10 +1,10 @@
 """A batch of (task, image) pairs, mixed in every way, through one forward pass."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol, overload
 
 import torch
 from PIL import Image
@@ -22,6 +22,8 @@ from gpt_serve.model.heads import linear, read_taps
 from gpt_serve.model.prompted import block, embed, tapped_features
 from gpt_serve.specs import Preprocess, Tap
 
+Tasks = tuple[str, ...] | list[str]
+"""Several tasks that are asked about one image."""
 ImageInput = bytes | Image.Image | Tensor
 """The bytes of a file, a Pillow image, or uint8 (3, h, w) RGB."""
 
@@ -48,9 +50,16 @@ class Prediction:
         return [(self.labels[index], value) for index, value in zip(indices.tolist(), values.tolist(), strict=True)]
 
 
+Answer = Prediction | GPTServeError
+"""What one task says of one image, or why it cannot."""
+
+
 @dataclass(frozen=True, eq=False)
 class Row:
-    """One row of the forward pass: an adapter, held in the bank, and its preprocessed image, uint8 (3, H, W)."""
+    """One row of the forward pass: an adapter, held in the bank, and its preprocessed image, uint8 (3, H, W).
+
+    Rows of one image share the tensor itself: what their tasks have in common is computed once.
+    """
 
     resident: Resident
     image: Tensor
@@ -92,11 +101,23 @@ class TorchForward:
     @torch.inference_mode()
     def __call__(self, rows: Sequence[Row]) -> Features:
         """The features of one or more rows, in order."""
-        images = normalized(rows, self.backbone.device).to(self.backbone.dtype)
+        unique, index = distinct(rows)
+        images = normalized(unique, self.backbone.device).to(self.backbone.dtype)
         tokens = embed(self.backbone.model, images)
         adapter = gather([row.resident.place for row in rows])
+        if index is not None:
+            adapter = replace(adapter, images=torch.tensor(index, device=self.backbone.device))
         tapped = tapped_features(self.backbone.model, tokens, adapter, run_block=self.run_block)
         return Features(adapter.layout.taps, tapped)
+
+
+def distinct(rows: Sequence[Row]) -> tuple[list[Row], list[int] | None]:
+    """One row of each image, and which of these each of ``rows`` is about; None when no two are about the same."""
+    first: dict[tuple[int, Preprocess], int] = {}
+    index = [first.setdefault((id(row.image), row.resident.preprocess), len(first)) for row in rows]
+    if len(first) == len(rows):
+        return list(rows), None
+    return [rows[index.index(number)] for number in range(len(first))], index
 
 
 def normalized(rows: Sequence[Row], device: torch.device) -> Tensor:
@@ -147,12 +168,30 @@ class Engine:
         self.planner = planner_for(backbone)
         self._threads = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="decode")
 
-    def predict(self, requests: Sequence[tuple[str, ImageInput]]) -> list[Prediction | GPTServeError]:
+    def close(self) -> None:
+        """End the threads that decode; the engine answers no more."""
+        self._threads.shutdown()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    @overload
+    def predict(self, requests: Sequence[tuple[str, ImageInput]]) -> list[Answer]: ...
+
+    @overload
+    def predict(self, requests: Sequence[tuple[Tasks, ImageInput]]) -> list[list[Answer]]: ...
+
+    def predict(self, requests: Sequence[tuple[str | Tasks, ImageInput]]) -> Sequence[Answer | list[Answer]]:
         """One result per request, in order; a bad request yields its error and disturbs no other.
 
-        Each task is looked up once for every ``max_batch`` requests, so that these answer with the same revision.
+        A request names a task, or several for which it gets a list of answers. What the tasks of an image share is
+        computed once: its decoding, and the blocks before the first that any of them touches. Each task is looked up
+        once for every ``max_batch`` requests, so that these answer with the same revision.
         """
-        results: list[Prediction | GPTServeError] = []
+        results: list[Answer | list[Answer]] = []
         for start in range(0, len(requests), self.max_batch):
             results += self._predict_batch(requests[start : start + self.max_batch])
         return results
@@ -171,32 +210,35 @@ class Engine:
         if not rows:
             return []
         answers: dict[int, Prediction] = {}
-        for part in self.planner.plan([row.resident.place.layout for row in rows]):
+        images = [id(row.image) for row in rows]
+        for part in self.planner.plan([row.resident.place.layout for row in rows], images):
             chosen = [rows[index] for index in part]
             predictions = classify(self.forward(chosen), [row.resident for row in chosen])
             answers |= dict(zip(part, predictions, strict=True))
         return [answers[index] for index in range(len(rows))]
 
-    def _predict_batch(self, requests: Sequence[tuple[str, ImageInput]]) -> list[Prediction | GPTServeError]:
+    def _predict_batch(self, requests: Sequence[tuple[str | Tasks, ImageInput]]) -> list[Answer | list[Answer]]:
+        """Task by task: those that the bank holds together share a batch, and each is taken once."""
+        asked = [[task] if isinstance(task, str) else list(task) for task, _ in requests]
+        answers: list[dict[str, Answer]] = [{} for _ in requests]
         residents: dict[str, Resident | GPTServeError] = {}
-        results: list[Prediction | GPTServeError] = []
-        pending: list[tuple[str, ImageInput]] = []
         try:
-            for task, image in requests:
-                if task not in residents:
-                    try:
-                        residents[task] = self.bank.take(task, timeout=0)
-                    except BankFull:  # of the very adapters that this batch holds: use them and let them go
-                        results += self._answer(pending, residents)
-                        pending = []
-                        self._release(residents)
-                        residents[task] = self._take(task)
-                    except GPTServeError as error:
-                        residents[task] = error
-                pending.append((task, image))
-            return results + self._answer(pending, residents)
+            for task in dict.fromkeys(task for tasks in asked for task in tasks):
+                try:
+                    residents[task] = self.bank.take(task, timeout=0)
+                except BankFull:  # of the very adapters that this batch holds: use them and let them go
+                    self._answer(requests, asked, residents, answers)
+                    self._release(residents)
+                    residents[task] = self._take(task)
+                except GPTServeError as error:
+                    residents[task] = error
+            self._answer(requests, asked, residents, answers)
         finally:
             self._release(residents)
+        return [
+            own[task] if isinstance(task, str) else [own[name] for name in task]
+            for own, (task, _) in zip(answers, requests, strict=True)
+        ]
 
     def _take(self, task: str) -> Resident | GPTServeError:
         """The adapter, however long others hold the bank."""
@@ -212,15 +254,39 @@ class Engine:
                 self.bank.release(resident)
 
     def _answer(
-        self, requests: Sequence[tuple[str, ImageInput]], residents: dict[str, Resident | GPTServeError]
-    ) -> list[Prediction | GPTServeError]:
-        def prepare(request: tuple[str, ImageInput]) -> Row | GPTServeError:
-            resident = residents[request[0]]
-            return resident if isinstance(resident, GPTServeError) else self.prepare(resident, request[1])
+        self,
+        requests: Sequence[tuple[object, ImageInput]],
+        asked: Sequence[Sequence[str]],
+        residents: Mapping[str, Resident | GPTServeError],
+        answers: Sequence[dict[str, Answer]],
+    ) -> None:
+        """Put the answers of ``residents`` to the requests that ask for them into ``answers``."""
+        wanted = [(number, task) for number, tasks in enumerate(asked) for task in tasks if task in residents]
+        usable: list[tuple[int, str, Resident]] = []
+        for number, task in dict.fromkeys(wanted):
+            resident = residents[task]
+            if isinstance(resident, Resident):
+                usable.append((number, task, resident))
+            else:
+                answers[number][task] = resident
+        # The same image for several tasks, or from several requests, is decoded once for each way of preprocessing.
+        keys = [(_identity(requests[number][1]), resident.preprocess) for number, _, resident in usable]
+        first = {key: (resident, requests[number][1]) for key, (number, _, resident) in zip(keys, usable, strict=True)}
+        prepared = dict(zip(first, self._threads.map(lambda item: self.prepare(*item), first.values()), strict=True))
+        rows: list[tuple[int, str, Row]] = []
+        for key, (number, task, resident) in zip(keys, usable, strict=True):
+            row = prepared[key]
+            if isinstance(row, Row):
+                rows.append((number, task, Row(resident, row.image)))
+            else:
+                answers[number][task] = row
+        for (number, task, _), answer in zip(rows, self.compute([row for *_, row in rows]), strict=True):
+            answers[number][task] = answer
 
-        prepared = list(self._threads.map(prepare, requests))
-        answers = iter(self.compute([item for item in prepared if isinstance(item, Row)]))
-        return [next(answers) if isinstance(item, Row) else item for item in prepared]
+
+def _identity(image: ImageInput) -> Hashable:
+    """Equal for equal files, and for the very same picture in memory."""
+    return image if isinstance(image, bytes) else id(image)
 
 
 def planner_for(backbone: Backbone) -> PassPlanner:

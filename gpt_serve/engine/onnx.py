@@ -21,7 +21,7 @@ from gpt_serve import __version__
 from gpt_serve.adapters.adapter import Adapter
 from gpt_serve.adapters.store import Signature
 from gpt_serve.engine.bank import Resident
-from gpt_serve.engine.engine import Features, Row, TorchForward, classify, normalized
+from gpt_serve.engine.engine import Features, Row, TorchForward, classify, distinct, normalized
 from gpt_serve.engine.passes import PassPlanner, opened
 from gpt_serve.engine.slab import Packed, Slab, gather
 from gpt_serve.errors import ExportError
@@ -51,6 +51,10 @@ class OnnxForward:
     @torch.inference_mode()
     def __call__(self, rows: Sequence[Row]) -> Features:
         """The features of one or more rows, in order."""
+        layout = Layout.joined([row.resident.place.layout for row in rows])
+        index: list[int] | None = None
+        if layout.trunk > layout.last:  # no task touches any block: an image is computed once for all of its tasks
+            rows, index = distinct(rows)
         adapter = gather([row.resident.place for row in rows])
         count, depth = len(rows), adapter.gate.shape[1] + 1
         inputs = {
@@ -62,8 +66,9 @@ class OnnxForward:
         }
         whole = {name: value.expand(count, *value.shape[1:]).cpu().numpy() for name, value in inputs.items()}
         features = torch.from_numpy(self.graph.run(whole)).to(adapter.gate.device)
+        features = features if index is None else features[index]
         outputs = _outputs(depth)
-        return Features(adapter.layout.taps, tuple(features[:, outputs[tap]] for tap in adapter.layout.taps))
+        return Features(layout.taps, tuple(features[:, outputs[tap]] for tap in layout.taps))
 
 
 class FasterForward:
@@ -78,7 +83,10 @@ class FasterForward:
     def __call__(self, rows: Sequence[Row]) -> Features:
         """The features of one or more rows, in order."""
         layout = Layout.joined([row.resident.place.layout for row in rows])
-        share = self.planner.image(layout) / self.planner.image(opened(layout))
+        images = len({id(row.image) for row in rows})
+        computed = images if layout.trunk > layout.last else len(rows)
+        by_graph = computed * self.planner.image(opened(layout))
+        share = self.planner.rows(layout, len(rows), images) / by_graph
         by_torch = layout.layers > 1 or layout.first_block > 0 or layout.shifted or share < TORCH_BELOW
         return (self.torch if by_torch else self.onnx)(rows)
 

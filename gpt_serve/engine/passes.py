@@ -9,7 +9,7 @@ Costs are in row-blocks: what one row costs in one block, about ``24 D^2`` opera
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
 from gpt_serve.engine.malloc import REUSED_BYTES
@@ -50,13 +50,23 @@ class PassPlanner:
     width: int
     costs: Costs
 
-    def plan(self, layouts: Sequence[Layout]) -> list[list[int]]:
-        """The passes as indices into ``layouts``, each row in one of them; rows keep their order within a pass."""
+    def plan(self, layouts: Sequence[Layout], images: Sequence[Hashable] | None = None) -> list[list[int]]:
+        """The passes as indices into ``layouts``, each row in one of them; rows of one layout keep their order.
+
+        Args:
+            images: what each row is about; None when no two rows are about the same image.
+        """
+        images = range(len(layouts)) if images is None else images
         groups: dict[Layout, list[int]] = {}
         for index, layout in enumerate(layouts):
             groups.setdefault(layout, []).append(index)
-        merged = self._merge(sorted(groups.items(), key=lambda item: self.image(item[0])))
-        return [part for layout, rows in merged for part in self._split(layout, sorted(rows))]
+        merged = self._merge(sorted(groups.items(), key=lambda item: self.image(item[0])), images)
+        return [part for layout, rows in merged for part in self._split(layout, sorted(rows), images)]
+
+    def rows(self, layout: Layout, count: int, images: int) -> float:
+        """Row-blocks of a pass of ``count`` rows about ``images`` images, which share the trunk."""
+        trunk = self.body * min(layout.trunk, layout.last + 1)
+        return count * max(0.0, self.image(layout) - trunk) + images * min(trunk, self.image(layout))
 
     def image(self, layout: Layout) -> float:
         """Row-blocks of one image."""
@@ -72,11 +82,23 @@ class PassPlanner:
             return cost + READING * self.body + keys
         return cost + self.body + attending + (keys if layout.reads_prompts_last else prompts)
 
-    def _merge(self, groups: list[tuple[Layout, list[int]]]) -> list[tuple[Layout, list[int]]]:
+    def _merge(
+        self, groups: list[tuple[Layout, list[int]]], images: Sequence[Hashable]
+    ) -> list[tuple[Layout, list[int]]]:
         """Join neighbours (by cost) while that saves more than it wastes, the most saving pair first."""
         overhead = self.costs.overhead / (OPERATIONS * self.width**2)
+
+        def cost(layout: Layout, rows: Sequence[int]) -> float:
+            return self.rows(layout, len(rows), len({images[row] for row in rows}))
+
+        def saved(one: tuple[Layout, list[int]], other: tuple[Layout, list[int]]) -> float:
+            if one[0].prompts and other[0].prompts and one[0].first_block != other[0].first_block:
+                return -math.inf
+            together = cost(Layout.joined([one[0], other[0]]), one[1] + other[1])
+            return overhead + cost(*one) + cost(*other) - together
+
         while len(groups) > 1:
-            savings = [overhead - self._waste(one, other) for one, other in zip(groups, groups[1:], strict=False)]
+            savings = [saved(one, other) for one, other in zip(groups, groups[1:], strict=False)]
             best = max(range(len(savings)), key=savings.__getitem__)
             if savings[best] <= 0:
                 break
@@ -84,20 +106,21 @@ class PassPlanner:
             groups[best : best + 2] = [(Layout.joined([one, other]), first + second)]
         return groups
 
-    def _waste(self, one: tuple[Layout, list[int]], other: tuple[Layout, list[int]]) -> float:
-        if one[0].prompts and other[0].prompts and one[0].first_block != other[0].first_block:
-            return math.inf
-        together = self.image(Layout.joined([one[0], other[0]]))
-        return sum(len(rows) * (together - self.image(layout)) for layout, rows in (one, other))
-
-    def _split(self, layout: Layout, rows: list[int]) -> list[list[int]]:
-        """Parts of equal size within ``most_bytes``."""
+    def _split(self, layout: Layout, rows: list[int], images: Sequence[Hashable]) -> list[list[int]]:
+        """Parts of equal size within ``most_bytes``; rows of one image stay together where its trunk is shared."""
         if self.costs.most_bytes is None:
             return [rows]
         most = max(1, self.costs.most_bytes // (HIDDEN * 4 * self.width * (self.body + layout.prompts)))
-        parts = -(-len(rows) // most)
-        bounds = [len(rows) * part // parts for part in range(parts + 1)]
-        return [rows[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
+        rank = {image: number for number, image in enumerate(dict.fromkeys(images[row] for row in rows))}
+        if layout.trunk:
+            rows = sorted(rows, key=lambda row: rank[images[row]])
+        # Where all blocks are trunk, an image takes the same room however many rows are about it.
+        units = [rank[images[row]] for row in rows] if layout.trunk > layout.last else list(range(len(rows)))
+        count = units[-1] + 1
+        parts: list[list[int]] = [[] for _ in range(-(-count // most))]
+        for unit, row in zip(units, rows, strict=True):
+            parts[unit * len(parts) // count].append(row)
+        return parts
 
 
 def opened(layout: Layout) -> Layout:

@@ -16,7 +16,7 @@ from torch import Tensor
 from gpt_serve.adapters.adapter import Adapter
 from gpt_serve.adapters.store import FILE_NAME, AdapterStore
 from gpt_serve.engine import engine as engine_module
-from gpt_serve.engine.engine import Engine, Forward, ImageInput, Prediction, TorchForward, planner_for
+from gpt_serve.engine.engine import Engine, Features, Forward, ImageInput, Prediction, Row, TorchForward, planner_for
 from gpt_serve.engine.onnx import FasterForward, OnnxForward, serving_graph
 from gpt_serve.errors import (
     BackboneMismatch,
@@ -410,3 +410,67 @@ def test_adapter_without_cls_token(tmp_path: Path) -> None:
         answers(engine.predict([(item.task, image) for item in adapters])), adapters, strict=True
     ):
         check_reference(result, backbone, adapter, image)
+
+
+def test_many_tasks_of_one_image_are_what_each_says_alone(engine: Engine) -> None:
+    image, other = png(pixels(5, 40, 30)), png(pixels(6, 20, 20))
+    tasks = [adapter.task for adapter in adapters_of(engine.backbone.spec)]
+    together = engine.predict([(tasks, image), ((*tasks[:3], "unknown"), other), (("deep", "deep"), b"broken")])
+    for task, answer in zip(tasks, answers(together[0]), strict=True):
+        alone = answers(engine.predict([(task, image)]))[0]
+        assert answer.task == task
+        torch.testing.assert_close(answer.probabilities, alone.probabilities, rtol=1e-6, atol=1e-6)
+    assert isinstance(together[1][3], UnknownTask) and len(answers(together[1][:3])) == 3
+    assert [type(answer) for answer in together[2]] == [UnsupportedImage] * 2
+
+
+def test_an_image_is_decoded_once_for_its_tasks(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[bytes] = []
+
+    def noting(image: bytes, *rest: object, **options: object) -> Tensor:
+        decoded.append(image)
+        return pixels(1, 20, 20)
+
+    monkeypatch.setattr(engine_module, "decode", noting)
+    image = png(pixels(5, 40, 30))
+    engine.predict([(("linear", "linear-cls", "shallow"), image), ("deep", image), ("linear", bytes(bytearray(image)))])
+    assert len(decoded) == 2  # `deep` is normalised in another way
+
+
+def test_blocks_that_no_task_touches_compute_an_image_once(tiny: Backbone, tmp_path: Path) -> None:
+    tasks = [f"linear-{number}" for number in range(5)]
+    store = stored(tmp_path, [make_adapter(tiny.spec, task, method="linear", seed=7) for task in tasks])
+    rows: list[int] = []
+
+    class Counting(TorchForward):
+        def __init__(self, backbone: Backbone) -> None:
+            super().__init__(backbone)
+            run, self.run_block = self.run_block, lambda blk, x, *rest: rows.append(len(x)) or run(blk, x, *rest)
+
+    with Engine(tiny, store, forward=Counting(tiny)) as engine:
+        engine.predict([(tasks, pixels(1, 20, 20)), (tasks, pixels(2, 20, 20))])
+    assert rows == [2] * tiny.spec.depth
+
+
+def test_a_task_is_looked_up_once_even_when_the_bank_is_full(tiny: Backbone, tmp_path: Path) -> None:
+    """Its answers name one revision, though it is replaced while they are computed and asked for again at the end."""
+    store = stored(tmp_path, [make_adapter(tiny.spec, task, prompts=8) for task in "abc"])
+
+    class Replacing(TorchForward):
+        def __call__(self, rows: Sequence[Row]) -> Features:
+            store.publish(make_adapter(tiny.spec, "a", prompts=8, seed=9))
+            return super().__call__(rows)
+
+    with Engine(tiny, store, forward=Replacing(tiny), bank_bytes=18 * 4 * tiny.spec.width) as engine:
+        results = answers(engine.predict([(task, pixels(1, 20, 20)) for task in "abcabca"]))
+        assert engine.bank.stats().resident == 1
+    assert [result.task for result in results] == list("abcabca")
+    assert len({result.revision for result in results if result.task == "a"}) == 1
+
+
+def test_a_closed_engine_has_no_threads(tiny: Backbone, store: AdapterStore) -> None:
+    before = threading.active_count()
+    with Engine(tiny, store) as engine:
+        engine.predict([("linear", pixels(1, 20, 20))])
+        assert threading.active_count() > before
+    assert threading.active_count() == before

@@ -373,3 +373,21 @@ def test_the_other_threads_keep_their_share_of_the_cores() -> None:
         assert seen == {"decode": 1, "compute": 3} and torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(1)
+
+
+def test_callbacks_that_fail_do_not_end_the_threads(caplog: pytest.LogCaptureFixture) -> None:
+    told: list[str] = []
+
+    def count(batch: Batch) -> None:
+        raise RuntimeError("a bug in the counter")
+
+    def hear(error: Exception) -> None:
+        told.append(str(error))
+        raise RuntimeError("a bug in the reporter")
+
+    with scheduling(Engine(), on_batch=count, on_error=hear) as scheduler:
+        for image in (b"good", b"crash", b"bug", b"good"):
+            future = scheduler.submit("task", image, soon())
+            assert (error_of(future) is None) == (image == b"good")
+    assert set(told) == {"a bug in the counter", "a bug in the pass", "a bug in the decoder"}
+    assert [record.getMessage() for record in caplog.records] == ["whoever is told of errors failed"] * len(told)

@@ -1,5 +1,6 @@
 """A request on its way, and the queue in which tasks take turns."""
 
+import logging
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
@@ -9,6 +10,8 @@ from dataclasses import dataclass
 from gpt_serve.engine.bank import AdapterBank, Resident
 from gpt_serve.engine.engine import Prediction, Row
 from gpt_serve.errors import DeadlineExceeded, GPTServeError, NotReady
+
+logger = logging.getLogger("gpt_serve.engine")
 
 Result = Prediction | GPTServeError
 OnError = Callable[[Exception], None]
@@ -84,6 +87,18 @@ class FairQueue:
                 del self._tasks[task]
         self._size -= len(popped)
         return popped
+
+
+def guarded(on_error: OnError) -> OnError:
+    """``on_error`` for threads that must live on, whatever it does: what it raises itself is logged."""
+
+    def tell(error: Exception) -> None:
+        try:
+            on_error(error)
+        except Exception:
+            logger.exception("whoever is told of errors failed")
+
+    return tell
 
 
 def explained(error: Exception, on_error: OnError) -> GPTServeError:

@@ -10,7 +10,7 @@ import torch
 
 from gpt_serve.engine.engine import Engine, Prediction, Row
 from gpt_serve.engine.scheduler.admission import Admission
-from gpt_serve.engine.scheduler.jobs import Batch, FairQueue, Job, OnError, Result, closed, expired, explained
+from gpt_serve.engine.scheduler.jobs import Batch, FairQueue, Job, OnError, Result, closed, expired, explained, guarded
 from gpt_serve.errors import GPTServeError
 
 
@@ -42,7 +42,7 @@ class Scheduler:
         self.batch_timeout = batch_timeout
         self.overlap = overlap
         self.on_batch = on_batch
-        self.on_error = on_error
+        self.on_error = guarded(on_error)
         self._lock = Lock()  # guards all below; nobody holds it while calling the engine or finishing a job
         self._to_decode, self._to_compute = Condition(self._lock), Condition(self._lock)
         self._undecoded, self._ready = FairQueue(), FairQueue()
@@ -50,7 +50,7 @@ class Scheduler:
         self._decoding = 0  # threads at work
         self._computing = self._closed = False
         self._row_seconds = 0.0  # of the last pass
-        self._admission = Admission(engine.bank, self._pinned, on_error)
+        self._admission = Admission(engine.bank, self._pinned, self.on_error)
         self._threads = self._start()
 
     def submit(self, task: str, image: bytes, expires: float) -> "Future[Prediction]":
@@ -155,9 +155,16 @@ class Scheduler:
                     job.finish(expired())
             if live:
                 self._row_seconds = seconds / len(live)
-                self.on_batch(Batch(seconds, tuple(now - job.submitted for job in live)))
+                self._tell(Batch(seconds, tuple(now - job.submitted for job in live)))
             for job, result in zip(live, results, strict=True):
                 job.finish(result)
+
+    def _tell(self, batch: Batch) -> None:
+        """Whoever counts may fail, and must not take the thread that computes along."""
+        try:
+            self.on_batch(batch)
+        except Exception as error:
+            self.on_error(error)
 
     def _next_batch(self) -> list[Job] | None:
         """One or more rows, once it is time for them."""
