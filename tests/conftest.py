@@ -1,6 +1,7 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -9,6 +10,9 @@ from gpt_serve.engine.onnx import serving_graph
 from gpt_serve.export.session import Graph
 from gpt_serve.model.backbone import Backbone
 from tests.tiny_vit import tiny_backbone
+
+if TYPE_CHECKING:  # boto3 takes seconds to import
+    from tests.s3 import S3
 
 # The models here are small: more threads only fight each other and the server processes of other tests.
 torch.set_num_threads(1)
@@ -62,3 +66,25 @@ def all_threads() -> Iterator[None]:
     torch.set_num_threads(os.cpu_count() or 1)
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator["S3"]:
+    from tests.s3 import S3
+
+    server = S3()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server: "S3", monkeypatch: pytest.MonkeyPatch) -> "S3":
+    """An S3 server that the environment leads to, with an empty bucket ``models``."""
+    for name, value in s3_server.env.items():
+        monkeypatch.setenv(name, value)
+    s3_server.client.create_bucket(Bucket="models")
+    for page in s3_server.client.get_paginator("list_objects_v2").paginate(Bucket="models"):
+        for entry in page.get("Contents", ()):
+            s3_server.client.delete_object(Bucket="models", Key=entry["Key"])
+    s3_server.calls.clear()
+    return s3_server

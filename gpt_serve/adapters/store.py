@@ -1,33 +1,22 @@
-"""Adapters on disk: ``root/<task>/adapter.safetensors``, validated on load and published atomically."""
+"""The adapters of a folder, a bucket or a hub: validated on load and published atomically."""
 
 import contextlib
-import os
-import secrets
-import stat
+import re
 import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gpt_serve.adapters.adapter import Adapter, revision_of
-from gpt_serve.adapters.file import MAX_FILE_BYTES
+from gpt_serve.adapters.folder import Folder
+from gpt_serve.adapters.source import FILE_NAME as FILE_NAME
+from gpt_serve.adapters.source import AdapterSource
+from gpt_serve.adapters.source import Signature as Signature
 from gpt_serve.errors import AdapterError, InvalidAdapter, InvalidTaskName, UnknownTask, UsageError
 from gpt_serve.specs import BackboneSpec, check_task_name
 
-FILE_NAME = "adapter.safetensors"
-
-
-@dataclass(frozen=True)
-class Signature:
-    """Tells one version of a file from another without reading it."""
-
-    modified_ns: int
-    size: int
-    inode: int
-
-    @classmethod
-    def of(cls, status: os.stat_result) -> "Signature":
-        return cls(status.st_mtime_ns, status.st_size, status.st_ino)
+POLL_SECONDS = 30.0
+"""Time between two listings of a bucket or hub."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,33 +81,45 @@ class BrokenAdapter:
 
 
 class AdapterStore:
-    """The adapters in one folder; safe to share between threads, and with other processes that publish.
+    """The adapters of one place; safe to share between threads, and with other processes that publish.
 
     Args:
-        root: may be missing or empty: then there are no tasks yet.
+        root: a folder, which may be missing or empty, or the address of a store elsewhere: ``s3://bucket/prefix``,
+            ``gs://bucket/prefix``, ``file:///path`` or ``hf://owner/repo`` (see `gpt_serve.adapters.mirror`), or an
+            `AdapterSource`.
         spec: when given, adapters of other backbones are refused.
+        poll_seconds: how often a store elsewhere is listed; a folder is read at each call.
+
+    Raises:
+        UsageError: the address is none, or what is there cannot be listed.
     """
 
-    def __init__(self, root: str | Path, spec: BackboneSpec | None = None) -> None:
-        self.root = Path(root)
+    def __init__(
+        self, root: str | Path | AdapterSource, spec: BackboneSpec | None = None, *, poll_seconds: float = POLL_SECONDS
+    ) -> None:
         self.spec = spec
+        self.source = _source(root, poll_seconds) if isinstance(root, str | Path) else root
         self._described: dict[str, tuple[Signature, TaskSummary | BrokenAdapter]] = {}
         self._lock = threading.Lock()
 
-    def tasks(self) -> list[str]:
-        """Sorted names of the folders that hold an adapter file, valid or not.
+    @property
+    def root(self) -> Path:
+        """The folder.
 
         Raises:
-            UsageError: the folder exists but cannot be listed.
+            UsageError: the store is elsewhere.
         """
-        try:
-            with os.scandir(self.root) as entries:
-                names = [entry.name for entry in entries]
-        except FileNotFoundError:
-            names = []
-        except OSError as error:
-            raise UsageError(f"the adapter folder {self.root} cannot be read: {error.strerror}") from error
-        found = sorted(name for name in names if self._holds_adapter(name))
+        if not isinstance(self.source, Folder):
+            raise UsageError("this needs a folder of adapters: pull them first, see gpt-serve pull --help")
+        return self.source.root
+
+    def tasks(self) -> list[str]:
+        """Sorted names of the tasks that have an adapter file, valid or not.
+
+        Raises:
+            UsageError: the place cannot be listed.
+        """
+        found = sorted(name for name in self.source.names() if self._holds_adapter(name))
         with self._lock:  # what was removed is forgotten
             self._described = {name: self._described[name] for name in found if name in self._described}
         return found
@@ -133,7 +134,7 @@ class AdapterStore:
         return True
 
     def signature(self, task: str) -> Signature:
-        """The current version of the task's file, for the cost of one ``stat``.
+        """The current version of the task's file, for the cost of one ``stat`` or less.
 
         Raises:
             InvalidTaskName: before the disk is touched.
@@ -141,7 +142,7 @@ class AdapterStore:
             InvalidAdapter: the disk does not tell.
         """
         try:
-            return Signature.of(os.stat(self._path(task)))
+            return self.source.signature(check_task_name(task))
         except OSError as error:
             raise _unreadable(task, error) from error
 
@@ -156,9 +157,9 @@ class AdapterStore:
             InvalidAdapter: the file is not a valid adapter of this task.
             BackboneMismatch: it was trained on another backbone.
         """
-        path = self._path(task)
+        check_task_name(task)
         try:
-            data, signature = _read(path)
+            data, signature = self.source.read(task)
             adapter = _parse(data, task, spec or self.spec)
             return StoredAdapter(adapter, data, revision_of(data), signature)
         except OSError as error:
@@ -171,7 +172,9 @@ class AdapterStore:
     def describe(self) -> list[TaskSummary | BrokenAdapter]:
         """Every task by name, the refused ones with their reason; unchanged files are not read again."""
         described = []
-        for task in self.tasks():
+        tasks = self.tasks()
+        self.source.prepare(tasks)
+        for task in tasks:
             with contextlib.suppress(UnknownTask):  # removed since it was listed
                 described.append(self._describe(task))
         return described
@@ -220,28 +223,27 @@ class AdapterStore:
             InvalidTaskName, InvalidAdapter, BackboneMismatch: nothing is written that `load` would refuse.
             UsageError: the disk refuses; the old file is still there, unless only the last sync failed.
         """
-        path = self._path(adapter.task)
+        check_task_name(adapter.task)
         data = adapter.to_bytes()
         if self.spec is not None:
             adapter.check_backbone(self.spec)
-        temporary = path.with_name(f".{FILE_NAME}.{secrets.token_hex(6)}.tmp")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                _write_synced(temporary, data)
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
-            _sync_folder(path.parent)
-            _sync_folder(self.root)
+            self.source.write(adapter.task, data)
         except OSError as error:
             raise UsageError(
-                f"adapter {adapter.task!r} cannot be written to {path.parent}: {error.strerror}"
+                f"adapter {adapter.task!r} cannot be written to {self.source}/{adapter.task}: {error.strerror}"
             ) from error
         return revision_of(data)
 
-    def _path(self, task: str) -> Path:
-        return self.root / check_task_name(task) / FILE_NAME
+
+def _source(root: str | Path, poll_seconds: float) -> AdapterSource:
+    if isinstance(root, Path) and re.match(r"[a-z0-9]+:/", str(root)):
+        raise UsageError(f"{root} was an address before it became a Path, which drops a slash: give it as a string")
+    if isinstance(root, Path) or "://" not in root:
+        return Folder(Path(root))
+    from gpt_serve.adapters.mirror import Mirror  # fsspec, and what it needs for the address
+
+    return Mirror.of(root, poll_seconds)
 
 
 def _unreadable(task: str, error: OSError) -> AdapterError:
@@ -251,25 +253,6 @@ def _unreadable(task: str, error: OSError) -> AdapterError:
     return InvalidAdapter(f"adapter {task!r} is refused: the file cannot be read: {error.strerror}")
 
 
-def _read(path: Path) -> tuple[bytes, Signature]:
-    # Non-blocking: a FIFO in the place of the file must not hang the reader.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise InvalidAdapter("not a regular file")
-        if status.st_size > MAX_FILE_BYTES:
-            raise InvalidAdapter(f"the file has {status.st_size} bytes, more than the {MAX_FILE_BYTES} allowed")
-        with open(descriptor, "rb", closefd=False) as file:
-            data = file.read(status.st_size + 1)
-        signature = Signature.of(os.fstat(descriptor))
-    finally:
-        os.close(descriptor)
-    if signature != Signature.of(status) or len(data) != status.st_size:
-        raise InvalidAdapter("the file changed while it was read: replace it with a rename, not in place")
-    return data, signature
-
-
 def _parse(data: bytes, task: str, spec: BackboneSpec | None) -> Adapter:
     adapter = Adapter.from_bytes(data)
     if adapter.task != task:
@@ -277,22 +260,6 @@ def _parse(data: bytes, task: str, spec: BackboneSpec | None) -> Adapter:
     if spec is not None:
         adapter.check_backbone(spec)
     return adapter
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with open(path, "xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """A rename survives a power cut only once its folder is on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _summarise(stored: StoredAdapter) -> TaskSummary:

@@ -47,7 +47,7 @@ def inspect(
     image: Path | None,
     heads: bool,
     nmi: bool,
-    adapters: Path,
+    adapters: Path | str,
     as_json: bool,
     **backbone: Any,
 ) -> None:
@@ -113,7 +113,7 @@ def reconstruct(
     steps: int,
     seed: int,
     output: Path,
-    adapters: Path,
+    adapters: Path | str,
     as_json: bool,
     **backbone: Any,
 ) -> None:

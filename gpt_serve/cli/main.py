@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from gpt_serve import __version__
+from gpt_serve.cli.exchange import pull, push
 from gpt_serve.cli.exits import EXIT_INTERRUPTED, EXIT_MISTAKE, escape_what_cannot_be_shown, say
 from gpt_serve.cli.insight import inspect, reconstruct
 from gpt_serve.cli.options import (
@@ -89,6 +90,8 @@ main.add_command(sweep)
 main.add_command(close_gates)
 main.add_command(inspect)
 main.add_command(reconstruct)
+main.add_command(push)
+main.add_command(pull)
 
 
 @main.command()
@@ -117,7 +120,7 @@ def export(
     add_to: Path | None,
     kind: Any,
     data: tuple[str, ...],
-    adapters: Path,
+    adapters: Path | str,
     as_json: bool,
     backbone: str,
     checkpoint: Path | None,
@@ -134,7 +137,7 @@ def export(
     store = AdapterStore(adapters)
     names = store.tasks() if every else [name.strip() for name in (tasks or task or "").split(",")]
     if not names:
-        raise UsageError(f"no adapters in {adapters}: train one, or name another folder with --adapters")
+        raise UsageError(f"no adapters in {adapters}: train one, or name another place with --adapters")
     for name in names:
         store.load(name)
     from gpt_serve.cli.terminal import echo_exported
@@ -158,14 +161,14 @@ def export(
 @main.command()
 @adapters_option
 @json_option
-def tasks(adapters: Path, as_json: bool) -> None:
-    """List the adapters of a folder."""
+def tasks(adapters: Path | str, as_json: bool) -> None:
+    """List adapters."""
     from gpt_serve.adapters.store import AdapterStore
     from gpt_serve.cli.terminal import echo_tasks
 
     described = AdapterStore(adapters).describe()
     if not described and not as_json:
-        raise UsageError(f"no adapters in {adapters}: train one, or name another folder with --adapters")
+        raise UsageError(f"no adapters in {adapters}: train one, or name another place with --adapters")
     if as_json:
         click.echo(json.dumps({"tasks": [item.to_dict() for item in described]}))
     else:

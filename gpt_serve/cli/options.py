@@ -25,6 +25,22 @@ class ByteSize(click.ParamType[int]):
         return int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " "))
 
 
+class Adapters(click.Path):
+    """A folder of adapters as a `Path` or, where ``elsewhere`` is allowed, the address of a store as it is."""
+
+    def __init__(self, *, elsewhere: bool) -> None:
+        super().__init__(file_okay=False, path_type=Path)
+        self.elsewhere = elsewhere
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The `Path`, or the address."""
+        if "://" not in str(value):
+            return super().convert(value, param, ctx)
+        if not self.elsewhere:
+            self.fail(f"{value} is not a folder: name one, and use gpt-serve push and pull", param, ctx)
+        return value
+
+
 def option_group(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """Several options as one decorator, in this order."""
 
@@ -42,7 +58,14 @@ data_option = click.option("--data", required=True, help=DATA_KINDS)
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 adapters_option = click.option(
     "--adapters",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=Adapters(elsewhere=True),
+    default="adapters",
+    show_default=True,
+    help="Folder of adapters, or s3://bucket/prefix, gs://bucket/prefix, file:///path, hf://owner/repo.",
+)
+adapters_folder_option = click.option(
+    "--adapters",
+    type=Adapters(elsewhere=False),
     default="adapters",
     show_default=True,
     help="Folder of adapters.",
@@ -60,6 +83,13 @@ weights_options = option_group(
 )
 backbone_options = option_group(weights_options, device_option)
 serving_options = option_group(
+    click.option(
+        "--poll-seconds",
+        type=float,
+        default=30.0,
+        show_default=True,
+        help="How often a store elsewhere is listed; a folder is read at each request.",
+    ),
     click.option(
         "--engine",
         type=click.Choice(["auto", "torch", "onnx"]),

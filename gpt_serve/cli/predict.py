@@ -32,7 +32,7 @@ CHUNK = 256  # images whose bytes are held at a time
 @backbone_options
 @adapters_option
 @json_option
-def evaluate(task: str, data: str, adapters: Path, as_json: bool, **backbone: Any) -> None:
+def evaluate(task: str, data: str, adapters: Path | str, as_json: bool, **backbone: Any) -> None:
     """Accuracy of an adapter on DIR/test, or on DIR itself when it holds class folders."""
     engine = _engine(task, adapters, **backbone)
     from gpt_serve.engine.evaluate import evaluate_task
@@ -51,7 +51,9 @@ def evaluate(task: str, data: str, adapters: Path, as_json: bool, **backbone: An
 @backbone_options
 @adapters_option
 @json_option
-def predict(task: str, images: tuple[Path, ...], top_k: int, adapters: Path, as_json: bool, **backbone: Any) -> None:
+def predict(
+    task: str, images: tuple[Path, ...], top_k: int, adapters: Path | str, as_json: bool, **backbone: Any
+) -> None:
     """Classify image files.
 
     An image that cannot be read gets a line on stderr instead of an answer, with --json also an entry with "error".
@@ -100,7 +102,7 @@ def _read(path: Path) -> bytes | ImageError:
 
 
 def _engine(
-    task: str, adapters: Path, *, backbone: str, checkpoint: Path | None, input_size: int | None, device: str
+    task: str, adapters: Path | str, *, backbone: str, checkpoint: Path | None, input_size: int | None, device: str
 ) -> "Engine":
     """An engine that has the task; an unknown or broken one is reported before the backbone is loaded."""
     from gpt_serve.adapters.store import AdapterStore

@@ -9,7 +9,7 @@ import click
 
 from gpt_serve.cli.options import (
     DATA_KINDS,
-    adapters_option,
+    adapters_folder_option,
     backbone_options,
     json_option,
     resolve_device,
@@ -25,7 +25,7 @@ from gpt_serve.errors import UsageError
 @backbone_options
 @sweep_options
 @reading_options
-@adapters_option
+@adapters_folder_option
 @json_option
 def sweep(
     task: str,

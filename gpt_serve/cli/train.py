@@ -9,7 +9,7 @@ import click
 
 from gpt_serve.cli.options import (
     DATA_KINDS,
-    adapters_option,
+    adapters_folder_option,
     backbone_options,
     data_option,
     json_option,
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 @reading_options
 @click.option("--close-gates", "closing", is_flag=True, help="Then close gates, as gpt-serve close-gates does.")
 @click.option("--nmi", is_flag=True, help="Record what prompts and patch tokens share after each epoch, for inspect.")
-@adapters_option
+@adapters_folder_option
 @json_option
 def train(
     task: str,
@@ -111,7 +111,7 @@ def train(
 @backbone_options
 @closing_options
 @reading_options
-@adapters_option
+@adapters_folder_option
 @json_option
 def close_gates(
     task: str,

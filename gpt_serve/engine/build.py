@@ -20,7 +20,7 @@ logger = logging.getLogger("gpt_serve.engine")
 
 def build_engine(
     backbone: Backbone,
-    adapters: Path,
+    store: AdapterStore,
     *,
     precision: Precision = "fp32",
     onnx: bool = False,
@@ -33,7 +33,7 @@ def build_engine(
     """An engine on the device of ``backbone``, warmed up.
 
     Args:
-        adapters: folder of the adapters; those of other backbones are refused.
+        store: the adapters.
         precision: of weights and activations.
         onnx: let onnxruntime compute the passes that it is faster at; needs ``fp32``.
         compiled: let ``torch.compile`` fuse the blocks.
@@ -45,7 +45,6 @@ def build_engine(
     """
     if precision == "bf16":
         backbone.cast(torch.bfloat16)
-    store = AdapterStore(adapters, backbone.spec)
     engine = Engine(
         backbone,
         store,

@@ -4,7 +4,6 @@ The graph takes every adapter with prompts for the first block. It is built once
 ``$XDG_CACHE_HOME/gpt-serve``, by default ``~/.cache/gpt-serve``, which may be deleted at any time.
 """
 
-import errno
 import logging
 import os
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from gpt_serve.engine.passes import PassPlanner, opened
 from gpt_serve.engine.slab import Packed, Slab, gather
 from gpt_serve.errors import ExportError
 from gpt_serve.export.session import FORMAT, Graph
+from gpt_serve.files import cache_folder
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.model.batch import Layout
 from gpt_serve.specs import BackboneSpec, Pool, Tap
@@ -122,18 +122,6 @@ def serving_graph(backbone: Backbone, device: str = "cpu", folder: Path | None =
         )
     with TemporaryDirectory(prefix="gpt-serve-") as temporary:
         return _from(Path(temporary), backbone, device)
-
-
-def cache_folder() -> Path:
-    """Where graphs are kept.
-
-    Raises:
-        OSError: there is no such place: the process has no home.
-    """
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if not os.path.isabs(root):
-        raise OSError(errno.ENOENT, "not an absolute path", root)
-    return Path(root) / "gpt-serve"
 
 
 def file_name(spec: BackboneSpec) -> str:
@@ -254,4 +242,4 @@ def _resident(slab: Slab, adapter: Adapter, spec: BackboneSpec) -> Resident:
     place = slab.reserve(packed, remembered=0)
     assert place is not None
     slab.write(place, packed)
-    return Resident(adapter.task, "", adapter.labels, adapter.preprocess, Signature(0, 0, 0), place)
+    return Resident(adapter.task, "", adapter.labels, adapter.preprocess, Signature(0, ""), place)

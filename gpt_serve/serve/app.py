@@ -58,7 +58,7 @@ class Door:
                 self.state.check_ready()
             from gpt_serve.adapters.store import AdapterStore  # torch: imported while the worker loads
 
-            self._store = AdapterStore(self.config.adapters, self.state.spec)
+            self._store = AdapterStore(self.config.adapters, self.state.spec, poll_seconds=self.config.poll_seconds)
         return self._store
 
 

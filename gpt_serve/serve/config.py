@@ -22,7 +22,9 @@ class ServeConfig:
     Attributes:
         host: address to listen on; ``0.0.0.0`` or ``::`` for all.
         port: TCP port; 0 picks a free one, which the ready line names.
-        adapters: directory with one ``<task>/adapter.safetensors`` per task; watched, not copied.
+        adapters: directory with one ``<task>/adapter.safetensors`` per task, watched and not copied, or the address
+            of a store elsewhere (``s3://bucket/prefix``), see `AdapterStore`.
+        poll_seconds: how often a store elsewhere is listed.
         backbone: timm name or a bundled name; every adapter must have been trained on it.
         checkpoint: weights file for the backbone instead of the hub's.
         input_size: side of the backbone's input in pixels; None takes its own.
@@ -45,7 +47,8 @@ class ServeConfig:
 
     host: str = "127.0.0.1"
     port: int = 8000
-    adapters: Path = Path("adapters")
+    adapters: Path | str = Path("adapters")
+    poll_seconds: float = 30.0
     backbone: str = DEFAULT_BACKBONE
     checkpoint: Path | None = None
     input_size: int | None = None
@@ -69,6 +72,7 @@ class ServeConfig:
             raise UsageError(f"port {self.port} does not exist: use 1 to 65535, or 0 for any free one")
         for name in (
             "bank_bytes",
+            "poll_seconds",
             "max_batch_size",
             "max_body_bytes",
             "max_pixels",

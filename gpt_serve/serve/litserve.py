@@ -187,6 +187,7 @@ class Launcher:
 
 def _load_engine(config: ServeConfig, device: str) -> "Engine":
     """The engine that ``config`` describes; only the worker process imports torch."""
+    from gpt_serve.adapters.store import AdapterStore
     from gpt_serve.engine.build import build_engine
     from gpt_serve.images.decode import ImageLimits
     from gpt_serve.model.backbone import Backbone
@@ -194,7 +195,7 @@ def _load_engine(config: ServeConfig, device: str) -> "Engine":
     backbone = Backbone.load(config.backbone, checkpoint=config.checkpoint, input_size=config.input_size, device=device)
     return build_engine(
         backbone,
-        config.adapters,
+        AdapterStore(config.adapters, backbone.spec, poll_seconds=config.poll_seconds),
         precision=config.precision,
         onnx=config.chosen_engine == "onnx",
         compiled=config.compile,

@@ -24,7 +24,7 @@ class Supervisor:
 
     Args:
         server: whose state it keeps up to date.
-        announce: called each time a worker becomes ready.
+        announce: called in a thread each time a worker becomes ready, before requests are taken on.
     """
 
     def __init__(self, server: Server, announce: Callable[[], None]) -> None:
@@ -43,8 +43,8 @@ class Supervisor:
             died = _readable(self.worker.sentinel)
             loaded = await self._until_ready(died)
             if loaded:
+                await asyncio.to_thread(self.announce)  # it lists the adapters, which may lie beyond a network
                 state.phase = "ready"
-                self.announce()
                 await self._until_dead(died)
             asyncio.get_running_loop().remove_reader(self.worker.sentinel)
             state.phase = "restarting"

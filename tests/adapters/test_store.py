@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpt_serve.adapters import store as store_module
+from gpt_serve.adapters import folder as folder_module
 from gpt_serve.adapters.adapter import Adapter
 from gpt_serve.adapters.store import FILE_NAME, AdapterStore, BrokenAdapter, TaskSummary
 from gpt_serve.errors import AdapterError, BackboneMismatch, InvalidAdapter, InvalidTaskName, UnknownTask, UsageError
@@ -47,13 +47,13 @@ def files_below(root: Path) -> list[str]:
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The tasks whose files were read."""
     seen: list[str] = []
-    read = store_module._read
+    read = folder_module._read
 
     def counted(path: Path):
         seen.append(path.parent.name)
         return read(path)
 
-    monkeypatch.setattr(store_module, "_read", counted)
+    monkeypatch.setattr(folder_module, "_read", counted)
     return seen
 
 
@@ -351,7 +351,7 @@ def test_trouble_of_the_disk_is_described_but_not_remembered(store, monkeypatch)
         raise OSError(errno.EMFILE, "Too many open files")
 
     with monkeypatch.context() as patch:
-        patch.setattr(store_module, "_read", fail)
+        patch.setattr(folder_module, "_read", fail)
         (described,) = store.describe()
         assert "Too many open files" in str(described.error)
     assert isinstance(store.summary("alpha"), TaskSummary)
@@ -404,7 +404,7 @@ def break_open(monkeypatch: pytest.MonkeyPatch) -> None:
         path.write_bytes(data[: len(data) // 2])
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(store_module, "_write_synced", write)
+    monkeypatch.setattr(folder_module, "_write_synced", write)
 
 
 def break_function(name: str):

@@ -24,7 +24,7 @@ from tests.factories import make_adapter
 LABELS = ("ant", "bee", "cow")
 COMMANDS = (
     *("train", "sweep", "close-gates", "eval", "predict", "serve"),
-    *("tasks", "inspect", "reconstruct", "bench", "export"),
+    *("tasks", "inspect", "reconstruct", "bench", "export", "push", "pull"),
 )
 
 
@@ -171,6 +171,53 @@ def test_labels_of_any_script_can_be_shown_anywhere(folder, bundled, tmp_path, m
     sys.stdout.flush()
     text = shown.getvalue().decode(encoding)
     assert "\\u82b1 " in text and "caf\u00e9 " in text
+
+
+# adapters elsewhere
+
+
+@pytest.fixture
+def elsewhere(folder, tmp_path, monkeypatch) -> str:
+    """The address of a store that has alpha."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    address = f"file://{tmp_path}/shared"
+    assert run_json("push", "--task", "alpha", address)["files"] == [FILE_NAME]
+    return address
+
+
+def test_a_store_elsewhere_answers_as_the_folder_does(elsewhere, monkeypatch, tmp_path):
+    for command in (["eval", "--data", "data"], ["predict", "one.png"], ["inspect", "--plot", str(tmp_path / "p.png")]):
+        name, *rest = command
+        here = run_json(name, *(["--device", "cpu"] if name != "inspect" else []), "--task", "alpha", *rest)
+        there = run_json(
+            name, *(["--device", "cpu"] if name != "inspect" else []), "--task", "alpha", *rest, "--adapters", elsewhere
+        )
+        assert there == here
+    (entry,) = run_json("tasks", "--adapters", elsewhere)["tasks"]
+    assert entry in run_json("tasks")["tasks"]
+
+
+def test_pull_brings_what_push_took(elsewhere, tmp_path):
+    run_json("pull", "--task", "alpha", elsewhere, "--adapters", str(tmp_path / "other"))
+    assert (tmp_path / "other" / "alpha" / FILE_NAME).read_bytes() == Path("adapters/alpha", FILE_NAME).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [
+        (["tasks", "--adapters", "ftp://x/y"], "ftp://x/y is no address of adapters: use a folder, s3://bucket/prefix"),
+        (
+            ["train", "--task", "x", "--adapters", "s3://models/team"],
+            "Invalid value for '--adapters': s3://models/team is not a folder",
+        ),
+        (["push", "--task", "corrupt", "file:///nowhere"], "adapter 'corrupt' is refused: not a safetensors file"),
+        (["pull", "--task", "nobody", "ADDRESS"], "there is no task 'nobody' in file://"),
+    ],
+)
+def test_mistakes_about_stores_are_one_line(elsewhere, command, line):
+    result = run(*[elsewhere if word == "ADDRESS" else word for word in command])
+    assert result.exit_code == 2 and result.stdout == ""
+    assert result.stderr.startswith(f"gpt-serve: {line}") and result.stderr.count("\n") == 1
 
 
 # eval
@@ -418,8 +465,8 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["reconstruct", "--image", "one.png", "--output", "r.png", "--input-size", "8"],
         "an input of 8 pixels is too small: use --input-size 16 or more",
     ),
-    "no adapters": (["tasks", "--adapters", "empty"], "no adapters in empty: train one, or name another folder"),
-    "no adapter folder": (["tasks", "--adapters", "none"], "no adapters in none: train one, or name another folder"),
+    "no adapters": (["tasks", "--adapters", "empty"], "no adapters in empty: train one, or name another place"),
+    "no adapter folder": (["tasks", "--adapters", "none"], "no adapters in none: train one, or name another place"),
     "file for a folder": (["tasks", "--adapters", "one.png"], "Directory 'one.png' is a file"),
     "no data": (["eval", "--task", "alpha", "--data", "none"], "--data none: no such folder"),
     "data without classes": (["eval", "--task", "alpha", "--data", "empty"], "--data empty: holds no class folders"),

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from gpt_serve.engine import onnx as cache
-from gpt_serve.engine.onnx import cache_folder, file_name, serving_graph
+from gpt_serve.engine.onnx import file_name, serving_graph
 from gpt_serve.errors import ExportError
 from gpt_serve.export import files, graphs
 from gpt_serve.export.session import Graph
+from gpt_serve.files import cache_folder
 from gpt_serve.model.backbone import Backbone
 from tests.tiny_vit import tiny_backbone
 

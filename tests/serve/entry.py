@@ -71,10 +71,10 @@ class StubAPI(PredictAPI):
     """The real worker around `StubScheduler`."""
 
     def load(self, device: str) -> Any:
-        wait_while(self.config.adapters / "hold-start")
+        wait_while(Path(self.config.adapters) / "hold-start")
         if self.config.backbone == "refused":
             raise UnsupportedBackbone("backbone refused: it is no Vision Transformer")
-        return StubScheduler(self.config.adapters)
+        return StubScheduler(Path(self.config.adapters))
 
     def stats(self) -> Stats:
         return Stats(dict.fromkeys([*_HELD, *_COUNTED], 0.0))
@@ -83,7 +83,7 @@ class StubAPI(PredictAPI):
 class StubStore:
     """Has every task, and lists none."""
 
-    def __init__(self, root: Path, spec: BackboneSpec) -> None: ...
+    def __init__(self, root: str, spec: BackboneSpec, *, poll_seconds: float) -> None: ...
 
     def signature(self, task: str) -> None: ...
 
@@ -103,7 +103,7 @@ def main() -> int:
     stub = options.pop("stub", False)
     if stub:
         sys.modules["gpt_serve.adapters.store"] = SimpleNamespace(AdapterStore=StubStore)  # type: ignore[assignment]
-    paths = {name: Path(options[name]) for name in ("adapters", "checkpoint") if name in options}
+    paths = {name: Path(options[name]) for name in ("checkpoint",) if name in options}
     try:
         return run_server(ServeConfig(**options | paths), StubAPI if stub else PredictAPI)
     except GPTServeError as error:
