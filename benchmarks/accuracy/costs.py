@@ -21,8 +21,7 @@ from torch.nn import functional as F
 
 from gpt_serve.adapters.store import AdapterStore
 from gpt_serve.bench.engines import onnx_engine
-from gpt_serve.bench.inputs import CLASSES, photo, untrained_adapter
-from gpt_serve.bench.mixed import answer
+from gpt_serve.bench.setting import CLASSES, answer, photo, untrained_adapter
 from gpt_serve.bench.timing import Plan, Ratio, interleave
 from gpt_serve.engine.malloc import reuse_freed_memory
 from gpt_serve.images.decode import decode
@@ -89,7 +88,7 @@ def main() -> None:
         store = AdapterStore(Path(name) / "adapters", backbone.spec)
         for method in served:
             store.publish(untrained_adapter(backbone, method, method, PROMPTS))
-        engine = onnx_engine(backbone, store, Path(name), max_batch=max(BATCHES))
+        engine = onnx_engine(backbone, store, max_batch=max(BATCHES))
         pixels = [preprocess_image(decode(photo(seed)), backbone.spec.preprocess) for seed in range(max(BATCHES))]
         for batch in BATCHES:
             variants = {

@@ -23,8 +23,8 @@ from plain import PlainGated
 from torch import Tensor
 
 from gpt_serve.adapters.adapter import Adapter
-from gpt_serve.bench.inputs import untrained_adapter
-from gpt_serve.bench.report import Report, machine_facts
+from gpt_serve.bench import report
+from gpt_serve.bench.setting import untrained_adapter
 from gpt_serve.bench.timing import Plan, Ratio, Row, interleave, to_rows
 from gpt_serve.export.files import quantize, save
 from gpt_serve.export.graphs import Form, single_graph
@@ -38,6 +38,7 @@ from gpt_serve.model.prompted import embed, prompted_features
 BATCHES = (1, 8)
 PROMPTS = 50
 HERE = Path(__file__).parent
+COMMAND = "python benchmarks/export/compare.py"
 NAIVE, TORCH, FOLDED, CLOSED, INT8 = "naive export", "torch eager", "folded", "folded, gates closed", "folded, int8"
 
 Call = Callable[[Tensor], object]
@@ -131,14 +132,14 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=PROMPTS)
     parser.add_argument("--output", type=Path, default=HERE)
     options = parser.parse_args()
-    machine = machine_facts("cpu") | {name: version(name) for name in ("onnx", "onnxscript", "onnxruntime-gpu")}
-    plan, rows = Plan(options.repeats), []
+    machine = report.machine_facts("cpu") | {name: version(name) for name in ("onnx", "onnxscript", "onnxruntime-gpu")}
+    plan, records = Plan(options.repeats), []
     for name in options.backbones or [TINY.name, "vit_small_patch16_224", "vit_base_patch16_224"]:
         print(name, flush=True)
-        rows += bench_export(Backbone.load(name, pretrained=False), plan, prompts=options.prompts)
-    report = Report(machine, plan, rows, "python benchmarks/export/compare.py")
-    report.write(options.output)
-    print(report.markdown())
+        rows = bench_export(Backbone.load(name, pretrained=False), plan, prompts=options.prompts)
+        records.append(report.Record("export", name, machine, plan, rows))
+    report.save(options.output, records, COMMAND)
+    print(report.markdown(records, COMMAND))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from gpt_serve.model.backbone import Backbone
 
 
 class AuthorsModel(nn.Module):
-    """Normalised images (B, 3, h, w) to probabilities (B, C).
+    """Turns normalised images (B, 3, h, w) into probabilities (B, C).
 
     Args:
         backbone: with a CLS token and no register tokens; its modules are shared, not copied.
@@ -38,7 +38,7 @@ class AuthorsModel(nn.Module):
         self.to(backbone.device, next(backbone.model.parameters()).dtype)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Algorithm 1."""
+        """Run Algorithm 1 of the paper."""
         vit, count = self.vit, self.prompt_embeddings.shape[1]
         self.temperatures.data.clamp_(0.01, 10.0)
         tokens = vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))
@@ -52,21 +52,25 @@ class AuthorsModel(nn.Module):
                 prompts = gate * x[:, 1 : 1 + count] + (1 - gate) * prompts
                 x = torch.cat((x[:, :1], prompts, x[:, 1 + count :]), dim=1)
         features = self._norm(x)[:, 0] if self.pool == "cls" else self._norm(x[:, 1:].mean(dim=1))
-        return self.head(features).softmax(dim=-1)
+        probabilities: Tensor = self.head(features).softmax(dim=-1)
+        return probabilities
 
     def _norm(self, x: Tensor) -> Tensor:
-        return self.vit.fc_norm(self.vit.norm(x))  # timm has one of them, the other is the identity
+        normed: Tensor = self.vit.fc_norm(self.vit.norm(x))  # timm has one of them, the other is the identity
+        return normed
 
     def _block(self, block: Any, x: Tensor, tau: Tensor) -> Tensor:
-        """Eq. 2: (B, S, D) -> (B, S, D)."""
+        """Compute Eq. 2: (B, S, D) -> (B, S, D)."""
         x = x + block.ls1(self._attention(block.attn, block.norm1(x), tau))
-        return x + block.ls2(block.mlp(block.norm2(x)))
+        y: Tensor = x + block.ls2(block.mlp(block.norm2(x)))
+        return y
 
     def _attention(self, layer: Any, x: Tensor, tau: Tensor) -> Tensor:
-        """Eqs. 3 and 9, with the scale that the authors' code has: softmax(q k^T / (sqrt(d) tau)) v."""
+        """Compute Eqs. 3 and 9 with the scale of the authors' code: softmax(q k^T / (sqrt(d) tau)) v."""
         batch, rows, width = x.shape
         qkv = layer.qkv(x).reshape(batch, rows, 3, layer.num_heads, layer.head_dim).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
         scores = (q @ k.transpose(-2, -1)) * layer.head_dim**-0.5 / tau
         mixed = scores.softmax(dim=-1) @ v
-        return layer.proj(mixed.transpose(1, 2).reshape(batch, rows, width))
+        projected: Tensor = layer.proj(mixed.transpose(1, 2).reshape(batch, rows, width))
+        return projected

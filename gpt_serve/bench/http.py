@@ -15,23 +15,20 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 from safetensors.torch import save_file
 
-from gpt_serve.adapters.store import AdapterStore
 from gpt_serve.bench.engines import onnx_engine
-from gpt_serve.bench.inputs import photo
-from gpt_serve.bench.mixed import ALIKE, BATCH, answer, publish
-from gpt_serve.bench.timing import Plan, Ratio, Row, interleave, to_rows
+from gpt_serve.bench.setting import Setting, answer, photo, temporary_store, write_adapters
+from gpt_serve.bench.timing import Plan, Ratio, Row
 from gpt_serve.engine.engine import Engine
 from gpt_serve.errors import GPTServeError
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.model.catalog import BUNDLED
 from gpt_serve.serve import ServeConfig
 
-CLIENTS = (8, 32, 64)
+BATCH = 32
 ENGINE = "engine alone"
 START_SECONDS = 180
 PATIENCE = 600  # seconds for an answer: slow is a result, too
@@ -40,34 +37,31 @@ BOUNDARY = "gpt-serve-bench"
 Request = tuple[str, bytes]
 
 
-def bench_http(backbone: Backbone, plan: Plan, clients: Sequence[int] = CLIENTS) -> list[Row]:
-    """One comparison: JPEG files for `BATCH` tasks, in batches through the engine and from ``clients`` over HTTP."""
-    with TemporaryDirectory() as name:
-        folder = Path(name)
-        store = AdapterStore(folder / "adapters", backbone.spec)
-        tasks = publish(backbone, store, "alike", ALIKE, BATCH)
-        pool = list(zip(tasks, (photo(seed) for seed in range(BATCH)), strict=True))
+def bench_http(setting: Setting) -> list[Row]:
+    """Compare JPEG files for `BATCH` tasks in batches through the engine, and from several clients over HTTP."""
+    backbone, plan, clients = setting.backbone, setting.plan, setting.scale.clients
+    with temporary_store(backbone) as store:
+        adapters = write_adapters(store, backbone, "alike", BATCH)
+        pool = [(adapter.task, photo(seed)) for seed, adapter in enumerate(adapters)]
         onnx = ServeConfig(device=str(backbone.device)).chosen_engine == "onnx"
-        engine = onnx_engine(backbone, store, folder, BATCH) if onnx else Engine(backbone, store, max_batch=BATCH)
+        engine = onnx_engine(backbone, store, BATCH) if onnx else Engine(backbone, store, max_batch=BATCH)
         requests = list(islice(cycle(pool), _count(engine, pool, plan, max(clients))))
-        with _server(backbone, folder) as port:
-            return _compare(backbone.name, plan, engine, requests, port, clients)
+        with _server(backbone, store.root.parent) as port:
+            return _compare(setting, engine, requests, port)
 
 
-def _compare(
-    backbone: str, plan: Plan, engine: Engine, requests: Sequence[Request], port: int, clients: Sequence[int]
-) -> list[Row]:
+def _compare(setting: Setting, engine: Engine, requests: Sequence[Request], port: int) -> list[Row]:
     bodies = [form(*request) for request in requests]
-    latencies: dict[str, list[list[float]]] = {f"{count} clients": [] for count in clients}
-    variants: dict[str, Callable[[], None]] = {ENGINE: partial(answer, engine, requests)}
-    for count, (variant, runs) in zip(clients, latencies.items(), strict=True):
-        variants[variant] = _load(port, bodies, count, runs)
-    times = interleave(variants, plan)
+    latencies: dict[str, list[list[float]]] = {f"{count} clients": [] for count in setting.scale.clients}
+    calls: dict[str, Callable[[], object]] = {ENGINE: partial(answer, engine, requests)}
+    for count, (variant, runs) in zip(setting.scale.clients, latencies.items(), strict=True):
+        calls[variant] = _load(port, bodies, count, runs)
+    times = setting.time(calls)
     extra = {}
     for variant, runs in latencies.items():
         share = {"share of the engine": 1 / Ratio.of(times[variant], times[ENGINE]).median}
         extra[variant] = _percentiles(runs[1:]) | share  # the first run was the warm-up
-    return to_rows("http", backbone, f"{len(requests)} JPEG files", len(requests), times, extra)
+    return setting.rows("http", f"{len(requests)} JPEG files", len(requests), times, extra)
 
 
 def _load(port: int, bodies: Sequence[bytes], clients: int, runs: list[list[float]]) -> Callable[[], None]:
@@ -80,7 +74,7 @@ def _percentiles(runs: Sequence[Sequence[float]]) -> dict[str, float]:
 
 
 def _count(engine: Engine, pool: Sequence[Request], plan: Plan, clients: int) -> int:
-    """How many requests keep the engine busy for ``plan.load_seconds``: whole batches, and 4 or more per client."""
+    """Return how many requests keep the engine busy for ``plan.load_seconds``: whole batches, 4 or more per client."""
     answer(engine, pool)
     began = time.perf_counter()
     answer(engine, pool)
@@ -124,7 +118,7 @@ def _post(connection: http.client.HTTPConnection, body: bytes) -> float:
 
 
 def form(task: str, image: bytes) -> bytes:
-    """The body of ``POST /predict``."""
+    """Return the body of ``POST /predict``."""
     head = (
         f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="task"\r\n\r\n{task}\r\n'
         f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="image"; filename="image.jpg"\r\n\r\n'
@@ -134,7 +128,7 @@ def form(task: str, image: bytes) -> bytes:
 
 @contextmanager
 def _server(backbone: Backbone, folder: Path) -> Iterator[int]:
-    """The port of a ``gpt-serve serve`` with ``backbone``'s very weights and the adapters in ``folder``."""
+    """Run ``gpt-serve serve`` with ``backbone``'s very weights and the adapters in ``folder``; give its port."""
     options = ["--port", "0", "--adapters", str(folder / "adapters"), "--backbone", backbone.name]
     options += ["--device", str(backbone.device), "--max-batch-size", str(BATCH), "--deadline", str(PATIENCE)]
     environment = dict(os.environ)
@@ -158,7 +152,7 @@ def _server(backbone: Backbone, folder: Path) -> Iterator[int]:
 
 
 def _wait_ready(process: "subprocess.Popen[bytes]", log: Path) -> int:
-    """The port that the server's ready line names."""
+    """Wait for the server's ready line and return the port that it names."""
     end = time.monotonic() + START_SECONDS
     while True:
         text = log.read_text(errors="replace")

@@ -1,6 +1,6 @@
 """The engine's own work around the forward pass: stacking, normalising, gathering, heads, results.
 
-What counts as the forward pass is `embed` and `prompted_features` on tensors that are ready.
+What counts as the forward pass is `embed` and `tapped_features` on tensors that are ready.
 """
 
 import statistics
@@ -11,30 +11,30 @@ from functools import partial
 from typing import Any
 from unittest import mock
 
-from setting import PROMPTS, Setting, finished, hold, pixels, ready, temporary_store, write_gated
 from torch import Tensor
 
-from gpt_serve.bench.timing import Row, interleave, to_rows
+from gpt_serve.bench.setting import Setting, hold, pixels, ready, temporary_store, write_adapters
+from gpt_serve.bench.timing import Row
 from gpt_serve.engine import engine as engine_module
 from gpt_serve.engine.engine import Engine
 from gpt_serve.engine.slab import gather
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.model.batch import AdapterBatch
-from gpt_serve.model.prompted import embed, prompted_features
+from gpt_serve.model.prompted import embed, tapped_features
 
 BATCH = 32
 FORWARD, COMPUTE = "forward pass on ready tensors", "engine"
 
 
 def bench_overhead(setting: Setting) -> list[Row]:
-    """A batch of one task, and one of as many tasks as images.
+    """Compare on a batch of one task, and on one of as many tasks as images.
 
     ``own share`` is measured within the same calls, on a CPU: the time outside of the forward pass by the whole. As the
     difference of two calls it would drown in their noise. On a GPU, where calls return early, the ratio has to do.
     """
     backbone, rows = setting.backbone, []
     with temporary_store(backbone) as store:
-        tasks = [adapter.task for adapter in write_gated(store, backbone, "task", [PROMPTS] * BATCH)]
+        tasks = [adapter.task for adapter in write_adapters(store, backbone, "task", BATCH)]
         raw = pixels(backbone, BATCH)
         images = ready(backbone, raw)
         engine = Engine(backbone, store)
@@ -48,15 +48,16 @@ def bench_overhead(setting: Setting) -> list[Row]:
                 FORWARD: partial(_forward, backbone, passes),
                 COMPUTE: partial(_shared, compute, shares) if backbone.device.type == "cpu" else compute,
             }
-            times = interleave({name: finished(backbone, call) for name, call in calls.items()}, setting.plan)
+            times = setting.time(calls)
             extra = {COMPUTE: {"own share, %": 100 * statistics.median(shares[1:])}} if shares else {}
-            rows += to_rows("overhead", backbone.name, f"batch {BATCH}, {case}", BATCH, times, extra)
+            rows += setting.rows("overhead", f"batch {BATCH}, {case}", BATCH, times, extra)
     return rows
 
 
-def _forward(backbone: Backbone, passes: list[tuple[Tensor, AdapterBatch]]) -> list[Tensor]:
+def _forward(backbone: Backbone, passes: list[tuple[Tensor, AdapterBatch]]) -> None:
     model = backbone.model
-    return [prompted_features(model, embed(model, images), adapter) for images, adapter in passes]
+    for images, adapter in passes:
+        tapped_features(model, embed(model, images), adapter)
 
 
 def _shared(compute: Callable[[], object], shares: list[float]) -> None:
@@ -69,7 +70,7 @@ def _shared(compute: Callable[[], object], shares: list[float]) -> None:
 
 @contextmanager
 def _timed_forward() -> Iterator[list[float]]:
-    """The seconds of each call that the engine makes of the forward pass."""
+    """Give the seconds of each call that the engine makes of the forward pass."""
     seconds: list[float] = []
 
     def timed(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -83,6 +84,6 @@ def _timed_forward() -> Iterator[list[float]]:
 
     with (
         mock.patch.object(engine_module, "embed", timed(embed)),
-        mock.patch.object(engine_module, "prompted_features", timed(prompted_features)),
+        mock.patch.object(engine_module, "tapped_features", timed(tapped_features)),
     ):
         yield seconds

@@ -4,15 +4,13 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.ticker import FuncFormatter  # noqa: E402
-from record import Record  # noqa: E402
-
-from gpt_serve.bench.timing import Row  # noqa: E402
+from gpt_serve.bench.report import Record
+from gpt_serve.bench.timing import Row
+from gpt_serve.insight.figures import save_figure
 
 COLOURS = {
     "engine": "tab:blue",
@@ -28,17 +26,17 @@ PLAIN = FuncFormatter(lambda value, _: f"{value:,.0f}")
 
 
 def draw(records: Sequence[Record], folder: Path) -> None:
-    """A PNG file for each part that was measured and has a picture."""
+    """Write a PNG file for each benchmark that was measured and has a picture."""
     for name, panel in {"peers": _peers, "tasks": _tasks, "prompts": _prompts, "bank": _bank, "soak": _soak}.items():
         chosen = [record for record in records if record.name == name and record.rows]
         if chosen:
             width = 5.2 if name == "peers" else 4.6
-            figure, axes = plt.subplots(1, len(chosen), figsize=(width * len(chosen), 4.2), squeeze=False)
+            figure = Figure((width * len(chosen), 4.2))
+            axes = figure.subplots(1, len(chosen), squeeze=False)
             for axis, record in zip(axes[0], chosen, strict=True):
                 panel(axis, record.rows)
             figure.tight_layout()
-            figure.savefig(folder / f"{name}.png", dpi=110)
-            plt.close(figure)
+            save_figure(figure, folder / f"{name}.png", dpi=110)
 
 
 def _peers(axis: Axes, rows: Sequence[Row]) -> None:

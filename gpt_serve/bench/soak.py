@@ -8,11 +8,10 @@ from concurrent.futures import Future
 from pathlib import Path
 
 import torch
-from churn import tasks_at_random
-from setting import Setting, engine_holding, gated, temporary_store, write
 from timm.models.vision_transformer import VisionTransformer
 
-from gpt_serve.bench.inputs import photo
+from gpt_serve.bench.bank import engine_holding, tasks_at_random
+from gpt_serve.bench.setting import Setting, photo, temporary_store, untrained_adapter, write
 from gpt_serve.bench.timing import Ratio, Row
 from gpt_serve.engine.engine import Engine, Prediction
 from gpt_serve.engine.scheduler import Scheduler
@@ -27,10 +26,10 @@ MOST_GROWTH_MB = 30.0  # of resident memory after the warm-up
 
 
 def bench_soak(setting: Setting, requests: int = REQUESTS, warm_up: int = WARM_UP) -> list[Row]:
-    """JPEG files through the scheduler, on a tiny ViT of random weights whatever backbone the run has.
+    """Send JPEG files through the scheduler to a tiny ViT of random weights, whatever backbone the run has.
 
     Each tier holds less than the one below: 1,000 files, 200 adapters in host memory, 100 in the bank. Most requests
-    load an adapter and evict another.
+    load an adapter and evict another. Rows are after each twentieth of the requests, ratios to the first of them.
 
     Raises:
         AssertionError: the process grew by more than `MOST_GROWTH_MB` after the warm-up.
@@ -39,8 +38,9 @@ def bench_soak(setting: Setting, requests: int = REQUESTS, warm_up: int = WARM_U
     with temporary_store(backbone) as store:
         tasks = [f"task-{index:04}" for index in range(ADAPTERS)]
         for task in tasks:
-            write(store, gated(backbone, task, PROMPTS))
-        engine = engine_holding(store, backbone, HELD, gated(backbone, "like", PROMPTS), host=2 * HELD)
+            write(store, untrained_adapter(backbone, task, prompts=PROMPTS))
+        like = untrained_adapter(backbone, "like", prompts=PROMPTS)
+        engine = engine_holding(store, backbone, HELD, like, host=2 * HELD)
         scheduler = Scheduler(engine, max_batch=64, batch_timeout=0.005, overlap=backbone.device.type == "cuda")
         images = itertools.cycle([photo(seed, (SIDE, SIDE)) for seed in range(16)])
         stream = zip(tasks_at_random(tasks, 0.0), images, strict=False)
@@ -55,27 +55,23 @@ def bench_soak(setting: Setting, requests: int = REQUESTS, warm_up: int = WARM_U
 
 
 def _sampled(engine: Engine, scheduler: Scheduler, stream: Iterator[tuple[str, bytes]], requests: int) -> list[Row]:
-    """Memory and speed after each part of the requests; ratios are to the first part."""
-    part, rows = requests // SAMPLES, []
-    memory, first = resident_megabytes(), 0.0
-    for number in range(1, SAMPLES + 1):
+    part, seconds, counts = requests // SAMPLES, [], [_counts(engine)]
+    for _ in range(SAMPLES):
         began = time.perf_counter()
         answer_all(scheduler, stream, part)
-        seconds = (time.perf_counter() - began) / part
-        first = first or seconds
-        if number == 1:
-            rows.append(_row(0, seconds, 1.0, memory, 0.0, engine))
-        now = resident_megabytes()
-        rows.append(_row(number * part, seconds, seconds / first, now, now - memory, engine))
+        seconds.append((time.perf_counter() - began) / part)
+        counts.append(_counts(engine))
+    rows = []
+    for number, (took, count) in enumerate(zip([seconds[0], *seconds], counts, strict=True)):
+        ratio = Ratio(*3 * (took / seconds[0],))
+        extra = count | {"MB grown": count["MB"] - counts[0]["MB"]}
+        rows.append(Row("soak", "tiny ViT", f"after {number * part:,} requests", "scheduler", took, 1, ratio, extra))
     return rows
 
 
-def _row(done: int, seconds: float, ratio: float, megabytes: float, grown: float, engine: Engine) -> Row:
+def _counts(engine: Engine) -> dict[str, float]:
     stats = engine.bank.stats()
-    counts = {"MB": megabytes, "MB grown": grown, "loads": float(stats.loads), "disk reads": float(stats.disk_reads)}
-    return Row(
-        "soak", "tiny ViT", f"after {done:,} requests", "scheduler", seconds, 1, Ratio(ratio, ratio, ratio), counts
-    )
+    return {"MB": resident_megabytes(), "loads": stats.loads, "disk reads": stats.disk_reads}
 
 
 def answer_all(scheduler: Scheduler, stream: Iterator[tuple[str, bytes]], requests: int) -> None:
@@ -90,7 +86,7 @@ def answer_all(scheduler: Scheduler, stream: Iterator[tuple[str, bytes]], reques
 
 
 def tiny_backbone(device: str) -> Backbone:
-    """3 blocks, width 32, 17 tokens, random weights: a pass takes less than the work around it."""
+    """Make one of 3 blocks, width 32, 17 tokens and random weights: a pass takes less than the work around it."""
     torch.manual_seed(0)
     model = VisionTransformer(img_size=SIDE, patch_size=8, embed_dim=32, depth=3, num_heads=2, num_classes=0)
     half = (0.5, 0.5, 0.5)
@@ -99,6 +95,6 @@ def tiny_backbone(device: str) -> Backbone:
 
 
 def resident_megabytes() -> float:
-    """Of this process."""
+    """Return the memory of this process that is in RAM."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:")) * 1024 / 1e6

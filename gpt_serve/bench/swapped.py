@@ -37,50 +37,37 @@ class TaskModel:
         self.head_bias = adapter.head_bias.to(device, copy=True)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Normalised images (B, 3, h, w) to probabilities (B, C)."""
+        """Turn normalised images (B, 3, h, w) into probabilities (B, C)."""
         model = self.backbone.model
         features = prompted_features(model, embed(model, images), self.tensors)
         return torch.addmm(self.head_bias, features, self.head_weight.T).softmax(dim=1)
 
 
 def in_arrival_order(module: TaskModel, adapters: Sequence[Adapter], images: Tensor) -> Tensor:
-    """One pass per request, its adapter loaded before."""
-    answers = []
-    for adapter, image in zip(adapters, images, strict=True):
-        module.load(adapter)
-        answers.append(module(image[None]))
-    return torch.cat(answers)
+    """Compute one pass per request, its adapter loaded before."""
+    return torch.cat([grouped([module], [adapter], images[row : row + 1]) for row, adapter in enumerate(adapters)])
 
 
-def grouped(module: TaskModel, adapters: Sequence[Adapter], images: Tensor) -> Tensor:
-    """One pass per task, its adapter loaded before."""
+def grouped(models: Sequence[TaskModel], adapters: Sequence[Adapter], images: Tensor) -> Tensor:
+    """Compute one pass per task: on the only model, which loads the adapter before, or on one of several in turns."""
     answers: list[Tensor] = [images] * len(adapters)
-    for adapter, members in _members(adapters):
-        module.load(adapter)
-        for index, answer in zip(members, module(images[members]), strict=True):
-            answers[index] = answer
+    for place, task in enumerate(dict.fromkeys(adapter.task for adapter in adapters)):
+        rows = [row for row, adapter in enumerate(adapters) if adapter.task == task]
+        model = models[place % len(models)]
+        if len(models) == 1:
+            model.load(adapters[rows[0]])
+        for row, result in zip(rows, model(images[rows]), strict=True):
+            answers[row] = result
     return torch.stack(answers)
 
 
-def each_its_own(models: Sequence[TaskModel], adapters: Sequence[Adapter], images: Tensor) -> Tensor:
-    """One pass per task, on a model with weights of its own; with fewer models than tasks they take turns."""
-    answers: list[Tensor] = [images] * len(adapters)
-    for place, (_, members) in enumerate(_members(adapters)):
-        for index, answer in zip(members, models[place % len(models)](images[members]), strict=True):
-            answers[index] = answer
-    return torch.stack(answers)
-
-
-def separate_models(backbone: Backbone, adapters: Sequence[Adapter], most_bytes: int, each: int) -> list[TaskModel]:
-    """A model with its own copy of the weights for as many of the adapters as ``most_bytes`` allow, at least one."""
-    count = max(1, min(len(adapters), most_bytes // each))
+def separate_models(backbone: Backbone, adapters: Sequence[Adapter], most_bytes: int) -> list[TaskModel]:
+    """Copy the weights for as many of the adapters as ``most_bytes`` allow, two or more."""
+    count = max(2, min(len(adapters), most_bytes // weight_bytes(backbone)))
     copies = [Backbone(copy.deepcopy(backbone.model), backbone.spec, str(backbone.device)) for _ in range(count)]
     return [TaskModel(model, adapter) for model, adapter in zip(copies, adapters, strict=False)]
 
 
-def _members(adapters: Sequence[Adapter]) -> list[tuple[Adapter, list[int]]]:
-    """The tasks of a batch in order of arrival, with the places of their images."""
-    places: dict[str, tuple[Adapter, list[int]]] = {}
-    for index, adapter in enumerate(adapters):
-        places.setdefault(adapter.task, (adapter, []))[1].append(index)
-    return list(places.values())
+def weight_bytes(backbone: Backbone) -> int:
+    """Return the size of the backbone's weights as they are."""
+    return sum(weight.numel() * weight.element_size() for weight in backbone.model.parameters())

@@ -178,19 +178,29 @@ def tasks(adapters: Path | str, as_json: bool) -> None:
 @main.command()
 @bench_options
 @device_option
-def bench(only: tuple[str, ...], backbones: tuple[str, ...], device: str, repeats: int, output: Path) -> None:
-    """Measure prompts, mixed batches and HTTP against what they are built on."""
+def bench(
+    only: tuple[str, ...], backbones: tuple[str, ...], device: str, repeats: int, seconds: float, output: Path
+) -> None:
+    """Measure the engine and the server against what they are built on, and against other ways to serve many tasks."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the server under test is ended too
     from gpt_serve.bench import run_benchmarks
-    from gpt_serve.bench.report import make_folder
+    from gpt_serve.bench.plots import draw
+    from gpt_serve.bench.report import Table, merged, read, save, summary
     from gpt_serve.bench.timing import Plan
     from gpt_serve.cli.terminal import echo_table
 
-    make_folder(output)
-    report = run_benchmarks(
-        backbones, resolve_device(device), Plan(repeats), only=only, say=lambda text: click.echo(text, err=True)
-    )
-    report.write(output)
-    for table in report.tables():
+    def show(table: Table) -> None:
         click.echo(f"\n{table.title}")
         echo_table(table.header, table.rows)
+
+    records = read(output)
+    save(output, records)  # a folder that cannot be written to is found before the measurements
+    plan = Plan(repeats, comparison_seconds=seconds)
+    for record in run_benchmarks(
+        only, backbones, resolve_device(device), plan, lambda line: click.echo(line, err=True)
+    ):
+        records = merged(records, record)
+        save(output, records)  # what was measured stays if a later benchmark fails
+        show(record.table())
+    draw(records, output)
+    show(summary(records))

@@ -166,28 +166,35 @@ export_options = option_group(
     ),
     click.option("--force", is_flag=True, help="Write an int8 graph that loses more."),
 )
+BENCHMARKS = ["peers", "mixed", "tasks", "prompts", "engines", "bank", "cold", "overhead", "http", "soak"]
 bench_options = option_group(
     click.option(
         "--only",
         multiple=True,
-        type=click.Choice(["forward", "mixed", "engines", "http"]),
-        help="One of the benchmarks; repeat for more.  [default: all]",
+        type=click.Choice(BENCHMARKS),
+        help="One of the benchmarks; repeat for more.  [default: all but soak]",
     ),
     click.option(
         "--backbone",
         "backbones",
         multiple=True,
-        default=[DEFAULT_BACKBONE, "vit_small_patch16_224"],
-        show_default=True,
-        help="A bundled backbone, or a timm name of a plain ViT, given random weights; repeat for more.",
+        help="A bundled backbone, or a timm name of a plain ViT, given random weights; repeat for more.  [default: "
+        "each benchmark's own]",
     ),
     click.option("--repeats", type=click.IntRange(1), default=20, show_default=True, help="Most rounds a comparison."),
+    click.option(
+        "--seconds",
+        type=click.FloatRange(0),
+        default=10,
+        show_default=True,
+        help="A comparison ends after these and 3 rounds.",
+    ),
     click.option(
         "--output",
         type=click.Path(path_type=Path, file_okay=False),
         default="benchmarks/results",
         show_default=True,
-        help="Folder for results.json and tables.md.",
+        help="Folder for results.json, tables.md and plots; what was measured again replaces itself there.",
     ),
 )
 

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from gpt_serve.adapters.store import AdapterStore
-from gpt_serve.bench.inputs import PHOTO_SIZE, photo, untrained_adapter
+from gpt_serve.bench.setting import PHOTO_SIZE, photo, untrained_adapter
 from gpt_serve.images.decode import decode
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.train.methods.prompts import METHODS
