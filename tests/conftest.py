@@ -1,10 +1,12 @@
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from filelock import FileLock
 
 from gpt_serve.engine.onnx import serving_graph
 from gpt_serve.export.session import Graph
@@ -18,10 +20,40 @@ if TYPE_CHECKING:  # boto3 takes seconds to import
 torch.set_num_threads(1)
 
 
+Once = Callable[[str, Callable[[Path], object]], Path]
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all processes of this test run have in common."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def once(shared_folder: Path) -> Once:
+    """``once(name, make)`` is a folder that ``make`` has filled, once for all processes of this test run."""
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        folder, done = shared_folder / name, shared_folder / f"{name}.done"
+        with FileLock(shared_folder / f"{name}.lock"):
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)  # of a process that failed
+                folder.mkdir()
+                make(folder)
+                done.touch()
+        return folder
+
+    return made
+
+
 @pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where graphs are kept, by this process and the servers that it starts: each is built once for all tests."""
-    folder = tmp_path_factory.mktemp("cache")
+def cache(shared_folder: Path) -> Iterator[Path]:
+    """Where graphs are kept, by the tests and the servers that they start: each is built once for all."""
+    folder = shared_folder / "cache"
+    folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
         yield folder
@@ -46,9 +78,10 @@ def tiny() -> Backbone:
 
 
 @pytest.fixture(scope="session")
-def tiny_graph(tiny: Backbone) -> Graph:
+def tiny_graph(tiny: Backbone, cache: Path) -> Graph:
     """What a server with the onnx engine would run for `tiny`; takes seconds."""
-    return serving_graph(tiny)
+    with FileLock(cache / "tiny.lock"):
+        return serving_graph(tiny)
 
 
 @pytest.fixture(scope="session")

@@ -115,8 +115,8 @@ def test_single_graph_answers_as_predict_does(flowers_graph: Path, bundled: Back
 
 
 @pytest.mark.slow
-def test_multi_graph_answers_mixed_batches_as_the_engine_does(multi_graph: Path, bundled: Backbone) -> None:
-    model = run.Model(multi_graph)
+def test_multi_graph_answers_mixed_batches_as_the_engine_does(shipped_graph: Path, bundled: Backbone) -> None:
+    model = run.Model(shipped_graph)
     assert list(model.tasks) == list(TASKS)
     side = bundled.spec.preprocess.input_size[0]
     cover = int(side / bundled.spec.preprocess.crop_pct)  # so that nothing is scaled, which Pillow rounds differently

@@ -1,6 +1,8 @@
 """Exported graphs, run by onnxruntime, against the slow reference of the paper's equations."""
 
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,13 +15,14 @@ from torch import Tensor
 from gpt_serve.adapters.adapter import Adapter
 from gpt_serve.errors import ExportError
 from gpt_serve.export import graphs
-from gpt_serve.export.graphs import Form, multi_graph, single_graph
+from gpt_serve.export.graphs import Form, single_graph
 from gpt_serve.export.session import Graph, bank_inputs, check_index
 from gpt_serve.images.preprocess import normalize
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.model.batch import AdapterBatch
 from gpt_serve.specs import Pool
 from tests import reference
+from tests.export.conftest import Exporter
 from tests.export.running import open_graph
 from tests.factories import make_adapter
 from tests.tiny_vit import PREPROCESS, tiny_backbone
@@ -60,75 +63,88 @@ def run(model: ir.Model, **inputs: np.ndarray) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def shallow(tiny: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Graph:
+def shallow(tiny: Backbone, exporter: Exporter, tmp_path_factory: pytest.TempPathFactory) -> Graph:
     """For any number of tasks on the tiny backbone, mean pooling, without prompts in every block."""
-    return open_graph(multi_graph(tiny, "mean", False, Form()), tmp_path_factory.mktemp("shallow"))
+    return open_graph(exporter.multi(tiny, "mean", False, Form()), tmp_path_factory.mktemp("shallow"))
 
 
-@pytest.mark.parametrize(("method", "pool"), [("linear", "mean"), ("vpt-deep", "cls"), ("gated", "mean")])
-def test_one_task_equals_the_reference(method: str, pool: Pool) -> None:
-    backbone = tiny_backbone(pool, depth=2)
-    adapter = make_adapter(backbone.spec, method=method)
-    session_input = pixels(7)
-    model = single_graph(backbone, adapter, Form())
-    expected = softmax(expected_logits(backbone, adapter, session_input))
+@dataclass(frozen=True)
+class Case:
+    """An adapter and how it is exported; with 3 prompts, and 17 prefix and patch rows unless there are registers.
+
+    Attributes:
+        rows: that reach the MLP of each block.
+    """
+
+    adapter: dict[str, Any]
+    rows: list[int]
+    pool: Pool = "mean"
+    vit: dict[str, Any] = field(default_factory=dict)
+    form: Form = Form()
+
+    def backbone(self) -> Backbone:
+        return tiny_backbone(self.pool, **self.vit)
+
+    def made(self) -> Adapter:
+        return make_adapter(self.backbone().spec, "alpha", labels=("ant", "bee", "cow"), **self.adapter)
+
+
+REGISTERS = {"reg_tokens": 3, "no_embed_class": True, "init_values": 0.5}
+CASES = {
+    "gated": Case({}, [20, 20, 20]),
+    "deep, registers": Case({"method": "vpt-deep"}, [20, 1], "cls", {"depth": 2} | REGISTERS),
+    "all closed, qk_norm": Case({"gamma": torch.tensor([-INF, -INF])}, [17, 17, 1], "cls", {"qk_norm": True}),
+    "linear, float to logits": Case({"method": "linear"}, [17, 17], vit={"depth": 2}, form=Form("float", logits=True)),
+    "closed first, half": Case({"gamma": torch.tensor([-INF, 0.5])}, [17, 20, 20], form=Form(half=True)),
+}
+"""Few graphs, because each takes seconds; "gated" is also that of test_job.py."""
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]
+
+
+@pytest.fixture
+def model(case: Case, exporter: Exporter) -> ir.Model:
+    return exporter.single(case.backbone(), case.made(), case.form)
+
+
+def test_one_task_equals_the_reference(case: Case, model: ir.Model) -> None:
+    images = pixels(7)
+    inputs = nhwc(images) if case.form.input == "uint8" else normalized(images).numpy()
+    logits = expected_logits(case.backbone(), case.made(), images)
+    expected = logits if case.form.logits else softmax(logits)
+    assert [output.name for output in model.graph.outputs] == [case.form.output]
     for batch in (1, 2, 7):
-        actual = run(model, images=nhwc(session_input[:batch]))
+        actual = run(model, images=inputs[:batch])
         assert actual.dtype == np.float32
-        np.testing.assert_allclose(actual, expected[:batch], atol=1e-5)
+        np.testing.assert_allclose(actual, expected[:batch], atol=2e-2 if case.form.half else 1e-5)
 
 
-@pytest.mark.parametrize("options", [{"reg_tokens": 3, "no_embed_class": True, "init_values": 0.5}, {"qk_norm": True}])
-def test_other_backbones_equal_the_reference(options: dict[str, object]) -> None:
-    backbone = tiny_backbone("cls", depth=2, **options)
-    adapter = make_adapter(backbone.spec, method="gated", gamma=torch.tensor([-INF]))
-    actual = run(single_graph(backbone, adapter, Form()), images=nhwc(pixels(3)))
-    np.testing.assert_allclose(actual, softmax(expected_logits(backbone, adapter, pixels(3))), atol=1e-5)
+def test_closed_gates_and_pooling_drop_rows(case: Case, model: ir.Model) -> None:
+    """The rows (axis 1) that each activation puts out."""
+    proto = onnx.shape_inference.infer_shapes(ir.to_proto(model))
+    shapes = {info.name: info.type.tensor_type.shape.dim for info in proto.graph.value_info}
+    rows = [shapes[node.output[0]][1].dim_value for node in proto.graph.node if node.op_type == "Gelu"]
+    assert rows == case.rows
 
 
-def test_float_input_and_logits(tiny: Backbone) -> None:
-    adapter = make_adapter(tiny.spec)
-    model = single_graph(tiny, adapter, Form(input="float", logits=True))
-    assert [output.name for output in model.graph.outputs] == ["logits"]
-    actual = run(model, images=normalized(pixels(3)).numpy())
-    np.testing.assert_allclose(actual, expected_logits(tiny, adapter, pixels(3)), atol=1e-4)
-
-
-def test_float16_is_close_and_half_the_size(tiny: Backbone) -> None:
-    adapter = make_adapter(tiny.spec)
-    half = single_graph(tiny, adapter, Form(half=True))
-    actual = run(half, images=nhwc(pixels(3)))
-    assert actual.dtype == np.float32
-    np.testing.assert_allclose(actual, softmax(expected_logits(tiny, adapter, pixels(3))), atol=2e-2)
-    weights = sum(value.const_value.nbytes for value in half.graph.initializers.values())
-    assert weights < 0.55 * 4 * sum(parameter.numel() for parameter in tiny.model.parameters())
-
-
-def test_only_standard_operators_and_no_traces_of_this_machine(tiny: Backbone) -> None:
-    proto = ir.to_proto(single_graph(tiny, make_adapter(tiny.spec), Form()))
+def test_only_standard_operators_and_no_traces_of_this_machine(case: Case, model: ir.Model) -> None:
+    proto = ir.to_proto(model)
     onnx.checker.check_model(proto, full_check=True)
     assert {node.domain for node in proto.graph.node} == {""}
     assert [item.version for item in proto.opset_import if item.domain == ""] == [23]
     operators = [node.op_type for node in proto.graph.node]
-    assert operators.count("Attention") == 3
+    assert operators.count("Attention") == len(case.rows)
     assert not {"Sigmoid", "Div", "Clip"} & set(operators), "gates and temperatures are folded"
     assert str(Path(__file__).parents[2]).encode() not in proto.SerializeToString()
 
 
-def rows_of(model: ir.Model, operator: str) -> list[int]:
-    """Rows (axis 1) that each ``operator`` puts out."""
-    proto = onnx.shape_inference.infer_shapes(ir.to_proto(model))
-    shapes = {info.name: info.type.tensor_type.shape.dim for info in proto.graph.value_info}
-    return [shapes[node.output[0]][1].dim_value for node in proto.graph.node if node.op_type == operator]
-
-
-def test_closed_gates_and_pooling_drop_rows() -> None:
-    """17 prefix and patch rows, 3 prompts."""
-    cases = [("cls", [-INF, -INF], [17, 17, 1]), ("mean", [-INF, 0.5], [17, 20, 20])]
-    for pool, gamma, rows in cases:
-        backbone = tiny_backbone(pool)
-        adapter = make_adapter(backbone.spec, gamma=torch.tensor(gamma))
-        assert rows_of(single_graph(backbone, adapter, Form()), "Gelu") == rows
+@pytest.mark.parametrize("case", [CASES["closed first, half"]], ids=["half"])
+def test_float16_is_half_the_size(case: Case, model: ir.Model) -> None:
+    weights = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+    assert weights < 0.55 * 4 * sum(parameter.numel() for parameter in case.backbone().model.parameters())
 
 
 BANK = {
@@ -146,7 +162,7 @@ def bank_of(adapters: list[Adapter], backbone: Backbone, graph: Graph) -> dict[s
 
 @pytest.mark.parametrize(("deep", "pool"), [(False, "mean"), (False, "cls"), (True, None)])
 def test_many_tasks_in_one_batch_equal_the_reference(
-    deep: bool, pool: Pool | None, shallow: Graph, tmp_path: Path
+    deep: bool, pool: Pool | None, exporter: Exporter, shallow: Graph, tmp_path: Path
 ) -> None:
     backbone = tiny_backbone(pool or "mean", **({} if pool == "mean" else {"depth": 2}))
     adapters = [make_adapter(backbone.spec, name, **options) for name, options in BANK.items()]
@@ -155,7 +171,7 @@ def test_many_tasks_in_one_batch_equal_the_reference(
     if pool is None:
         adapters.append(make_adapter(backbone.spec, "other", pool="cls"))
     shared = not deep and pool == "mean"
-    graph = shallow if shared else open_graph(multi_graph(backbone, pool, deep, Form()), tmp_path)
+    graph = shallow if shared else open_graph(exporter.multi(backbone, pool, deep, Form()), tmp_path)
     bank = bank_of(adapters, backbone, graph)
     index = np.array([2, 0, len(adapters) - 1, 3, 1, 0, 3])
     actual = graph.probabilities({"images": nhwc(pixels(7)), "index": index, **bank})
@@ -195,9 +211,10 @@ def test_the_index_is_checked_before_the_run(tiny: Backbone, shallow: Graph) -> 
         shallow.probabilities({"images": nhwc(pixels(1)), "index": np.array([-1]), **bank})
 
 
-def test_an_axis_that_became_a_constant_is_noticed(tiny: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_axis_that_became_a_constant_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """torch specialises such an axis in silence."""
     scores = graphs.SingleTask.scores
     monkeypatch.setattr(graphs.SingleTask, "scores", lambda self, logits: scores(self, logits.reshape(len(logits), -1)))
+    backbone = tiny_backbone(depth=1)
     with pytest.raises(RuntimeError, match="axis 0 of images was taken for a constant"):
-        single_graph(tiny, make_adapter(tiny.spec), Form())
+        single_graph(backbone, make_adapter(backbone.spec, method="linear"), Form())

@@ -2,6 +2,8 @@
 
 import json
 import re
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,12 @@ from PIL import Image
 
 from gpt_serve.adapters.store import AdapterStore
 from gpt_serve.errors import BackboneMismatch, DataError, ExportError, UnknownTask, UsageError
-from gpt_serve.export import ExportOptions, Graph, add_task, export_task, export_tasks, files, graphs
+from gpt_serve.export import ExportOptions, Graph, add_task, export_task, export_tasks, files, job
 from gpt_serve.export.files import bank_folder
 from gpt_serve.export.session import _check_placement
 from gpt_serve.export.verify import Tally, check_accuracy
 from gpt_serve.model.backbone import Backbone
+from tests.export.conftest import Exporter
 from tests.factories import make_adapter
 from tests.tiny_vit import PREPROCESS, tiny_backbone
 
@@ -37,6 +40,15 @@ def store(tiny: Backbone, tmp_path_factory: pytest.TempPathFactory) -> AdapterSt
     other = type(PREPROCESS)(**PREPROCESS.to_dict() | {"mean": (0.1, 0.2, 0.3)})
     store.publish(make_adapter(tiny.spec, "other", preprocess=other))
     return store
+
+
+@pytest.fixture(scope="module", autouse=True)
+def exported_once(exporter: Exporter) -> Iterator[None]:
+    """What is tested here begins behind the exporter."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "single_graph", exporter.single)
+        patch.setattr(job, "multi_graph", exporter.multi)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -159,14 +171,21 @@ def test_adapters_that_cannot_be_exported(
 
 
 def test_a_graph_that_answers_otherwise_is_not_written(
-    tiny: Backbone, store: AdapterStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Backbone, store: AdapterStore, exporter: Exporter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graphs, "fold_temperatures", lambda *_: None)
-    (tmp_path / "graph.onnx").write_text("what was there before")
+    """It is of an adapter with slightly different temperatures."""
+    alpha = store.load("alpha").adapter
+    assert alpha.tau is not None
+    cold = AdapterStore(tmp_path / "adapters")
+    cold.publish(replace(alpha, tau=0.99 * alpha.tau))
+    monkeypatch.setattr(job, "single_graph", lambda backbone, _, form: exporter.single(backbone, alpha, form))
+    output = tmp_path / "output" / "graph.onnx"
+    output.parent.mkdir()
+    output.write_text("what was there before")
     with pytest.raises(ExportError, match=r"does not answer as torch does: .* nothing was written"):
-        export_task(tiny, store, "alpha", tmp_path / "graph.onnx")
-    assert [path.name for path in tmp_path.iterdir()] == ["graph.onnx"]
-    assert (tmp_path / "graph.onnx").read_text() == "what was there before"
+        export_task(tiny, cold, "alpha", output)
+    assert list(output.parent.iterdir()) == [output]
+    assert output.read_text() == "what was there before"
 
 
 def test_a_disk_that_fills_up_leaves_nothing(

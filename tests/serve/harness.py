@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from filelock import FileLock
 
 ENTRY = Path(__file__).with_name("entry.py")
 START_SECONDS = 90  # a server takes about 5 s; busy machines several times that
@@ -204,5 +205,13 @@ def check_problem(response: httpx.Response, status: int) -> dict[str, Any]:
 
 def serving(adapters: Path, **options: Any) -> Iterator[ServerProcess]:
     """The body of a fixture."""
-    with ServerProcess(adapters, **options) as server:
-        yield server.wait_ready()
+    # Of several processes one builds the graph of a backbone; the others find it in the cache.
+    with FileLock(Path(os.environ["XDG_CACHE_HOME"]) / "server.lock"):
+        server = ServerProcess(adapters, **options)
+        try:
+            server.wait_ready()
+        except BaseException:
+            server.stop()
+            raise
+    with server:
+        yield server
