@@ -23,6 +23,7 @@ from gpt_serve.serve.metrics import Metrics
 from gpt_serve.serve.pages import add_pages
 from gpt_serve.serve.problems import HTTPError
 from gpt_serve.serve.state import ServerState
+from gpt_serve.serve.tracing import telemetry
 from gpt_serve.specs import check_task_name
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ def build_app(door: Door, lifespan: Lifespan | None = None) -> FastAPI:
         description="Many vision tasks from one frozen Vision Transformer.",
         lifespan=lifespan,
         redirect_slashes=False,
+        telemetry=telemetry(),
         docs_url=None,  # FastAPI's would load its scripts from elsewhere
         redoc_url=None,
     )
