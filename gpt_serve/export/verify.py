@@ -12,9 +12,8 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 from gpt_serve.adapters.adapter import Adapter
-from gpt_serve.errors import ExportError, ImageError
+from gpt_serve.errors import ExportError
 from gpt_serve.export.session import Array
-from gpt_serve.images.decode import LOCAL_LIMITS, decode
 from gpt_serve.images.preprocess import normalize, preprocess_image
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.model.batch import AdapterBatch
@@ -22,7 +21,7 @@ from gpt_serve.model.heads import linear
 from gpt_serve.model.prompted import embed, prompted_features
 from gpt_serve.specs import Preprocess
 from gpt_serve.train.data.datasets import Sample, open_evaluation
-from gpt_serve.train.data.samples import cannot_read
+from gpt_serve.train.data.samples import decoded
 
 BATCHES = (1, 2, 7)
 DATA_BATCH = 32
@@ -159,8 +158,4 @@ def _evaluation_batches(adapter: Adapter, data: str | None) -> Iterator[tuple[Te
 
 
 def _pixels(sample: Sample, preprocess: Preprocess) -> Tensor:
-    try:
-        image = decode(sample.read(), LOCAL_LIMITS, exif=preprocess.exif)
-    except (ImageError, OSError) as error:
-        raise cannot_read(sample, error) from error
-    return preprocess_image(image, preprocess)
+    return preprocess_image(decoded(sample, exif=preprocess.exif), preprocess)

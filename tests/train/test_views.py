@@ -1,7 +1,12 @@
+from pathlib import Path
+
+import pytest
 import torch
 
+from gpt_serve.errors import DataError
 from gpt_serve.specs import Preprocess
 from gpt_serve.train.data.datasets import open_dataset
+from gpt_serve.train.data.samples import local_sample
 from gpt_serve.train.data.views import View, ordered_batches, scan, shuffled_batches
 from tests.tiny_vit import PREPROCESS
 
@@ -69,3 +74,21 @@ def test_images_beyond_the_cache_are_decoded_again_to_the_same_pixels() -> None:
     (left, targets), (right, others) = (next(iter(view.batches([[0, 2, 4]], workers=0))) for view in pair)
     assert torch.equal(left, right)
     assert torch.equal(targets, others)
+
+
+def test_decoding_processes_need_no_shared_memory() -> None:
+    """Of which containers have 64 MB by default; tensors that come from processes would lie there."""
+    samples = open_dataset("digits", seed=0).test[:4]
+    view = View(samples, CROPPED, None, "none", seed=0)
+    images, targets = next(view.batches([[0, 1, 2, 3]], workers=1))
+    assert not images.is_shared() and not targets.is_shared()
+    assert targets.tolist() == [sample.target for sample in samples] and targets.dtype == torch.int64
+    assert torch.equal(images, torch.stack([view[index][0] for index in range(4)]))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_vanishes_while_training_is_one_line(tmp_path: Path, workers: int) -> None:
+    path = tmp_path / "gone.png"
+    view = View([local_sample(path, 0)], CROPPED, None, "none", seed=0)
+    with pytest.raises(DataError, match=f"^cannot read {path}: No such file or directory; replace or remove it$"):
+        next(view.batches([[0]], workers))

@@ -10,10 +10,12 @@ from typing import overload
 from unicodedata import category, normalize
 
 import numpy as np
+from torch import Tensor
 
 from gpt_serve.adapters.file import MAX_LABEL_LENGTH
-from gpt_serve.errors import DataError
+from gpt_serve.errors import DataError, ImageError
 from gpt_serve.images.convert import read_image
+from gpt_serve.images.decode import LOCAL_LIMITS, decode
 
 HELD_OUT = 0.2  # of each class
 
@@ -54,6 +56,18 @@ def reason(error: Exception) -> str:
 def cannot_read(sample: Sample, error: Exception) -> DataError:
     """What to raise when an image that is needed cannot be read."""
     return DataError(f"cannot read {sample.name}: {reason(error)}; replace or remove it")
+
+
+def decoded(sample: Sample, *, exif: bool) -> Tensor:
+    """uint8 (3, h, w) RGB of an image that is needed; ``exif``: whether to apply its orientation.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        return decode(sample.read(), LOCAL_LIMITS, exif=exif)
+    except (ImageError, OSError) as error:
+        raise cannot_read(sample, error) from error
 
 
 @dataclass(frozen=True)

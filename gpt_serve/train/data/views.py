@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from gpt_serve.errors import ImageError
+from gpt_serve.errors import DataError, ImageError
 from gpt_serve.images.decode import LOCAL_LIMITS, decode
 from gpt_serve.images.preprocess import center_crop, resize
 from gpt_serve.specs import Preprocess
 from gpt_serve.train.data.datasets import Sample, Split
-from gpt_serve.train.data.samples import pick, rank_in_class, reason
+from gpt_serve.train.data.samples import decoded, pick, rank_in_class, reason
 from gpt_serve.train.recipes.recipe import Augment
 
 # Scaled images of a data set are kept in memory up to this size; splits that exceed it are decoded again each epoch.
@@ -110,9 +110,14 @@ class View(Dataset[tuple[Tensor, int]]):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """The image as it is drawn, and its class.
+
+        Raises:
+            DataError: its file is not what it was when it was checked.
+        """
         sample = self.samples[index]
         if self.scaled is None:
-            image = resize(decode(sample.read(), LOCAL_LIMITS, exif=self.preprocess.exif), self.preprocess)
+            image = resize(decoded(sample, exif=self.preprocess.exif), self.preprocess)
         else:
             image = self.scaled[index]
         if self.augment == "none":
@@ -133,10 +138,44 @@ class View(Dataset[tuple[Tensor, int]]):
             indices: the samples of each batch.
             workers: processes that decode when the images are not cached.
         """
-        loader: DataLoader[tuple[Tensor, int]] = DataLoader(
-            self, batch_sampler=indices, num_workers=0 if self.scaled is not None else workers
+        loader: DataLoader[Drawn] = DataLoader(
+            _Drawing(self),
+            batch_sampler=indices,
+            num_workers=0 if self.scaled is not None else workers,
+            collate_fn=_stacked,
         )
-        yield from loader
+        for batch in loader:
+            if isinstance(batch, DataError):
+                raise batch
+            yield torch.from_numpy(batch[0]), torch.from_numpy(batch[1])
+
+
+Drawn = tuple[Tensor, int] | DataError
+
+
+@dataclass(frozen=True)
+class _Drawing(Dataset[Drawn]):
+    """A view whose errors are values: what a decoding process raises would arrive as its traceback."""
+
+    view: View
+
+    def __getitem__(self, index: int) -> Drawn:
+        try:
+            return self.view[index]
+        except DataError as error:
+            return error
+
+
+def _stacked(drawn: list[Drawn]) -> tuple[np.ndarray, np.ndarray] | DataError:
+    """A batch as arrays, which decoding processes send through a pipe.
+
+    Tensors would go through shared memory, of which a container has 64 MB unless its user asks for more.
+    """
+    failed = [item for item in drawn if isinstance(item, DataError)]
+    if failed:
+        return failed[0]
+    images, targets = zip(*drawn, strict=True)
+    return np.stack([image.numpy() for image in images]), np.array(targets, dtype=np.int64)
 
 
 def joined(first: View, second: View) -> View:
