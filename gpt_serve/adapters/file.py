@@ -34,12 +34,22 @@ _OPTIONAL = {"first_block", "taps"}
 
 
 def to_file(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
-    """A safetensors file with metadata in this order; the library itself would write it in random order."""
+    """A safetensors file with metadata in this order; the library itself would write it in random order.
+
+    Raises:
+        InvalidAdapter: the metadata is longer than a header may be.
+    """
     data = save_tensors(dict(tensors))
     start = 8 + int.from_bytes(data[:8], "little")
     header = {"__metadata__": metadata} | json.loads(data[8:start])
     text = json.dumps(header, ensure_ascii=False).encode("utf-8", "surrogatepass")
     text += b" " * (-len(text) % 8)  # the format aligns the tensors
+    if len(text) > MAX_HEADER_BYTES:
+        longest, value = max(metadata.items(), key=lambda item: len(item[1]))
+        raise InvalidAdapter(
+            f"its header would have {len(text) / 2**20:.2f} MiB, {len(value.encode()) / 2**20:.2f} of them {longest}, "
+            f"more than the {MAX_HEADER_BYTES / 2**20:.0f} allowed"
+        )
     return len(text).to_bytes(8, "little") + text + data[start:]
 
 

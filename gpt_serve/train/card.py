@@ -12,45 +12,80 @@ from gpt_serve.files import replacing
 from gpt_serve.insight.figures import save_figure
 from gpt_serve.insight.inspect import Inspection, inspect_adapter, plot_inspection
 
-
-def confusion_matrix(predictions: Tensor, targets: Tensor, classes: int) -> Tensor:
-    """int64 (C, C): rows are true classes, columns predicted ones."""
-    return torch.bincount(targets * classes + predictions, minlength=classes**2).view(classes, classes)
+MOST_CLASSES = 120  # in a picture; more could not be told apart, and their matrix takes gigabytes
 
 
-def write_card(folder: Path, adapter: Adapter, revision: str, confusion: Tensor, split: str) -> None:
+def most_confused(predictions: Tensor, targets: Tensor, classes: int, most: int) -> Tensor:
+    """The ``most`` classes that take part in the most mistakes, as the true or as the predicted one.
+
+    Args:
+        predictions: int64 (n,).
+        targets: int64 (n,).
+        classes: ``C``.
+
+    Returns:
+        int64 (min(C, most),), in order.
+    """
+    wrong = predictions != targets
+    mistakes = sum(torch.bincount(of[wrong], minlength=classes) for of in (predictions, targets))
+    assert isinstance(mistakes, Tensor)
+    return mistakes.argsort(descending=True, stable=True)[:most].sort().values
+
+
+def confusion_shares(predictions: Tensor, targets: Tensor, classes: int, shown: Tensor) -> Tensor:
+    """float64 (S, S): of all images of the true class ``shown[row]``, the share predicted as ``shown[column]``."""
+    place = torch.full((classes,), -1).index_put((shown,), torch.arange(len(shown)))
+    rows, columns = place[targets], place[predictions]
+    both = (rows >= 0) & (columns >= 0)
+    counts = torch.bincount(rows[both] * len(shown) + columns[both], minlength=len(shown) ** 2)
+    images = torch.bincount(targets, minlength=classes)[shown].clamp(min=1)
+    return counts.view(len(shown), len(shown)).double() / images[:, None]
+
+
+def write_card(folder: Path, adapter: Adapter, revision: str, answers: tuple[Tensor, Tensor], split: str) -> None:
     """Write ``README.md``, ``gates.png`` and ``confusion.png`` into the adapter's folder, each as a whole.
 
     Args:
-        confusion: (C, C) on the images of ``split``.
+        answers: predicted and true classes of the images of ``split``, int64 (n,) each.
 
     Raises:
         OSError: the disk refuses.
     """
     inspection = inspect_adapter(adapter)
     plot_inspection(inspection, f"{adapter.task} ({adapter.method})", folder / "gates.png")
-    plot_confusion(confusion, adapter.labels, f"{adapter.task}: {split} images", folder / "confusion.png")
+    plot_confusion(*answers, adapter.labels, f"{adapter.task}: {split} images", folder / "confusion.png")
     with replacing(folder / "README.md") as temporary:
         temporary.write_text(card_text(adapter, revision, inspection, split), encoding="utf-8")
 
 
-def plot_confusion(confusion: Tensor, labels: Sequence[str], title: str, path: Path) -> None:
-    """Write a (C, C) confusion matrix, normalised by row, as a PNG."""
+def plot_confusion(predictions: Tensor, targets: Tensor, labels: Sequence[str], title: str, path: Path) -> None:
+    """Write a confusion matrix, normalised by row, as a PNG: of the most confused classes if there are many."""
     from matplotlib.figure import Figure
 
-    side = min(14.0, max(4.5, 0.35 * len(labels) + 2))
+    shown = most_confused(predictions, targets, len(labels), MOST_CLASSES)
+    if len(shown) < len(labels):
+        title += f", the {len(shown)} of {len(labels)} classes with the most mistakes"
+    side = min(14.0, max(4.5, 0.35 * len(shown) + 2))
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
-    shares = confusion.double() / confusion.sum(dim=1, keepdim=True).clamp(min=1)
-    axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
+    axes.imshow(confusion_shares(predictions, targets, len(labels), shown).numpy(), cmap="Blues", vmin=0, vmax=1)
     axes.set_title(title)
-    axes.set_xlabel("predicted")
+    lacking = _not_drawable(labels)
+    names = [f"#{number}" if labels[number] in lacking else _plain(labels[number]) for number in shown.tolist()]
+    axes.set_xlabel("predicted (#: number of a class, from 0)" if lacking else "predicted")
     axes.set_ylabel("true")
-    if len(labels) <= 120:
-        size = 8 if len(labels) <= 30 else 4
-        axes.set_xticks(range(len(labels)), [_plain(label) for label in labels], rotation=90, fontsize=size)
-        axes.set_yticks(range(len(labels)), [_plain(label) for label in labels], fontsize=size)
+    size = 8 if len(shown) <= 30 else 4
+    axes.set_xticks(range(len(shown)), names, rotation=90, fontsize=size)
+    axes.set_yticks(range(len(shown)), names, fontsize=size)
     save_figure(figure, path, dpi=120)
+
+
+def _not_drawable(labels: Sequence[str]) -> set[str]:
+    """Labels with a character that matplotlib's font lacks: it would draw boxes, and warn of each."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    characters = get_font(findfont(FontProperties())).get_charmap()
+    return {label for label in labels if not all(ord(character) in characters for character in label)}
 
 
 def _plain(label: str) -> str:

@@ -22,7 +22,7 @@ from gpt_serve.train.methods.modules import FullModule, TaskModule
 from gpt_serve.train.methods.prompts import AdapterModule, find_method
 from gpt_serve.train.methods.start import start_from_data
 from gpt_serve.train.nmi import nmi_probe
-from gpt_serve.train.publishing import describe, publish_trained
+from gpt_serve.train.publishing import describe, publish_trained, rehearse
 from gpt_serve.train.recipes.recipe import Recipe, prepared
 
 
@@ -89,7 +89,7 @@ def prepare(backbone: Backbone, job: Job, reporter: Reporter) -> tuple[Backbone,
     """The images of the run, and the backbone with the preprocessing that the recipe has for them.
 
     Raises:
-        DataError: they cannot be trained on.
+        DataError: they cannot be trained on, or an adapter for them could not be stored.
     """
     dataset = open_dataset(job.data, job.recipe.seed)
     if job.recipe.final_fit and not dataset.test:
@@ -98,6 +98,10 @@ def prepare(backbone: Backbone, job: Job, reporter: Reporter) -> tuple[Backbone,
         )
     spec = replace(backbone.spec, preprocess=prepared(backbone.spec.preprocess, job.recipe.preprocess))
     backbone = Backbone(backbone.model, spec, str(backbone.device), backbone.family)
+    if not find_method(job.recipe.method).full:
+        module = build_module(backbone, job.recipe, len(dataset.labels))
+        assert isinstance(module, AdapterModule)
+        rehearse(backbone, job, dataset.labels, module)
     return backbone, load_views(dataset, backbone, job, reporter)
 
 

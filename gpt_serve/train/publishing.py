@@ -11,14 +11,36 @@ from torch import Tensor
 
 from gpt_serve.adapters.adapter import Adapter
 from gpt_serve.adapters.store import AdapterStore
-from gpt_serve.errors import UsageError
+from gpt_serve.errors import DataError, InvalidAdapter, UsageError
 from gpt_serve.files import replacing
 from gpt_serve.model.backbone import Backbone
-from gpt_serve.train.card import confusion_matrix, write_card
+from gpt_serve.train.card import write_card
 from gpt_serve.train.job import Job, Views
 from gpt_serve.train.loop import Progress
 from gpt_serve.train.methods.modules import FullModule, TaskModule
 from gpt_serve.train.methods.prompts import AdapterModule
+
+OTHER_BYTES = 2**16  # room in an adapter's metadata for digests, metrics and what closing gates records
+
+
+def rehearse(backbone: Backbone, job: Job, labels: tuple[str, ...], module: AdapterModule) -> None:
+    """Make the file that training would publish, of an untrained module.
+
+    A limit of the format is so met before anything trains, not when all is done.
+
+    Raises:
+        DataError: the file cannot hold it, such as the names of too many classes.
+    """
+    training = {
+        "recipe": job.recipe.to_dict(),
+        "nmi": [[-1 / 3] * backbone.spec.depth] * job.recipe.epochs if job.nmi else [],
+        "others": " " * OTHER_BYTES,
+    }
+    try:
+        to_adapter(backbone, job, labels, module, training).to_bytes()
+    except InvalidAdapter as error:
+        what = "fewer prompts, fewer classes or shorter names of them" + (", or no --nmi" if job.nmi else "")
+        raise DataError(f"the adapter of {job.task!r} could not be stored: {error}: take {what}") from error
 
 
 def publish_trained(
@@ -45,8 +67,7 @@ def publish_trained(
         return summary | {"path": str(path)}
     assert isinstance(module, AdapterModule)
     adapter = to_adapter(backbone, job, views.labels, module, training)
-    matrix = confusion_matrix(*answers, len(views.labels))
-    return summary | {"revision": publish(job.adapters, adapter, matrix, views.unseen[1])}
+    return summary | {"revision": publish(job.adapters, adapter, answers, views.unseen[1])}
 
 
 def store_model(path: Path, module: FullModule, labels: tuple[str, ...], summary: dict[str, Any]) -> None:
@@ -65,11 +86,11 @@ def store_model(path: Path, module: FullModule, labels: tuple[str, ...], summary
         raise UsageError(f"the fine-tuned model {path} cannot be written: {reason}") from error
 
 
-def publish(adapters: Path, adapter: Adapter, confusion: Tensor, split: str) -> str:
+def publish(adapters: Path, adapter: Adapter, answers: tuple[Tensor, Tensor], split: str) -> str:
     """Put the adapter into the store and write its card.
 
     Args:
-        confusion: (C, C) on the images of ``split``.
+        answers: predicted and true classes of the images of ``split``, int64 (n,) each.
 
     Returns:
         The new revision.
@@ -79,7 +100,7 @@ def publish(adapters: Path, adapter: Adapter, confusion: Tensor, split: str) -> 
     """
     revision = AdapterStore(adapters).publish(adapter)
     try:
-        write_card(adapters / adapter.task, adapter, revision, confusion, split)
+        write_card(adapters / adapter.task, adapter, revision, answers, split)
     except OSError as error:
         raise UsageError(f"the adapter is published, but its card cannot be written: {error.strerror}") from error
     return revision

@@ -13,7 +13,7 @@ from gpt_serve.engine.engine import Engine, Prediction
 from gpt_serve.errors import DataError, InvalidTaskName, UsageError
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.train import fit
-from gpt_serve.train.data.datasets import open_dataset
+from gpt_serve.train.data.datasets import Dataset, open_dataset
 from gpt_serve.train.data.views import View, shuffled_batches
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import build_module, load_views, train_adapter
@@ -331,3 +331,24 @@ def test_temperatures_stay_within_their_range(tiny: Backbone, colours: Path) -> 
     trainer.fit(lambda *_: taus.extend(module.tau.tolist()), lambda _: None)  # type: ignore[union-attr]
     assert min(taus) > 0.0099 and max(taus) <= 10
     assert {round(tau, 4) for tau in taus} & {0.01, 10.0}
+
+
+def test_what_could_not_be_stored_is_refused_before_images_are_read(
+    tiny: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpt_serve.train.fit.load_views", lambda *_: pytest.fail("images were read"))
+    labels = tuple(f"{number:05}" + "x" * 200 for number in range(6000))
+    monkeypatch.setattr("gpt_serve.train.fit.open_dataset", lambda *_: Dataset(labels))
+    words = r"could not be stored: its header would have 1\.\d+ MiB, 1\.\d+ of them labels, more than the 1 allowed: "
+    with pytest.raises(DataError, match=words):
+        train(tiny, Job("many", "data", tmp_path / "adapters", RECIPE))
+
+
+def test_a_record_too_long_to_store_is_refused_before_images_are_read(
+    tiny: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpt_serve.train.fit.load_views", lambda *_: pytest.fail("images were read"))
+    monkeypatch.setattr("gpt_serve.train.fit.open_dataset", lambda *_: Dataset(("a", "b")))
+    recipe = make_recipe("adamw", prompts=3, epochs=50_000)
+    with pytest.raises(DataError, match="of them training, more than the 1 allowed: take .*, or no --nmi$"):
+        train(tiny, Job("long", "data", tmp_path / "adapters", recipe, nmi=True))

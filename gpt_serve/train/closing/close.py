@@ -14,7 +14,7 @@ from gpt_serve.adapters.store import AdapterStore
 from gpt_serve.errors import DataError, UsageError
 from gpt_serve.insight.inspect import inspect_adapter
 from gpt_serve.model.backbone import Backbone
-from gpt_serve.train.card import card_text, confusion_matrix
+from gpt_serve.train.card import card_text
 from gpt_serve.train.checkpoint import held, run_folder
 from gpt_serve.train.closing.search import GateSearch
 from gpt_serve.train.data.datasets import open_dataset
@@ -93,20 +93,20 @@ def _close_in_folder(backbone: Backbone, job: ClosingJob, reporter: Reporter) ->
     step = search.record(kept, job.tolerance) | {"seconds": round(time.perf_counter() - started, 1)}
     revision, adapter = stored.revision, stored.adapter
     if kept is not None:
-        accuracies, confusion = _on_unseen(backbone, stored.adapter, kept.adapter, views, job.workers)
+        accuracies, answers = _on_unseen(backbone, stored.adapter, kept.adapter, views, job.workers)
         if views.test is not None:
             step["test_accuracy"] = accuracies
         adapter = _with_step(kept.adapter, step)
         if store.signature(job.task) != stored.signature:
             raise UsageError(f"adapter {job.task!r} was replaced while its gates were closed: repeat the command")
-        revision = publish(job.adapters, adapter, confusion, views.unseen[1])
+        revision = publish(job.adapters, adapter, answers, views.unseen[1])
     return {"task": job.task, "revision": revision, "metrics": adapter.training["metrics"], "closing": step}
 
 
 def _on_unseen(
     backbone: Backbone, before: Adapter, after: Adapter, views: Views, workers: int
-) -> tuple[list[float], Tensor]:
-    """Accuracies of both adapters on test images, validation images when there are none, and ``after``'s confusion.
+) -> tuple[list[float], tuple[Tensor, Tensor]]:
+    """Accuracies of both adapters on test images, validation images when there are none, and ``after``'s answers.
 
     Nothing is selected by them.
     """
@@ -116,7 +116,7 @@ def _on_unseen(
         module = AdapterModule.of(adapter, backbone.spec, 0.0).to(backbone.device)
         predictions, targets = predict_all(backbone, module, view, workers)
         correct.append((predictions == targets).double().mean().item())
-    return correct, confusion_matrix(predictions, targets, len(views.labels))
+    return correct, (predictions, targets)
 
 
 def _with_step(adapter: Adapter, step: dict[str, Any]) -> Adapter:
