@@ -303,7 +303,7 @@ def test_an_interrupted_step_leaves_the_adapter_as_it_was(
         def interrupt(*_: object) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("gpt_serve.adapters.store.os.replace", interrupt)
+        monkeypatch.setattr("gpt_serve.adapters.folder.os.replace", interrupt)
     recorder = Recorder(interrupt_at=0 if moment == "fine-tuning" else None)
     with pytest.raises(KeyboardInterrupt):
         close_gates(deep_enough, ClosingJob("colours", str(colours), adapters, 100.0), recorder)
