@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from gpt_serve.cli.options import (
     resolve_device,
     task_option,
 )
-from gpt_serve.errors import GPTServeError, ImageError
+from gpt_serve.errors import GPTServeError, ImageError, UsageError
 
 if TYPE_CHECKING:
     from gpt_serve.engine.engine import Engine
@@ -34,7 +35,7 @@ CHUNK = 256  # images whose bytes are held at a time
 @json_option
 def evaluate(task: str, data: str, adapters: Path | str, as_json: bool, **backbone: Any) -> None:
     """Accuracy of an adapter on DIR/test, or on DIR itself when it holds class folders."""
-    engine = _engine(task, adapters, **backbone)
+    engine = _engine([task], adapters, **backbone)
     from gpt_serve.engine.evaluate import evaluate_task
 
     result = evaluate_task(engine, task, data, lambda text: click.echo(text, err=True))
@@ -45,21 +46,45 @@ def evaluate(task: str, data: str, adapters: Path | str, as_json: bool, **backbo
 
 
 @click.command()
-@task_option
-@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--task", "tasks", multiple=True, required=True, help="Name of the task; with --input, repeat for more.")
+@click.argument("images", nargs=-1, type=click.Path(path_type=Path))
 @click.option("--top-k", type=click.IntRange(1, 1000), default=5, show_default=True, help="Answers per image.")
+@click.option(
+    "--input",
+    "source",
+    help="Instead of IMAGES: a folder of images, *.parquet, or an address such as s3://bucket/images. Needs --output.",
+)
+@click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="The table to write, FILE.parquet.")
+@click.option("--column", help="Column of paths or image files in --input tables.  [default: image, or the only one]")
 @backbone_options
 @adapters_option
 @json_option
 def predict(
-    task: str, images: tuple[Path, ...], top_k: int, adapters: Path | str, as_json: bool, **backbone: Any
+    tasks: tuple[str, ...],
+    images: tuple[Path, ...],
+    top_k: int,
+    source: str | None,
+    output: Path | None,
+    column: str | None,
+    adapters: Path | str,
+    as_json: bool,
+    **backbone: Any,
 ) -> None:
-    """Classify image files.
+    """Classify image files, or with --input and --output a folder or a table of them.
 
-    An image that cannot be read gets a line on stderr instead of an answer, with --json also an entry with "error".
-    The exit code is 1 when some have no answer, and 2 when none has.
+    An image that cannot be read gets a line on stderr instead of an answer, with --json also an entry with "error", and
+    with --output a row with its error. The exit code is 1 when some have no answer, and 2 when none has. A run with
+    --output that was interrupted is continued by the same command.
     """
-    engine = _engine(task, adapters, **backbone)
+    if (source is None) != (output is None) or (source is None) != bool(images):
+        raise UsageError("name what to classify: IMAGES, or --input with --output")
+    if source is not None and output is not None:
+        _predict_in_bulk(tasks, source, output, column, adapters, as_json, **backbone)
+        return
+    if len(tasks) > 1:
+        raise UsageError("several --task need --input and --output: run once for each task")
+    task = tasks[0]
+    engine = _engine(tasks, adapters, **backbone)
     entries: list[dict[str, Any]] = []
     for entry in _entries(engine, task, images, top_k):
         entries.append(entry)
@@ -101,20 +126,57 @@ def _read(path: Path) -> bytes | ImageError:
         return error
 
 
+def _predict_in_bulk(
+    tasks: Sequence[str],
+    source: str,
+    output: Path,
+    column: str | None,
+    adapters: Path | str,
+    as_json: bool,
+    **backbone: Any,
+) -> None:
+    from gpt_serve.bulk.inputs import open_images
+    from gpt_serve.bulk.parts import Parts
+    from gpt_serve.bulk.predict import predict_in_bulk
+    from gpt_serve.cli.terminal import Terminal
+
+    if len(set(tasks)) != len(tasks):
+        raise UsageError("a --task is given twice: give each once")
+    images = open_images(source, column)
+    parts = Parts(output, images, tasks)
+    engine = _engine(tasks, adapters, **backbone)
+    with closing(Terminal()) as terminal:
+        done = predict_in_bulk(engine, tasks, images, parts, terminal.counting(len(images), "predicting"))
+    if as_json:
+        click.echo(json.dumps({"tasks": list(tasks), "output": str(output)} | done))
+    else:
+        click.echo(f"{output}: {done['rows']} rows of {done['images']} images, {done['errors']} with an error")
+    if done["errors"]:
+        sys.exit(EXIT_MISTAKE if done["errors"] == done["rows"] else EXIT_PARTLY)
+
+
 def _engine(
-    task: str, adapters: Path | str, *, backbone: str, checkpoint: Path | None, input_size: int | None, device: str
+    tasks: Sequence[str],
+    adapters: Path | str,
+    *,
+    backbone: str,
+    checkpoint: Path | None,
+    input_size: int | None,
+    device: str,
 ) -> "Engine":
-    """An engine that has the task; an unknown or broken one is reported before the backbone is loaded."""
+    """An engine that has the tasks; an unknown or broken one is reported before the backbone is loaded."""
     from gpt_serve.adapters.store import AdapterStore
 
     store = AdapterStore(adapters)
-    store.load(task)
+    for task in tasks:
+        store.load(task)
     from gpt_serve.engine.engine import Engine
     from gpt_serve.images.decode import LOCAL_LIMITS
     from gpt_serve.model.backbone import Backbone
 
     model = Backbone.load(backbone, checkpoint=checkpoint, input_size=input_size, device=resolve_device(device))
     engine = Engine(model, store, limits=LOCAL_LIMITS)
-    with engine.bank.holding(task):  # trouble is reported before anything is computed
-        pass
+    for task in tasks:
+        with engine.bank.holding(task):  # trouble is reported before anything is computed
+            pass
     return engine

@@ -52,6 +52,11 @@ class Terminal:
         bar = self._open(total, what, unit=unit)
         return lambda: bar.update()
 
+    def counting(self, total: int, what: str) -> Callable[[int], object]:
+        """A bar over images of which several are done at a time."""
+        bar = self._open(total, what)
+        return lambda count: bar.update(count)
+
     def unreadable(self, images: "list[Unreadable]") -> None:
         """A line per image that cannot be read."""
         self.close()

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -171,6 +172,58 @@ def test_labels_of_any_script_can_be_shown_anywhere(folder, bundled, tmp_path, m
     sys.stdout.flush()
     text = shown.getvalue().decode(encoding)
     assert "\\u82b1 " in text and "caf\u00e9 " in text
+
+
+# predict --input --output
+
+
+def test_predict_a_folder_into_a_table(folder, tmp_path):
+    output = tmp_path / "out.parquet"
+    result = run_cpu(
+        "predict", "--task", "alpha", "--task", "probe", "--input", "data", "--output", str(output), "--json"
+    )
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert json.loads(result.stdout) == {
+        "tasks": ["alpha", "probe"],
+        "output": str(output),
+        "images": 6,
+        "rows": 12,
+        "errors": 0,
+    }
+    rows = pq.read_table(output).to_pylist()
+    shown = run_json("predict", "--device", "cpu", "--task", "alpha", "data/test/ant/0.png")["images"][0]
+    assert rows[0]["image"] == "test/ant/0.png" and rows[0]["revision"] == shown["revision"]
+    assert rows[0]["label"] == shown["predictions"][0]["label"]
+
+
+def test_predict_tells_by_its_exit_code_that_images_were_broken(folder, tmp_path):
+    (tmp_path / "some").mkdir()
+    shutil.copy("cut.png", tmp_path / "some")
+    args = ("predict", "--task", "alpha", "--input", str(tmp_path / "some"), "--output", str(tmp_path / "out.parquet"))
+    assert run_cpu(*args).exit_code == 2
+    shutil.copy("one.png", tmp_path / "some")
+    result = run_cpu(*args)
+    assert result.exit_code == 1 and "2 rows of 2 images, 1 with an error" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        ([], "name what to classify: IMAGES, or --input with --output"),
+        (["one.png", "--input", "data", "--output", "x.parquet"], "name what to classify"),
+        (["--input", "data"], "name what to classify"),
+        (["--input", "data", "--output", "x.csv"], "--output x.csv: the name of a table of results ends in .parquet"),
+        (["--input", "empty", "--output", "x.parquet"], "--input empty holds no images"),
+        (["--input", "data", "--output", "x.parquet", "--task", "alpha"], "a --task is given twice"),
+        (["--task", "probe", "one.png"], "several --task need --input and --output"),
+        (["--input", "data", "--output", "x.parquet", "--task", "nobody"], "unknown task 'nobody'"),
+    ],
+)
+def test_mistakes_about_bulk_are_one_line(folder, args, line):
+    result = run_cpu("predict", "--task", "alpha", *args)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"gpt-serve: {line}") and result.stderr.count("\n") == 1
+    assert not Path("x.parquet").exists() and not list(Path().glob(".x*"))
 
 
 # adapters elsewhere
