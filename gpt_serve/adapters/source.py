@@ -14,8 +14,8 @@ class Signature:
 
     Attributes:
         size: bytes.
-        version: what the place calls this version: modification time and inode on a disk, a hash of the entity tags
-            in a bucket.
+        version: what the place calls this version: device, inode and the times of the last modification and change on
+            a disk, a hash of the entity tags in a bucket.
     """
 
     size: int
@@ -23,8 +23,12 @@ class Signature:
 
     @classmethod
     def of(cls, status: os.stat_result) -> "Signature":
-        """Of a file on a disk."""
-        return cls(status.st_size, f"{status.st_mtime_ns}-{status.st_ino}")
+        """Of a file on a disk.
+
+        The time of change is what no tool sets: a replaced file may have the size, the modification time (``cp -p``,
+        reproducible archives) and, when the old one is gone, the inode of the one that it replaces.
+        """
+        return cls(status.st_size, f"{status.st_mtime_ns}-{status.st_ctime_ns}-{status.st_dev}-{status.st_ino}")
 
 
 class AdapterSource(Protocol):

@@ -123,9 +123,13 @@ serving_options = option_group(
         "--max-body-bytes", type=int, default=10 * 2**20, show_default=True, help="Largest request; then 413."
     ),
     click.option("--max-pixels", type=int, default=50_000_000, show_default=True, help="Largest image; then 413."),
-    click.option("--queue-limit", type=int, default=128, show_default=True, help="Most requests admitted; then 503."),
+    click.option("--queue-limit", type=int, default=128, show_default=True, help="Most images admitted; then 503."),
+    click.option("--max-connections", type=int, default=1024, show_default=True, help="Most connections open."),
     click.option("--deadline", type=float, default=30.0, show_default=True, help="Seconds to answer in; then 504."),
     click.option("--drain", type=float, default=30.0, show_default=True, help="Seconds to finish in after SIGTERM."),
+    click.option(
+        "--load-timeout", type=float, default=900.0, show_default=True, help="Seconds to load the backbone in."
+    ),
 )
 export_options = option_group(
     click.option("--task", help="One task, folded into a graph of its own."),

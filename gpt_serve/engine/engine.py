@@ -59,10 +59,14 @@ class Row:
     """One row of the forward pass: an adapter, held in the bank, and its preprocessed image, uint8 (3, H, W).
 
     Rows of one image share the tensor itself: what their tasks have in common is computed once.
+
+    Attributes:
+        work: what the row costs beside others of its kind, in row-blocks; see `gpt_serve.engine.passes`.
     """
 
     resident: Resident
     image: Tensor
+    work: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,7 +204,8 @@ class Engine:
         """The row that the forward pass takes, or the reason why there is none. Safe to call in many threads."""
         try:
             pixels = _pixels(image, self.limits, resident.preprocess)
-            return Row(resident, preprocess_image(pixels, resident.preprocess))
+            work = self.planner.image(resident.place.layout)
+            return Row(resident, preprocess_image(pixels, resident.preprocess), work)
         except ImageError as error:
             return error
 

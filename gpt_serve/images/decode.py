@@ -19,7 +19,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 from torch import Tensor
 
 from gpt_serve.errors import ImageError, ImageTooLarge, UndecodableImage, UnsupportedImage
-from gpt_serve.images.headers import check_jpeg, identify, orientation, webp_size
+from gpt_serve.images.headers import check_jpeg, check_png, identify, orientation, webp_size
 
 _MEBI = 2**20
 
@@ -132,6 +132,7 @@ def _open(name: str, data: bytes, limits: ImageLimits) -> ImageFile.ImageFile:
     """
     stream = io.BytesIO(data)
     if name == "PNG":
+        check_png(data)
         return PngImageFile(stream)
     if name == "WebP":
         # The constructor allocates two canvases, so the size must be known before.

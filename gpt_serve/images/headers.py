@@ -6,7 +6,7 @@ EXIF warns about damage, which no thread can silence for itself alone.
 
 import re
 
-from gpt_serve.errors import UndecodableImage, UnsupportedImage
+from gpt_serve.errors import ImageTooLarge, UndecodableImage, UnsupportedImage
 
 _JPEG_MAGIC = b"\xff\xd8\xff"
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
@@ -17,9 +17,16 @@ _START_OF_SCAN, _END_OF_IMAGE, _TEMPORARY = 0xDA, 0xD9, 0x01
 # Every scan walks all blocks of the image, however few bytes it has: at 50 million pixels 25 ms for
 # 75 bytes, so an hour for 10 MiB. Encoders write about ten.
 _MAX_SCANS = 50
+_ANY_SCANS = 12  # whatever the size
+_MAX_SCANNED = 250_000_000  # pixels times scans, beyond these
 # Pillow reads markers, and stray bytes before the first scan, in a loop at 1 to 3 µs each.
 _MAX_MARKERS = 5_000
 _MAX_STRAY_BYTES = 64 * 2**10
+_STARTS_OF_FRAME = {0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF}
+_MAX_SEGMENTS_BEFORE_FRAME = 256
+# Pillow reads chunks in a loop at 5 µs each; encoders write some for each 8 KiB of data.
+_MAX_CHUNKS = 20_000
+_MAX_SIDE = 65_535
 
 _EXIF_PREFIX = b"Exif\0\0"
 _ORIENTATION_TAG = 0x0112
@@ -43,6 +50,52 @@ def identify(data: bytes) -> str:
     raise UnsupportedImage(f"{what}: send one in JPEG, PNG or WebP format")
 
 
+def pixels(data: bytes) -> int:
+    """Width times height, as far as the first bytes of the file tell; 0 if they do not. Never raises."""
+    try:
+        name = identify(data)
+        if name == "PNG":
+            return int.from_bytes(data[16:20], "big") * int.from_bytes(data[20:24], "big")
+        if name == "WebP":
+            width, height = webp_size(data)
+            return width * height
+        return _jpeg_pixels(data)
+    except (UndecodableImage, UnsupportedImage):
+        return 0
+
+
+def _jpeg_pixels(data: bytes) -> int:
+    position = len(_JPEG_MAGIC) - 1
+    for _ in range(_MAX_SEGMENTS_BEFORE_FRAME):
+        match = _JPEG_MARKER.search(data, position)
+        if match is None:
+            return 0
+        position = match.end()
+        if match[1][0] in _STARTS_OF_FRAME:
+            height, width = data[position + 3 : position + 5], data[position + 5 : position + 7]
+            return int.from_bytes(height, "big") * int.from_bytes(width, "big")
+        position += int.from_bytes(data[position : position + 2], "big")
+    return 0
+
+
+def check_png(data: bytes) -> None:
+    """Refuse a PNG with more chunks than any encoder writes, or a side longer than other formats allow.
+
+    Raises:
+        UndecodableImage: there are too many chunks.
+        ImageTooLarge: a side is too long: a row of 50 million pixels takes a gigabyte to be scaled.
+    """
+    width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+    if data[12:16] == b"IHDR" and max(width, height) > _MAX_SIDE:
+        raise ImageTooLarge(f"image has a side of more than {_MAX_SIDE} pixels: scale it down first")
+    position = len(_PNG_MAGIC)
+    for _ in range(_MAX_CHUNKS):
+        if position >= len(data):
+            return
+        position += 12 + int.from_bytes(data[position : position + 4], "big")
+    raise UndecodableImage("PNG image has far too many chunks: save it anew and send that")
+
+
 def check_jpeg(data: bytes) -> None:
     """Refuse a JPEG with more scans, markers or stray bytes than any encoder writes.
 
@@ -50,6 +103,7 @@ def check_jpeg(data: bytes) -> None:
         UndecodableImage: there are too many, or no scan at all.
     """
     position, markers, scans, stray = len(_JPEG_MAGIC) - 1, 0, 0, 0
+    most_scans = min(_MAX_SCANS, max(_ANY_SCANS, _MAX_SCANNED // max(1, _jpeg_pixels(data))))
     while match := _JPEG_MARKER.search(data, position):
         marker = match[1][0]
         if scans == 0:
@@ -58,7 +112,7 @@ def check_jpeg(data: bytes) -> None:
             break
         markers += 1
         scans += marker == _START_OF_SCAN
-        if scans > _MAX_SCANS or markers > _MAX_MARKERS or stray > _MAX_STRAY_BYTES:
+        if scans > most_scans or markers > _MAX_MARKERS or stray > _MAX_STRAY_BYTES:
             raise UndecodableImage("JPEG image has far too many scans or segments: save it anew and send that")
         position = match.end()
         if marker != _TEMPORARY:

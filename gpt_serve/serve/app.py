@@ -2,23 +2,25 @@
 
 import asyncio
 import hmac
+import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from threading import Lock
+from typing import TYPE_CHECKING, Any
 
 from fastapi import Depends, FastAPI, Request
-from fastapi.security import APIKeyHeader
+from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gpt_serve import __version__
-from gpt_serve.errors import DeadlineExceeded, GPTServeError, InvalidRequest
 from gpt_serve.serve import problems, schema
+from gpt_serve.serve.bodies import Bodies
 from gpt_serve.serve.config import ServeConfig
-from gpt_serve.serve.inputs import read_request
-from gpt_serve.serve.messages import Answer, Asks, Item
+from gpt_serve.serve.messages import Asks
 from gpt_serve.serve.metrics import Metrics
 from gpt_serve.serve.pages import add_pages
 from gpt_serve.serve.problems import HTTPError
@@ -31,10 +33,7 @@ if TYPE_CHECKING:
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
-_key_header = APIKeyHeader(name="X-API-Key", auto_error=False)
 
-
-@dataclass
 class Door:
     """What the routes need of the rest.
 
@@ -43,24 +42,52 @@ class Door:
         asks: who answers items.
         state: whether requests are taken on, and how many there are.
         metrics: what ``/metrics`` shows.
+        bodies: the request bodies that are being read.
+        parsing: a thread for bodies that are too large to be parsed in the event loop.
+        reading: threads for what touches the disk, which may never answer.
     """
 
-    config: ServeConfig
-    asks: Asks
-    state: ServerState
-    metrics: Metrics
-    _store: "AdapterStore | None" = field(default=None, init=False)
+    def __init__(self, config: ServeConfig, asks: Asks, state: ServerState, metrics: Metrics) -> None:
+        self.config = config
+        self.asks = asks
+        self.state = state
+        self.metrics = metrics
+        self.bodies = Bodies(config.max_body_bytes, config.deadline)
+        self.parsing = ThreadPoolExecutor(1, thread_name_prefix="parse")
+        self.reading = ThreadPoolExecutor(4, thread_name_prefix="read")
+        self._store: AdapterStore | None = None
+        self._making_store = Lock()
 
     @property
     def store(self) -> "AdapterStore":
-        """The adapters, checked against the backbone. Raises `NotReady` until a worker has loaded it once."""
-        if self._store is None:
-            if self.state.spec is None:
-                self.state.check_ready()
-            from gpt_serve.adapters.store import AdapterStore  # torch: imported while the worker loads
+        """The adapters, checked against the backbone; to be called in `read`, as it may look beyond a network.
 
-            self._store = AdapterStore(self.config.adapters, self.state.spec, poll_seconds=self.config.poll_seconds)
-        return self._store
+        Raises:
+            NotReady: no worker has loaded the backbone yet.
+        """
+        with self._making_store:
+            if self._store is None:
+                if self.state.spec is None:
+                    self.state.check_ready()
+                from gpt_serve.adapters.store import AdapterStore  # torch: imported while the worker loads
+
+                config = self.config
+                self._store = AdapterStore(config.adapters, self.state.spec, poll_seconds=config.poll_seconds)
+            return self._store
+
+    async def read(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """The result of a function that touches the disk."""
+        return await asyncio.get_running_loop().run_in_executor(self.reading, function, *arguments)
+
+    def check_key(self, request: Request) -> None:
+        """Raise `HTTPError` 401 unless ``request`` has the server's key, if there is one."""
+        expected, headers = self.config.api_key, request.headers
+        if expected is None:
+            return
+        scheme, _, bearer = headers.get("authorization", "").partition(" ")
+        given = headers.get("x-api-key") or (bearer.strip() if scheme.lower() == "bearer" else "")
+        if not hmac.compare_digest(given.encode(), expected.encode()):
+            raise HTTPError(401, "give the server's key in the X-API-Key header", {"WWW-Authenticate": "APIKey"})
 
 
 def build_app(door: Door, lifespan: Lifespan | None = None) -> FastAPI:
@@ -75,29 +102,58 @@ def build_app(door: Door, lifespan: Lifespan | None = None) -> FastAPI:
         docs_url=None,  # FastAPI's would load its scripts from elsewhere
         redoc_url=None,
     )
+    app.add_middleware(Observed, metrics=door.metrics)
     problems.install(app)
     add_pages(app)
     _add_probes(app, door)
-    guarded = [Depends(_key_check(door.config.api_key))]
+    _add_predictions(app, door)
+    _add_tasks(app, door)
+    return app
 
-    @app.post("/predict", dependencies=guarded, **schema.PREDICT)
+
+class Direct(APIRoute):
+    """A route whose function gets the request as it is: what FastAPI does around one costs more than the rest."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The function itself."""
+        return self.endpoint
+
+
+def _add_predictions(app: FastAPI, door: Door) -> None:
+    from gpt_serve.serve.call import Call
+
     async def predict(request: Request) -> Response:
-        """Classify one image with the adapter of one task."""
+        """Classify one image, or several, with the adapter of one task."""
         return await Call(door, request).response()
+
+    async def predict_task(request: Request) -> Response:
+        """Classify the image that is the body, with the adapter of the task in the path."""
+        return await Call(door, request).response()
+
+    route: dict[str, Any] = {"methods": ["POST"], "route_class_override": Direct}
+    app.router.add_api_route("/predict", predict, **route, **schema.PREDICT)
+    app.router.add_api_route("/predict/{task}", predict_task, **route, **schema.PREDICT_TASK)
+
+
+def _add_tasks(app: FastAPI, door: Door) -> None:
+    guarded = [Depends(door.check_key)]
 
     @app.get("/tasks", dependencies=guarded, **schema.TASKS)
     async def tasks() -> Response:
         """List the stored adapters; one that cannot be served is listed with the reason."""
-        entries = await asyncio.to_thread(door.store.describe)
-        return JSONResponse({"tasks": [entry.to_dict() for entry in entries]})
+        text = await door.read(_listing, door)
+        return Response(text, media_type="application/json")
 
     @app.get("/tasks/{task}", dependencies=guarded, **schema.TASK)
     async def task(task: str) -> Response:
         """Describe one adapter, with its labels."""
-        summary = await asyncio.to_thread(door.store.summary, check_task_name(task))
+        name = check_task_name(task)
+        summary = await door.read(lambda: door.store.summary(name))
         return JSONResponse(summary.to_dict() | {"labels": list(summary.labels)})
 
-    return app
+
+def _listing(door: Door) -> bytes:
+    return json.dumps({"tasks": [entry.to_dict() for entry in door.store.describe()]}, ensure_ascii=False).encode()
 
 
 def _add_probes(app: FastAPI, door: Door) -> None:
@@ -114,73 +170,39 @@ def _add_probes(app: FastAPI, door: Door) -> None:
         assert spec is not None
         return JSONResponse({"status": "ready", "backbone": spec.name, "backbone_sha256": spec.fingerprint})
 
-    @app.get("/metrics", **schema.METRICS)
+    @app.get("/metrics", dependencies=[Depends(door.check_key)], **schema.METRICS)
     async def metrics() -> Response:
-        """Prometheus metrics."""
-        return Response(door.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+        """Prometheus metrics. They name tasks, so they need the key where there is one."""
+        text = await door.read(door.metrics.text)
+        return Response(text, media_type=CONTENT_TYPE_LATEST)
 
 
-class Call:
-    """One ``POST /predict`` from admission to answer."""
+class Observed:
+    """Counts every answer, whoever gave it, and answers HEAD wherever GET is answered.
 
-    def __init__(self, door: Door, request: Request) -> None:
-        self.door = door
-        self.request = request
-        self.started = time.monotonic()
-        self.expires = self.started + door.config.deadline
-        self.task = ""  # once it is known to exist: the label of the metrics
+    A route may leave the name of a stored task in the scope's ``gpt_serve.task``.
+    """
 
-    async def response(self) -> Response:
-        """The answer or the problem, counted."""
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app = app
+        self.metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        began, status = time.monotonic(), 500
+        inner = scope if scope["method"] != "HEAD" else {**scope, "method": "GET"}
+
+        async def sending(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
         try:
-            answer = await self._answer()
-            response = Response(answer.content, media_type=answer.media_type)
-        except (GPTServeError, HTTPError) as error:
-            response = problems.problem_of(error)
-        self.door.metrics.answered(self.task, response.status_code, time.monotonic() - self.started)
-        return response
-
-    async def _answer(self) -> Answer:
-        """The slot is taken before the body is read, so that bodies in memory are bounded too."""
-        state = self.door.state
-        state.admit()
-        try:
-            item = await self._read()
-            state.assign(self.task)
-        except BaseException:
-            state.release()
-            raise
-        # The job outlives this call when the deadline passes: its slot is free once the worker is done with it.
-        job = self.door.asks.ask(item)
-        job.add_done_callback(self._finish)
-        try:
-            async with asyncio.timeout_at(self._loop_deadline()):
-                return await asyncio.shield(job)
-        except TimeoutError:
-            raise DeadlineExceeded(f"no answer within {self.door.config.deadline:g} s: try again later") from None
-
-    async def _read(self) -> Item:
-        limits = self.door.config
-        try:
-            async with asyncio.timeout_at(self._loop_deadline()):
-                wanted = await read_request(self.request, limits.max_body_bytes)
-        except TimeoutError:
-            raise InvalidRequest(f"the body did not arrive within {limits.deadline:g} s") from None
-        self.door.store.signature(wanted.task)
-        self.task = wanted.task
-        return Item(wanted.task, wanted.image, wanted.top_k, self.expires)
-
-    def _finish(self, job: "asyncio.Future[Answer]") -> None:
-        self.door.state.release(self.task)
-        job.exception()  # when nobody waits for the answer any more, nobody need hear of it
-
-    def _loop_deadline(self) -> float:
-        return asyncio.get_running_loop().time() + self.expires - time.monotonic()
-
-
-def _key_check(expected: str | None) -> Callable[..., None]:
-    def check(key: str | None = Depends(_key_header)) -> None:
-        if expected is not None and not hmac.compare_digest((key or "").encode(), expected.encode()):
-            raise HTTPError(401, "give the server's key in the X-API-Key header", {"WWW-Authenticate": "APIKey"})
-
-    return check
+            await self.app(inner, receive, sending)
+        finally:
+            route = getattr(inner.get("route"), "path", "")
+            self.metrics.answered(route, inner.get("gpt_serve.task", ""), status, time.monotonic() - began)

@@ -1,6 +1,8 @@
 """What a server can be told."""
 
+import math
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -38,11 +40,14 @@ class ServeConfig:
         batch_timeout: seconds that a decoded image waits for others that are on their way.
         max_body_bytes: largest request body; beyond it 413.
         max_pixels: largest image, width times height; beyond it 413.
-        queue_limit: most requests admitted at once, which also bounds the memory for their bodies; beyond it 503.
-            From 8 on, a quarter of it is out of reach for any one task.
+        queue_limit: most images admitted at once, which also bounds the memory for them; beyond it 503. When all
+            places are taken, the task with most of them gives one up to a task with fewer.
+        max_connections: most connections open at once; one more takes the place of the one that has been idle longest.
         deadline: seconds from the first header to the answer; beyond it 504.
-        drain: seconds that admitted requests get to finish after SIGTERM or SIGINT.
-        api_key: what ``X-API-Key`` must say for ``/predict`` and ``/tasks``; None asks for none.
+        drain: seconds that admitted requests get to finish after SIGTERM, SIGINT or SIGHUP.
+        load_timeout: seconds that a worker may take to load the backbone.
+        api_key: what ``X-API-Key`` must say for everything but ``/health``, ``/ready`` and ``/docs``; None asks for
+            none. By default it comes from the environment variable ``LIT_SERVER_API_KEY``.
     """
 
     host: str = "127.0.0.1"
@@ -63,9 +68,11 @@ class ServeConfig:
     max_body_bytes: int = 10 * 2**20
     max_pixels: int = 50_000_000
     queue_limit: int = 128
+    max_connections: int = 1024
     deadline: float = 30.0
     drain: float = 30.0
-    api_key: str | None = field(default_factory=lambda: os.environ.get("LIT_SERVER_API_KEY") or None, repr=False)
+    load_timeout: float = 900.0
+    api_key: str | None = field(default_factory=lambda: _key_of_environment(), repr=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
@@ -77,14 +84,16 @@ class ServeConfig:
             "max_body_bytes",
             "max_pixels",
             "queue_limit",
+            "max_connections",
             "deadline",
             "drain",
+            "load_timeout",
         ):
-            if getattr(self, name) <= 0:
-                raise UsageError(f"{name} is {getattr(self, name)}: it must be more than 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise UsageError(f"{name} is {getattr(self, name)}: it must be a number and more than 0")
         for name in ("host_bytes", "batch_timeout"):
-            if getattr(self, name) < 0:
-                raise UsageError(f"{name} is {getattr(self, name)}: it must not be negative")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UsageError(f"{name} is {getattr(self, name)}: it must be a number and not negative")
         kind, _, index = self.device.partition(":")
         if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
             raise UsageError(f"unknown device {self.device!r}: use cpu, cuda or cuda:<index>")
@@ -105,3 +114,18 @@ class ServeConfig:
     @property
     def _needs_torch(self) -> bool:
         return self.compile or self.precision == "bf16"
+
+
+def _key_of_environment() -> str | None:
+    """The key in ``LIT_SERVER_API_KEY``; None if that is not set.
+
+    A variable that is set but empty comes from a mistake in a deployment, and the server must not stand open for it.
+    White space around the key is left out: files that keys are read from end with a line break.
+    """
+    value = os.environ.get("LIT_SERVER_API_KEY")
+    if value is None:
+        return None
+    key = value.strip()
+    if not re.fullmatch(r"[\x21-\x7e]+", key):
+        raise UsageError("LIT_SERVER_API_KEY is empty, or holds what no header can: unset it, or give a key in ASCII")
+    return key

@@ -1,84 +1,121 @@
-"""The request of ``POST /predict``: from untrusted bytes to a task, an image file and a number."""
+"""The request of a prediction: from the bytes of a body to a task, image files and a number.
+
+Bodies come from strangers. What a valid one can hold is bounded before anything is parsed, so that no body costs more
+than a few passes over its bytes, and all that is not small is parsed outside the event loop.
+"""
 
 import base64
 import binascii
 import json
-from collections.abc import AsyncIterator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastapi import Request
-from starlette.datastructures import FormData, Headers, UploadFile
-from starlette.formparsers import MultiPartException, MultiPartParser
-from starlette.requests import ClientDisconnect
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
 
-from gpt_serve.errors import ImageTooLarge, InvalidRequest
+from gpt_serve.errors import InvalidRequest
 from gpt_serve.serve.problems import HTTPError
 from gpt_serve.specs import check_task_name
 
 FIELDS = ("task", "image", "top_k")
 DEFAULT_TOP_K = 5
 MAX_TOP_K = 1000
+MAX_IMAGES = 64
+
+_MAX_PARTS = MAX_IMAGES + 8
 _MAX_FIELD_BYTES = 4096
+_MAX_JSON_MARKS = 4 * _MAX_PARTS  # quotes, brackets, commas: a body that holds more is no request
+_JSON_MARKS = (b'"', b"[", b"{", b",")
+_BASE64_SLICE = 4 * 2**16
+
+Fields = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class PredictRequest:
-    """A well-formed request; whether the task exists and the image decodes is not known yet."""
+    """A well-formed request; whether the task exists and the images decode is not known yet.
+
+    Attributes:
+        task: a valid name.
+        images: one file or more.
+        top_k: how many labels an answer lists at most.
+        several: whether the images came as a list, so that the answer is a list, too.
+    """
 
     task: str
-    image: bytes
+    images: tuple[bytes, ...]
     top_k: int
+    several: bool = False
 
 
-async def read_request(request: Request, max_bytes: int) -> PredictRequest:
-    """Read and check ``request``, never holding more than ``max_bytes`` of its body.
+def media_type(headers: Mapping[str, str]) -> str:
+    """The request's media type without its parameters, in lower case; empty if there is none.
+
+    Raises:
+        HTTPError: 415, the body is compressed.
+    """
+    if headers.get("content-encoding", "identity").strip().lower() != "identity":
+        raise HTTPError(415, "send the body without content-encoding: images are compressed already")
+    return headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def check_media_type(kind: str) -> None:
+    """Raise `HTTPError` 415 unless a body of this type has fields."""
+    if kind not in ("multipart/form-data", "application/json"):
+        raise HTTPError(415, "send a multipart/form-data form, or application/json with the image in base64")
+
+
+def parse(headers: Mapping[str, str], query: Iterable[tuple[str, str]], body: bytes, task: str = "") -> PredictRequest:
+    """The request that ``body`` and ``query`` make.
+
+    Args:
+        headers: the request's.
+        query: the parameters of its target, in order.
+        body: all of it. A form, or JSON; where ``task`` is given, anything else is the image itself.
+        task: the name in the path; empty if there is none.
 
     Raises:
         HTTPError: 415, neither a form nor JSON.
-        ImageTooLarge: the body is larger than ``max_bytes``.
         InvalidRequest: a field is missing, unknown, given twice or malformed.
         InvalidTaskName: the task's name breaks the rules.
     """
-    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if content_type not in ("multipart/form-data", "application/json"):
-        raise HTTPError(415, "send a multipart/form-data form, or application/json with the image in base64")
-    if request.headers.get("content-encoding", "identity").strip().lower() != "identity":
-        raise HTTPError(415, "send the body without content-encoding: images are compressed already")
-    body = await _read_body(request, max_bytes)
-    fields = _json_fields(body) if content_type == "application/json" else await _form_fields(request.headers, body)
-    for name, text in request.query_params.multi_items():
+    kind = media_type(headers)
+    if kind == "application/json":
+        fields = _json_fields(body)
+    elif kind == "multipart/form-data" or not task:
+        check_media_type(kind)
+        fields = _form_fields(headers["content-type"], body)
+    else:
+        fields = {"image": body}
+    if task:
+        _add(fields, "task", task)
+    for name, text in query:
         if name not in ("task", "top_k"):
             raise InvalidRequest(f"unknown query parameter {name[:64]!r}: only task and top_k may be given there")
-        value = _top_k(text) if name == "top_k" else text
-        if fields.setdefault(name, value) != value:
-            raise InvalidRequest(f"{name} is given twice with different values: give it once")
+        _add(fields, name, _top_k(text) if name == "top_k" else text)
     for name, hint in (("task", "the name of a task, see GET /tasks"), ("image", "a JPEG, PNG or WebP file")):
         if not fields.get(name):
             raise InvalidRequest(f"field {name!r} is missing or empty: give {hint}")
-    return PredictRequest(check_task_name(fields["task"]), fields["image"], fields.get("top_k", DEFAULT_TOP_K))
+    images, several = fields["image"], isinstance(fields["image"], list)
+    return PredictRequest(
+        check_task_name(fields["task"]),
+        tuple(images) if several else (images,),
+        fields.get("top_k", DEFAULT_TOP_K),
+        several,
+    )
 
 
-async def _read_body(request: Request, max_bytes: int) -> bytes:
-    """The whole body; a declared length is refused early, an undeclared one as soon as it grows too large."""
-    too_large = ImageTooLarge(f"the body has more than {max_bytes} bytes: send a smaller image")
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > max_bytes:
-        raise too_large
-    body = bytearray()
+def _add(fields: Fields, name: str, value: Any) -> None:
+    if fields.setdefault(name, value) != value:
+        raise InvalidRequest(f"{name} is given twice with different values: give it once")
+
+
+def _json_fields(body: bytes) -> Fields:
+    # What a hostile body may do: nest a million brackets, name a million keys, spell a million-digit number.
+    if any(_more_than(_MAX_JSON_MARKS, mark, body) for mark in _JSON_MARKS):
+        raise InvalidRequest("the body holds too much JSON: send an object with task and image")
     try:
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > max_bytes:
-                raise too_large
-    except ClientDisconnect:
-        raise InvalidRequest("the client left before its request was complete") from None
-    return bytes(body)
-
-
-def _json_fields(body: bytes) -> dict[str, Any]:
-    try:
-        # A hostile body may nest a million brackets, spell a million-digit number, or name a key twice.
         fields = json.loads(body, object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError):
         raise InvalidRequest("the body is not valid JSON: send an object with task and image") from None
@@ -90,46 +127,119 @@ def _json_fields(body: bytes) -> dict[str, Any]:
     if "top_k" in fields:
         fields["top_k"] = _top_k(fields["top_k"])
     if "image" in fields:
-        fields["image"] = _base64(fields["image"])
+        images = fields["image"]
+        fields["image"] = _base64s(images) if isinstance(images, list) else _base64(images)
     return fields
 
 
-async def _form_fields(headers: Headers, body: bytes) -> dict[str, Any]:
-    async def stream() -> AsyncIterator[bytes]:
-        yield body
+def _more_than(most: int, mark: bytes, body: bytes) -> bool:
+    """Whether ``mark`` is in ``body`` more than ``most`` times, without a look at what comes after."""
+    position = -1
+    for _ in range(most + 1):
+        position = body.find(mark, position + 1)
+        if position < 0:
+            return False
+    return True
 
-    parser = MultiPartParser(headers, stream(), max_files=1, max_fields=2, max_part_size=_MAX_FIELD_BYTES)  # type: ignore[arg-type]
-    try:
-        form = await parser.parse()
-    except MultiPartException as error:
-        raise InvalidRequest(f"the form cannot be read: {error.message}") from None
-    except ValueError:  # a charset that makes no sense
-        raise InvalidRequest("the form cannot be read: its text is not UTF-8") from None
-    try:
-        fields = await _parts(form)
-    finally:
-        await form.close()  # what was uploaded, which is a file of its own
+
+def _form_fields(content_type: str, body: bytes) -> Fields:
+    fields: Fields = {}
+    for name, is_file, value in _Form(content_type).parse(body):
+        if is_file is not (name == "image"):
+            raise InvalidRequest(f"field {name[:64]!r} must {'' if name == 'image' else 'not '}be a file")
+        if name == "image" and name in fields:
+            fields[name] = [*_listed(fields[name]), value]
+        elif name in fields:
+            raise InvalidRequest(f"field {name[:64]!r} is given twice: give it once")
+        else:
+            fields[name] = value if is_file else _text(value)
     _check_names(fields)
+    if isinstance(fields.get("image"), list):
+        _check_images(fields["image"])
     if "top_k" in fields:
         fields["top_k"] = _top_k(fields["top_k"])
     return fields
 
 
-async def _parts(form: FormData) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
-    for name, value in form.multi_items():
-        if name in fields:
-            raise InvalidRequest(f"field {name[:64]!r} is given twice: give it once")
-        if isinstance(value, UploadFile) is not (name == "image"):
-            raise InvalidRequest(f"field {name[:64]!r} must {'' if name == 'image' else 'not '}be a file")
-        fields[name] = await value.read() if isinstance(value, UploadFile) else value
-    return fields
+class _Form:
+    """A multipart form (RFC 7578), read with a limit on everything but the files' bytes."""
+
+    def __init__(self, content_type: str) -> None:
+        self.parts: list[tuple[str, bool, bytes]] = []  # name, whether it is a file, content
+        self._complete = False
+        self._headers: dict[bytes, bytes] = {}
+        self._name, self._value, self._content = bytearray(), bytearray(), bytearray()
+        boundary = parse_options_header(content_type)[1].get(b"boundary", b"")
+        if not boundary:
+            raise InvalidRequest("the form cannot be read: its content type names no boundary")
+        callbacks: Any = {
+            "on_part_begin": self._begin_part,
+            "on_header_field": lambda data, start, end: self._name.extend(data[start:end]),
+            "on_header_value": lambda data, start, end: self._value.extend(data[start:end]),
+            "on_header_end": self._end_header,
+            "on_part_data": lambda data, start, end: self._content.extend(data[start:end]),
+            "on_part_end": self._end_part,
+            "on_end": self._end,
+        }
+        try:
+            self._parser = MultipartParser(boundary, callbacks, max_header_count=8, max_header_size=_MAX_FIELD_BYTES)
+        except FormParserError as error:
+            raise InvalidRequest(f"the form cannot be read: {error}") from None
+
+    def parse(self, body: bytes) -> list[tuple[str, bool, bytes]]:
+        """The parts in order: name, whether it is a file, content."""
+        try:
+            self._parser.write(body)
+        except FormParserError:
+            raise InvalidRequest("the form cannot be read: it is not what its content type promises") from None
+        if not self._complete:
+            raise InvalidRequest("the form cannot be read: it ends before its last boundary")
+        return self.parts
+
+    def _begin_part(self) -> None:
+        if len(self.parts) >= _MAX_PARTS:
+            raise InvalidRequest(f"the form has more than {_MAX_PARTS} parts: send fewer")
+        self._headers, self._content = {}, bytearray()
+
+    def _end_header(self) -> None:
+        self._headers[bytes(self._name).lower()] = bytes(self._value)
+        self._name, self._value = bytearray(), bytearray()
+
+    def _end_part(self) -> None:
+        _, options = parse_options_header(self._headers.get(b"content-disposition", b""))
+        if b"name" not in options:
+            raise InvalidRequest("the form cannot be read: one of its parts has no name")
+        is_file = b"filename" in options
+        if not is_file and len(self._content) > _MAX_FIELD_BYTES:
+            raise InvalidRequest(f"a field of the form has more than {_MAX_FIELD_BYTES} bytes: send a file as a file")
+        self.parts.append((_text(options[b"name"]), is_file, bytes(self._content)))
+
+    def _end(self) -> None:
+        self._complete = True
 
 
-def _check_names(fields: dict[str, Any]) -> None:
+def _text(value: bytes) -> str:
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        raise InvalidRequest("the form cannot be read: its text is not UTF-8") from None
+
+
+def _check_names(fields: Fields) -> None:
     unknown = sorted(set(fields) - set(FIELDS))
     if unknown:
         raise InvalidRequest(f"unknown field {unknown[0][:64]!r}: the fields are {', '.join(FIELDS)}")
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _check_images(images: list[Any]) -> None:
+    if len(images) > MAX_IMAGES:
+        raise InvalidRequest(f"there are {len(images)} images, more than the {MAX_IMAGES} allowed: send fewer at once")
+    if not all(images):
+        raise InvalidRequest("one of the images is empty: give a JPEG, PNG or WebP file")
 
 
 def _top_k(value: Any) -> int:
@@ -139,6 +249,11 @@ def _top_k(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_TOP_K:
         raise InvalidRequest(f"top_k must be a whole number from 1 to {MAX_TOP_K}")
     return value
+
+
+def _base64s(values: list[Any]) -> list[bytes]:
+    _check_images(values)
+    return [_base64(value) for value in values]
 
 
 def _base64(value: Any) -> bytes:
@@ -154,12 +269,23 @@ def _base64(value: Any) -> bytes:
         if not comma or not head.lower().endswith(";base64"):
             raise InvalidRequest("field 'image' is a data: URI without base64: send data:image/...;base64,...")
     try:
-        return base64.b64decode("".join(value.split()), validate=True)
+        return _decoded(value.encode("ascii").translate(None, b" \t\r\n"))
     except (binascii.Error, ValueError):
         raise InvalidRequest("field 'image' is not valid base64") from None
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _decoded(text: bytes) -> bytes:
+    """``text`` from base64, slice by slice: the decoder keeps all threads waiting while it runs."""
+    parts = []
+    for start in range(0, len(text), _BASE64_SLICE):
+        part = text[start : start + _BASE64_SLICE]
+        if b"=" in part and start + _BASE64_SLICE < len(text):
+            raise ValueError("padding before the end")
+        parts.append(base64.b64decode(part, validate=True))
+    return b"".join(parts)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> Fields:
     fields = dict(pairs)
     if len(fields) != len(pairs):
         raise ValueError("a key is given twice")

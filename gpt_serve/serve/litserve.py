@@ -8,13 +8,14 @@ loop and its transport. This module stays free of torch, so that the parent can 
 import json
 import logging
 import re
+import time
 from concurrent.futures import Future
 from dataclasses import asdict
 from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from queue import SimpleQueue
-from threading import Thread
+from threading import Lock, Thread
 from typing import TYPE_CHECKING, Any
 
 from litserve import LitAPI, LitServer
@@ -25,7 +26,7 @@ from gpt_serve.engine.malloc import reuse_freed_memory
 from gpt_serve.errors import GPTServeError, InvalidAdapter
 from gpt_serve.serve.config import ServeConfig
 from gpt_serve.serve.link import Link, take_all
-from gpt_serve.serve.messages import Answer, Answered, Failure, Item, Message, Passed, Ready, Stats
+from gpt_serve.serve.messages import Answer, Answered, Asked, Beat, Failure, Item, Message, Passed, Ready, Stats
 from gpt_serve.serve.process import configure_logging, end_child, guard_child
 
 if TYPE_CHECKING:
@@ -34,18 +35,22 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("gpt_serve.serve")
 
+BEAT = 1.0  # seconds between two signs of life
 CONSUMER = 0  # LitServe numbers its API processes; here it is the only one
 
 
 class PipeTransport(MessageTransport):
-    """A worker's way to the server. One thread sends, once the worker is set up."""
+    """A worker's way to the server; safe to share between threads."""
 
     def __init__(self, connection: "Connection[Any, Any]") -> None:
         self.connection = connection
+        self._lock: Lock | None = None  # made by its first user: a lock cannot be sent to the worker
 
     def send(self, item: Message, consumer_id: int) -> None:
         """Send a message; there is one consumer."""
-        self.connection.send(item)
+        self._lock = self._lock or Lock()
+        with self._lock:
+            self.connection.send(item)
 
     async def areceive(self, timeout: int | None = None, consumer_id: int | None = None) -> Any:
         """The server's side is `Link`."""
@@ -71,13 +76,28 @@ class StreamLoop(LitLoop):
         """Runs for ever; ``request_queue`` and ``transport`` are the link's."""
         answered: SimpleQueue[tuple[int, int, Future[Prediction]]] = SimpleQueue()
         Thread(target=self.answer, args=(lit_api, transport, answered), name="answers", daemon=True).start()
+        Thread(target=self.beat, args=(lit_api, transport), name="beats", daemon=True).start()
+        asked: dict[int, Future[Prediction]] = {}
         while True:
             try:
-                items = request_queue.recv()
+                batch: list[Asked] = request_queue.recv()
             except (EOFError, OSError):
                 end_child()  # the server is gone
-            for number, item in items:
-                lit_api.predict(item).add_done_callback(partial(_put, answered, number, item.top_k))
+            for one in batch:
+                if one.item is None:
+                    lit_api.abandon(asked.get(one.number))
+                    continue
+                future = asked[one.number] = lit_api.predict(one.item)
+                future.add_done_callback(partial(_put, answered, asked, one.number, one.item.top_k))
+
+    def beat(self, lit_api: "PredictAPI", transport: MessageTransport) -> None:
+        """Tell the server again and again that this process runs, and how long its work has been taking."""
+        while True:
+            time.sleep(BEAT)
+            try:
+                transport.send(Beat(lit_api.scheduler.busy()), CONSUMER)
+            except OSError:
+                end_child()  # the server is gone
 
     def answer(self, lit_api: "PredictAPI", transport: MessageTransport, answered: "SimpleQueue[Any]") -> None:
         """Send what is answered, all that is there in one message."""
@@ -137,6 +157,11 @@ class PredictAPI(LitAPI):
     def predict(self, x: Item, **_: Any) -> "Future[Prediction]":
         """The future that will hold the prediction for ``x``, or its error."""
         return self.scheduler.submit(x.task, x.image, x.expires)
+
+    def abandon(self, output: "Future[Prediction] | None") -> None:
+        """Nobody waits any more for ``output``, which is None if it was answered already."""
+        if output is not None:
+            self.scheduler.abandon(output)
 
     def encode_response(self, output: "Future[Prediction]", *, top_k: int = 1, **_: Any) -> Answer | Failure:
         """The answer, or the error, of a future that is done."""
@@ -213,7 +238,14 @@ def report(error: Exception) -> None:
         end_child()
 
 
-def _put(answered: "SimpleQueue[Any]", number: int, top_k: int, future: "Future[Prediction]") -> None:
+def _put(
+    answered: "SimpleQueue[Any]",
+    asked: "dict[int, Future[Prediction]]",
+    number: int,
+    top_k: int,
+    future: "Future[Prediction]",
+) -> None:
+    asked.pop(number, None)
     answered.put((number, top_k, future))
 
 

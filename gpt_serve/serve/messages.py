@@ -2,9 +2,10 @@
 
 ::
 
-    Item ->                     one request, read and checked
-         <- Answered            for one Item: an Answer, or a Failure that says which error it was
-         <- Ready or Failure    once, when the worker has loaded the backbone or cannot
+    Asked ->                     an Item with its number, or that nobody waits for that number any more
+          <- Answered            an Answer for each number, or a Failure that says which error it was
+          <- Ready or Failure    once, when the worker has loaded the backbone or cannot
+          <- Beat                every second from then on
 """
 
 import asyncio
@@ -30,6 +31,19 @@ class Item:
     image: bytes
     top_k: int
     expires: float
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the server sends to a worker.
+
+    Attributes:
+        number: counts the items of a server; the reply comes with it.
+        item: None if whoever waited for the reply to ``number`` has left, so that its work can be saved.
+    """
+
+    number: int
+    item: Item | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +127,19 @@ class Answered:
     stats: Stats
 
 
-Message = Ready | Failure | Answered
+@dataclass(frozen=True, slots=True)
+class Beat:
+    """A sign of life, every second.
+
+    Attributes:
+        busy: for how many seconds the longest piece of work now under way (one pass, one image to decode) has been
+            under way; 0 when there is none. A long queue does not count: only what does not come to an end.
+    """
+
+    busy: float
+
+
+Message = Ready | Failure | Answered | Beat
 """What a worker sends. A `Failure` means that it could not load, and ends."""
 
 
@@ -124,6 +150,7 @@ class Asks(Protocol):
         """Have ``item`` answered; called in the event loop, and does not wait.
 
         The future raises the item's `GPTServeError` instead where there is one: `UnknownTask`, `UndecodableImage`,
-        `NotReady` when the engine's process died, and so on. It may go on after the client has left.
+        `NotReady` when the engine's process died, and so on. When nobody waits for it any more it is cancelled, and
+        what has not been begun by then need not be.
         """
         ...

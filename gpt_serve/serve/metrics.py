@@ -42,6 +42,12 @@ class Metrics:
             ["task", "status"],
             registry=self.registry,
         )
+        self._answers = Counter(
+            "gpt_serve_answers",
+            "All answers by route (empty where there is none) and HTTP status, refusals of any kind included",
+            ["route", "status"],
+            registry=self.registry,
+        )
         self._seconds = Histogram(
             "gpt_serve_request_seconds",
             "Seconds from the first header of POST /predict to its answer",
@@ -63,14 +69,27 @@ class Metrics:
         self._held = {key: Gauge(*texts, registry=self.registry) for key, texts in _HELD.items()}
         self._counted = {key: Counter(*texts, registry=self.registry) for key, texts in _COUNTED.items()}
         self._last: dict[str, float] = {}  # the current worker's numbers
-        self._gauge("gpt_serve_in_flight", "Requests that hold an admission slot", lambda: state.admitted)
+        self._gauge("gpt_serve_in_flight", "Images that hold an admission slot", lambda: state.admitted)
         self._gauge("gpt_serve_ready", "1 while requests are taken on", lambda: _is_ready(state))
         self._gauge("gpt_serve_worker_restarts", "Workers started after the first", lambda: state.restarts)
 
-    def answered(self, task: str, status: int, seconds: float) -> None:
-        """Count one answer. ``task`` must be a stored task's name or empty: names that clients make up are endless."""
-        self._requests.labels(task, str(status)).inc()
-        self._seconds.observe(seconds)
+    def answered(self, route: str, task: str, status: int, seconds: float) -> None:
+        """Count one answer.
+
+        Args:
+            route: the path of the route with its placeholders; empty for what matches none.
+            task: a stored task's name or empty: names that clients make up are endless.
+            status: of the answer.
+            seconds: from the request's headers to the end of the answer.
+        """
+        self._answers.labels(route, str(status)).inc()
+        if route.startswith("/predict"):
+            self._requests.labels(task, str(status)).inc()
+            self._seconds.observe(seconds)
+
+    def refused(self, status: int) -> None:
+        """Count an answer to what never became a request."""
+        self._answers.labels("", str(status)).inc()
 
     def worker(self, stats: Stats, *, new: bool) -> None:
         """Count what came with a message; ``new`` says that its worker has just started, and counts from 0."""

@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from gpt_serve.serve.inputs import DEFAULT_TOP_K, MAX_TOP_K
+from gpt_serve.serve.inputs import DEFAULT_TOP_K, MAX_IMAGES, MAX_TOP_K
 from gpt_serve.serve.problems import MEDIA_TYPE
 
 
@@ -61,6 +61,7 @@ _MEANING = {
     400: "A field is missing, unknown or malformed",
     401: "The key is missing or wrong",
     404: "Unknown task",
+    408: "The body did not arrive in time",
     413: "Body or pixel count over the limit",
     415: "Neither a form nor JSON, or the image is not JPEG, PNG or WebP",
     422: "The image cannot be decoded",
@@ -83,21 +84,39 @@ def _query(name: str, kind: str) -> dict[str, Any]:
     return {"name": name, "in": "query", "description": f"instead of {name} in the body", "schema": {"type": kind}}
 
 
+def _one_or_more(image: dict[str, Any]) -> dict[str, Any]:
+    return {"anyOf": [image, {"type": "array", "items": image, "minItems": 1, "maxItems": MAX_IMAGES}]}
+
+
+_FILE = {"type": "string", "format": "binary", "description": "JPEG, PNG or WebP file"}
+_BASE64 = {"type": "string", "format": "byte", "description": "the file in base64, or as a data: URI"}
 _CONTENT = {
-    "multipart/form-data": _body({"type": "string", "format": "binary", "description": "JPEG, PNG or WebP file"}),
-    "application/json": _body({"type": "string", "format": "byte", "description": "the file in base64"}),
+    "multipart/form-data": _body(_one_or_more(_FILE)),
+    "application/json": _body(_one_or_more(_BASE64)),
 }
+_PREDICT_PROBLEMS = _problems(400, 401, 404, 408, 413, 415, 422, 503, 504)
 
 PREDICT: dict[str, Any] = {
-    "response_model": PredictAnswer,
-    "responses": _problems(400, 401, 404, 413, 415, 422, 503, 504),
+    "response_model": PredictAnswer | list[PredictAnswer | Problem],
+    "responses": _PREDICT_PROBLEMS,
     "openapi_extra": {
         "requestBody": {"required": True, "content": _CONTENT},
         "parameters": [_query("task", "string"), _query("top_k", "integer")],
+    },
+}
+PREDICT_TASK: dict[str, Any] = {
+    "response_model": PredictAnswer | list[PredictAnswer | Problem],
+    "responses": _PREDICT_PROBLEMS,
+    "openapi_extra": {
+        "requestBody": {"required": True, "content": {"image/*": {"schema": _FILE}}},
+        "parameters": [
+            {"name": "task", "in": "path", "required": True, "schema": {"type": "string"}},
+            _query("top_k", "integer"),
+        ],
     },
 }
 TASKS: dict[str, Any] = {"response_model": TaskList, "responses": _problems(401, 503)}
 TASK: dict[str, Any] = {"response_model": TaskDetail, "responses": _problems(400, 401, 404, 503)}
 HEALTH: dict[str, Any] = {"response_model": Alive}
 READY: dict[str, Any] = {"response_model": Ready, "responses": _problems(503)}
-METRICS: dict[str, Any] = {"responses": {200: {"content": {"text/plain": {}}}}}
+METRICS: dict[str, Any] = {"responses": {200: {"content": {"text/plain": {}}}} | _problems(401)}

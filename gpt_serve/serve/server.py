@@ -11,7 +11,7 @@ from multiprocessing.context import SpawnProcess
 from gpt_serve.errors import GPTServeError, NotReady
 from gpt_serve.serve.config import ServeConfig
 from gpt_serve.serve.link import Link
-from gpt_serve.serve.messages import Answer, Answered, Failure, Item, Message, Ready
+from gpt_serve.serve.messages import Answer, Answered, Asked, Beat, Failure, Item, Message, Ready
 from gpt_serve.serve.metrics import Metrics
 from gpt_serve.serve.process import holding_signals
 from gpt_serve.serve.state import ServerState
@@ -38,7 +38,9 @@ class Server:
         self.worker_ready = False
         self.worker_error: GPTServeError | None = None
         self._launch = launch
-        self._pending: dict[int, tuple[asyncio.Future[Answer], float]] = {}  # with the time of submission
+        self._pending: dict[int, asyncio.Future[Answer]] = {}
+        self._beat = Beat(0.0)
+        self._beat_at = 0.0
         self._numbers = count()
         self._link: Link
         self._drained: asyncio.Event
@@ -64,19 +66,20 @@ class Server:
         """Have the worker answer ``item``. Its future raises `NotReady` when the worker dies, see `fail_pending`."""
         number = next(self._numbers)
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._pending[number] = future, time.monotonic()
-        self._link.send((number, item))
+        self._pending[number] = future
+        future.add_done_callback(partial(self._done, number))
+        self._link.send(Asked(number, item))
         return future
 
     def fail_pending(self, reason: str) -> None:
         """Answer every pending request with `NotReady`."""
-        for future, _ in self._pending.values():
-            future.set_exception(NotReady(reason))
-        self._pending.clear()
+        for future in self._pending.values():
+            if not future.done():
+                future.set_exception(NotReady(reason))
 
-    def oldest_pending(self) -> float:
-        """Seconds that the longest pending request has been with the worker; 0 when there is none."""
-        return time.monotonic() - min(began for _, began in self._pending.values()) if self._pending else 0.0
+    def stuck(self) -> float:
+        """Seconds for which one piece of the worker's work has been under way, or the worker has been silent."""
+        return self._beat.busy + time.monotonic() - self._beat_at if self.worker_ready else 0.0
 
     def close(self, worker: SpawnProcess | None) -> None:
         """End the worker. It holds nothing that must be saved, so it is killed rather than asked."""
@@ -85,21 +88,29 @@ class Server:
             worker.kill()
             worker.join()
 
+    def _done(self, number: int, future: "asyncio.Future[Answer]") -> None:
+        del self._pending[number]
+        if future.cancelled():
+            self._link.send(Asked(number, None))
+
     def _receive(self, message: Message) -> None:
         if isinstance(message, Failure):
             self.worker_error = message.error()
-            return
-        self.metrics.worker(message.stats, new=isinstance(message, Ready))
-        if isinstance(message, Ready):
-            self.state.spec = message.spec
-            self.worker_ready = True
+        elif isinstance(message, Beat):
+            self._beat, self._beat_at = message, time.monotonic()
         else:
-            self._settle(message)
+            self.metrics.worker(message.stats, new=isinstance(message, Ready))
+            if isinstance(message, Ready):
+                self.state.spec = message.spec
+                self._beat, self._beat_at = Beat(0.0), time.monotonic()
+                self.worker_ready = True
+            else:
+                self._settle(message)
 
     def _settle(self, message: Answered) -> None:
         for number, reply in message.replies:
-            future, _ = self._pending.pop(number, (None, 0.0))
-            if future is None:
+            future = self._pending.get(number)
+            if future is None or future.done():
                 continue
             if isinstance(reply, Failure):
                 future.set_exception(reply.error())

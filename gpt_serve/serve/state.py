@@ -1,6 +1,6 @@
 """What the routes know of the life of the server behind them. Only the event loop touches it, so it needs no lock."""
 
-from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -15,18 +15,29 @@ _WAITING = {
 }
 
 
-@dataclass
-class ServerState:
-    """The worker's phase, the admitted requests, and whether and why the server is going down.
+@dataclass(eq=False)
+class Slot:
+    """The place of one image among those that the engine has or waits for; `ServerState.release` gives it back.
 
     Attributes:
-        limit: most requests admitted at once.
+        owner: whose it is: a task's name.
+        displaced: called when the slot goes to somebody with fewer of them.
+    """
+
+    owner: str
+    displaced: Callable[[], None]
+
+
+@dataclass
+class ServerState:
+    """The worker's phase, the admitted images, and whether and why the server is going down.
+
+    Attributes:
+        limit: most images admitted at once.
         phase: what the worker is doing.
         spec: the backbone that a worker has loaded; None until the first one has.
-        admitted: requests that hold a slot: from the first header until the worker is done with them, so that a
-            client that left or gave up cannot make the queue grow.
-        by_task: how many of them each task has; at most three quarters of the slots, unless these are few.
         restarts: how many workers were started after the first.
+        store_fault: what is wrong with the adapter folder as a whole; empty when nothing is.
         draining: a signal came; nothing new is admitted.
         fatal: why the server must end, if it must.
     """
@@ -34,11 +45,17 @@ class ServerState:
     limit: int
     phase: Phase = "loading"
     spec: BackboneSpec | None = None
-    admitted: int = 0
-    by_task: Counter[str] = field(default_factory=Counter)
     restarts: int = 0
+    store_fault: str = ""
     draining: bool = False
     fatal: GPTServeError | None = None
+    _slots: dict[str, dict[Slot, None]] = field(default_factory=dict)  # by owner, the oldest first
+    _admitted: int = 0
+
+    @property
+    def admitted(self) -> int:
+        """Images that hold a slot: from the moment that their request is complete until it is answered."""
+        return self._admitted
 
     def check_ready(self) -> None:
         """Raise `NotReady` unless a request would be taken on."""
@@ -46,25 +63,40 @@ class ServerState:
             raise NotReady("the server is shutting down: try another one, or again later")
         if self.phase != "ready":
             raise NotReady(_WAITING[self.phase])
+        if self.store_fault:
+            raise NotReady(self.store_fault)
 
-    def admit(self) -> None:
-        """Take a slot; `release` gives it back. Raises `NotReady` or `Overloaded`."""
+    def admit(self, owner: str, displaced: Callable[[], None]) -> Slot:
+        """Take a slot for ``owner``.
+
+        When all are taken, whoever has most of them gives the newest of those up, if that leaves it no worse off than
+        ``owner``: however many others are noisy, and however they share, a quiet one finds its place.
+
+        Raises:
+            NotReady: nothing is admitted now.
+            Overloaded: all slots are taken, and ``owner`` has as many as anybody else.
+        """
         self.check_ready()
-        if self.admitted >= self.limit:
-            raise Overloaded(f"{self.limit} requests are already waiting: try again in a second")
-        self.admitted += 1
+        if self._admitted >= self.limit:
+            self._displace(owner)
+        slot = Slot(owner, displaced)
+        self._slots.setdefault(owner, {})[slot] = None
+        self._admitted += 1
+        return slot
 
-    def assign(self, task: str) -> None:
-        """Say whose the slot is. Raises `Overloaded` when the task has its share, so that others find some free."""
-        share = self.limit - (self.limit // 4 if self.limit >= 8 else 0)
-        if self.by_task[task] >= share:
-            raise Overloaded(f"{share} requests for this task are already waiting: try again in a second")
-        self.by_task[task] += 1
+    def release(self, slot: Slot) -> None:
+        """Give ``slot`` back; one that was displaced is gone already."""
+        slots = self._slots.get(slot.owner, {})
+        if slot in slots:
+            del slots[slot]
+            self._admitted -= 1
+            if not slots:
+                del self._slots[slot.owner]
 
-    def release(self, task: str = "") -> None:
-        """Give a slot back, assigned to ``task`` if to any."""
-        self.admitted -= 1
-        if task:
-            self.by_task[task] -= 1
-            if not self.by_task[task]:
-                del self.by_task[task]
+    def _displace(self, owner: str) -> None:
+        most = max(self._slots, key=lambda other: len(self._slots[other]))
+        if len(self._slots[most]) <= len(self._slots.get(owner, {})) + 1:
+            raise Overloaded(f"{self.limit} images are already waiting: try again in a second")
+        slot = next(reversed(self._slots[most]))
+        self.release(slot)
+        slot.displaced()

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from importlib import import_module
 from multiprocessing.context import SpawnProcess
@@ -14,8 +14,10 @@ from gpt_serve.serve.server import Server
 logger = logging.getLogger("gpt_serve.serve")
 
 POLL = 0.05  # seconds between looks at a loading worker
+RETRY = 1.0  # seconds between attempts to start one
 MAX_DEATHS = 5  # this many deaths ...
 DEATH_WINDOW = 60.0  # ... within this many seconds are a crash loop
+TOO_SLOW = "the worker did not load the backbone within"
 NOT_LOADED = "the worker died while loading the backbone: see the log above"
 
 
@@ -24,10 +26,10 @@ class Supervisor:
 
     Args:
         server: whose state it keeps up to date.
-        announce: called in a thread each time a worker becomes ready, before requests are taken on.
+        announce: called and awaited each time a worker becomes ready.
     """
 
-    def __init__(self, server: Server, announce: Callable[[], None]) -> None:
+    def __init__(self, server: Server, announce: Callable[[], Awaitable[None]]) -> None:
         self.server = server
         self.announce = announce
         self.worker: SpawnProcess | None = None
@@ -37,14 +39,19 @@ class Supervisor:
         state = self.server.state
         deaths: list[float] = []
         while state.fatal is None:
-            self.worker = self.server.start_worker()
+            try:
+                self.worker = self.server.start_worker()
+            except OSError as error:  # too many files or processes just now
+                logger.error("a worker cannot be started: %s; trying again", error.strerror)
+                await asyncio.sleep(RETRY)
+                continue
             # The worker needs seconds to load; meanwhile this process imports what it needs of torch.
             await asyncio.to_thread(import_module, "gpt_serve.adapters.store")
             died = _readable(self.worker.sentinel)
             loaded = await self._until_ready(died)
             if loaded:
-                await asyncio.to_thread(self.announce)  # it lists the adapters, which may lie beyond a network
                 state.phase = "ready"
+                await self.announce()
                 await self._until_dead(died)
             asyncio.get_running_loop().remove_reader(self.worker.sentinel)
             state.phase = "restarting"
@@ -58,10 +65,17 @@ class Supervisor:
             state.restarts += 1
 
     async def _until_ready(self, died: asyncio.Event) -> bool:
-        """Whether the worker loaded its backbone before it died."""
+        """Whether the worker loaded its backbone before it died; one that takes too long is killed."""
+        assert self.worker is not None
+        patience = self.server.config.load_timeout
+        began = time.monotonic()
         while not died.is_set():
             if self.server.worker_ready:
                 return True
+            if time.monotonic() - began > patience and self.server.worker_error is None:
+                logger.error("the worker has not loaded the backbone within %.0f s: killing it", patience)
+                self.server.worker_error = NotReady(f"{TOO_SLOW} {patience:.0f} s: look at what it loads from")
+                self.worker.kill()
             await asyncio.sleep(POLL)
         return False
 
@@ -70,8 +84,8 @@ class Supervisor:
         assert self.worker is not None
         patience = 2 * self.server.config.deadline
         while not died.is_set():
-            if self.server.oldest_pending() > patience:
-                logger.error("the worker has not answered for %.0f s: killing it", patience)
+            if self.server.stuck() > patience:
+                logger.error("the worker has been stuck for %.0f s: killing it", patience)
                 self.worker.kill()
             with suppress(TimeoutError):
                 await asyncio.wait_for(died.wait(), min(1.0, patience / 4))

@@ -210,6 +210,7 @@ def test_decoding_takes_turns_too() -> None:
     with scheduling(engine) as scheduler:
         flood = [scheduler.submit("flood", b"x", soon()) for _ in range(200)]
         trickle = scheduler.submit("trickle", b"x", soon())
+        until(lambda: len(scheduler._small) == 201 - (os.cpu_count() or 1))  # the rest is with the decoders
         engine.decoder_gate.set()
         wait([trickle, *flood], timeout=10)
     assert engine.decoded.index("trickle") < 2 * (os.cpu_count() or 1) + 2
@@ -228,11 +229,11 @@ def test_without_overlap_nothing_is_decoded_during_a_pass() -> None:
 
 def test_without_overlap_a_batch_waits_for_decoding_as_long_as_it_pays() -> None:
     """With a window of nothing batches still fill up: the next rows come faster than passes over few would go."""
-    engine = Engine(seconds=0.5, decode_seconds=0.001)
+    engine = Engine(seconds=0.015, decode_seconds=0.0005)
     with scheduling(engine, overlap=False, batch_timeout=0.0, max_batch=64) as scheduler:
         scheduler.submit("a", b"x", soon()).result(timeout=10)
         wait([scheduler.submit("a", b"x", soon()) for _ in range(64)], timeout=10)
-    assert [len(batch) for batch in engine.batches] == [1, 64]
+    assert len(engine.batches) <= 6, "nearly all share a pass"
 
 
 def test_a_cold_adapter_holds_up_its_own_requests_only() -> None:

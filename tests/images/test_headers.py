@@ -1,12 +1,14 @@
 """What is read from raw bytes: formats, JPEG scans, WebP sizes, EXIF orientation."""
 
+import io
+import re
 import struct
 
 import pytest
 from PIL import Image
 
-from gpt_serve.errors import UndecodableImage, UnsupportedImage
-from gpt_serve.images.headers import check_jpeg, identify, orientation, webp_size
+from gpt_serve.errors import ImageTooLarge, UndecodableImage, UnsupportedImage
+from gpt_serve.images.headers import check_jpeg, check_png, identify, orientation, pixels, webp_size
 from tests.hostile_images import encode, jpeg_scan_bomb, photo
 
 
@@ -120,3 +122,34 @@ def test_orientation_of_damaged_exif_never_raises(kept):
 
 def test_orientation_ignores_a_false_entry_count():
     assert orientation(tiff("<", tag=0x010F, count=65_535)) == 1
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_pixels_are_what_pillow_finds(kind):
+    data = encode(kind, photo(300, 200))
+    with Image.open(io.BytesIO(data)) as image:
+        assert pixels(data) == image.width * image.height > 1
+    assert pixels(data[:10]) == pixels(b"") == 0
+
+
+def test_a_large_jpeg_may_have_fewer_scans():
+    """Each of 49 scans of 50 million pixels takes 25 ms."""
+    small = jpeg_scan_bomb(30)
+    frame = re.search(rb"\xff[\xc0-\xc2]..\x08", small, re.S).end()
+    large = small[:frame] + struct.pack(">HH", 7000, 7000) + small[frame + 4 :]
+    check_jpeg(small)
+    with pytest.raises(UndecodableImage, match="too many scans"):
+        check_jpeg(large)
+
+
+def test_png_chunks_and_sides_have_limits():
+    def png(width: int, chunks: int) -> bytes:
+        head = struct.pack(">I4sIIBBBBB", 13, b"IHDR", width, 1, 8, 0, 0, 0, 0) + bytes(4)
+        return b"\x89PNG\r\n\x1a\n" + head + (struct.pack(">I4s", 0, b"tEXt") + bytes(4)) * chunks
+
+    check_png(png(65_535, 10_000))
+    check_png(b"\x89PNG\r\n\x1a\n" + b"\xff" * 100)  # for Pillow to refuse
+    with pytest.raises(UndecodableImage, match="too many chunks"):
+        check_png(png(1, 600_000))
+    with pytest.raises(ImageTooLarge, match="a side of more than 65535"):
+        check_png(png(50_000_000, 1))

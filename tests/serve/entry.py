@@ -8,19 +8,26 @@ With ``stub`` neither it nor its worker imports torch: requests are answered by 
     others     at once
 
 The worker loads once there is no file ``hold-start`` in that folder, and refuses the backbone ``refused``.
+
+With ``trouble`` the real engine does what the task's name asks for::
+
+    heavy-*    takes half a second for each image
+    stuck-*    has its file where no look at it ever comes back
 """
 
 import json
 import sys
 import time
-from concurrent.futures import Future
-from dataclasses import dataclass
+from collections.abc import Sequence
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
-from gpt_serve.errors import GPTServeError, UnsupportedBackbone
+from gpt_serve.errors import DeadlineExceeded, GPTServeError, UnsupportedBackbone
 from gpt_serve.serve import ServeConfig
 from gpt_serve.serve.litserve import PredictAPI
 from gpt_serve.serve.messages import Stats
@@ -49,6 +56,14 @@ class StubScheduler:
     def __init__(self, folder: Path) -> None:
         self.engine = SimpleNamespace(backbone=SimpleNamespace(spec=SPEC))
         self.folder = folder
+        self.hung_since = float("inf")
+
+    def busy(self) -> float:
+        return max(0.0, time.monotonic() - self.hung_since)
+
+    def abandon(self, future: "Future[Answered]") -> None:
+        with suppress(InvalidStateError):
+            future.set_exception(DeadlineExceeded("nobody waits"))
 
     def submit(self, task: str, image: bytes, expires: float) -> "Future[Answered]":
         future: Future[Answered] = Future()
@@ -58,13 +73,15 @@ class StubScheduler:
     def _answer(self, task: str, future: "Future[Answered]") -> None:
         kind = task.partition("-")[0]
         if kind == "hang":
+            self.hung_since = min(self.hung_since, time.monotonic())
             return
         if kind == "held":
             wait_while(self.folder / "hold")
-        if kind == "bug":
-            future.set_exception(GPTServeError("RuntimeError in the engine"))
-        else:
-            future.set_result(Answered(task))
+        with suppress(InvalidStateError):  # nobody waits any more
+            if kind == "bug":
+                future.set_exception(GPTServeError("RuntimeError in the engine"))
+            else:
+                future.set_result(Answered(task))
 
 
 class StubAPI(PredictAPI):
@@ -78,6 +95,37 @@ class StubAPI(PredictAPI):
 
     def stats(self) -> Stats:
         return Stats(dict.fromkeys([*_HELD, *_COUNTED], 0.0))
+
+
+class Troubled:
+    """The engine, but for some tasks."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine, self.bank, self.backbone = engine, engine.bank, engine.backbone
+
+    def prepare(self, resident: Any, image: bytes) -> Any:
+        row = self.engine.prepare(resident, image)
+        heavy = resident.task.startswith("heavy") and not isinstance(row, GPTServeError)
+        return replace(row, work=100 * row.work) if heavy else row
+
+    def compute(self, rows: Sequence[Any]) -> list[Any]:
+        time.sleep(0.5 * sum(row.resident.task.startswith("heavy") for row in rows))
+        return list(self.engine.compute(rows))
+
+
+class TroubledAPI(PredictAPI):
+    def load(self, device: str) -> Any:
+        scheduler = super().load(device)
+        scheduler.engine = Troubled(scheduler.engine)
+        store = scheduler.engine.bank.store
+        signature = store.signature
+
+        def looking(task: str) -> Any:
+            time.sleep(3600 if task.startswith("stuck") else 0)
+            return signature(task)
+
+        store.signature = looking
+        return scheduler
 
 
 class StubStore:
@@ -100,12 +148,12 @@ def wait_while(file: Path) -> None:
 
 def main() -> int:
     options = json.loads(sys.argv[1])
-    stub = options.pop("stub", False)
+    stub, trouble = options.pop("stub", False), options.pop("trouble", False)
     if stub:
         sys.modules["gpt_serve.adapters.store"] = SimpleNamespace(AdapterStore=StubStore)  # type: ignore[assignment]
     paths = {name: Path(options[name]) for name in ("checkpoint",) if name in options}
     try:
-        return run_server(ServeConfig(**options | paths), StubAPI if stub else PredictAPI)
+        return run_server(ServeConfig(**options | paths), StubAPI if stub else TroubledAPI if trouble else PredictAPI)
     except GPTServeError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2

@@ -134,7 +134,8 @@ FILE = ("x.png", encode(0))
         {"files": [("task", (None, b"birds"))]},
         {"files": [("task", (None, b"birds")), ("image", (None, b"text"))]},
         {"files": [("task", ("task.txt", b"birds")), ("image", FILE)]},
-        {"files": [("image", FILE), ("image", FILE)], "data": {"task": "birds"}},
+        {"files": [("image", FILE)] * 65, "data": {"task": "birds"}},
+        {"files": [("image", FILE), ("image", ("x.png", b""))], "data": {"task": "birds"}},
         {"files": [("image", FILE)], "data": {"task": ["birds", "cars"]}},
         {"files": [("image", FILE)], "data": {"task": "birds", "other": "x"}},
         {"files": [("image", FILE)], "data": {"task": "birds", "top_k": "0"}},
@@ -190,7 +191,8 @@ def test_404_and_405_of_routes_are_problems_too(server: ServerProcess) -> None:
     wrong = server.get("/predict")
     check_problem(wrong, 405)
     assert wrong.headers["allow"] == "POST"
-    check_problem(server.client.request("BREW", server.url + "/health"), 405)
+    check_problem(server.client.request("PATCH", server.url + "/health"), 405)
+    check_problem(server.client.request("BREW", server.url + "/health"), 400)
 
 
 @pytest.mark.parametrize("task", ["..", "%2e%2e", "A", "a%00b", "%20", "a" * 65, "caf%C3%A9", "%ff"])

@@ -25,7 +25,7 @@ from gpt_serve.errors import CheckpointError, GPTServeError, UndecodableImage, U
 from gpt_serve.serve import ServeConfig, litserve
 from gpt_serve.serve.link import Link, take_all
 from gpt_serve.serve.litserve import CONSUMER, PipeTransport, PredictAPI, report
-from gpt_serve.serve.messages import Answer, Answered, Failure, Item, Ready
+from gpt_serve.serve.messages import Answer, Answered, Asked, Failure, Item, Ready
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +104,7 @@ def item(task: str, top_k: int = 5, *, image: bytes = b"image", seconds: float =
     return Item(task, image, top_k, time.monotonic() + seconds)
 
 
-def work(api: PredictAPI, *messages: list[tuple[int, Item]]) -> dict[int, Any]:
+def work(api: PredictAPI, *messages: list[Asked]) -> dict[int, Any]:
     """Put messages through LitServe's worker function; the replies by number."""
     wanted = sum(len(message) for message in messages)
     sent: deque[Any] = api.transport.sent  # type: ignore[attr-defined]
@@ -133,9 +133,9 @@ def work(api: PredictAPI, *messages: list[tuple[int, Item]]) -> dict[int, Any]:
 def test_errors_are_values(api: PredictAPI) -> None:
     replies = work(
         api,
-        [(0, item("unknown")), (1, item("good", 1))],
-        [(2, item("good", image=b"bad")), (3, item("good", seconds=-1)), (4, item("broken"))],
-        [(5, item("other"))],
+        [Asked(0, item("unknown")), Asked(1, item("good", 1))],
+        [Asked(2, item("good", image=b"bad")), Asked(3, item("good", seconds=-1)), Asked(4, item("broken"))],
+        [Asked(5, item("other"))],
     )
     assert replies[0] == Failure("UnknownTask", "no such task")
     best = {"label": "b", "probability": 0.75}
@@ -161,7 +161,7 @@ def test_probabilities_that_are_no_numbers_are_the_adapters_fault(api: PredictAP
 
 
 def test_numbers_come_along_once(api: PredictAPI) -> None:
-    work(api, [(number, item("good")) for number in range(20)], [(20, item("good", image=b"bad"))])
+    work(api, [Asked(number, item("good")) for number in range(20)], [Asked(20, item("good", image=b"bad"))])
     messages = api.transport.sent  # type: ignore[attr-defined]
     assert isinstance(messages[0], Ready) and messages[0].spec == "the spec"
     assert messages[0].stats.passes == [] and messages[0].stats.bank["hits"] == 0

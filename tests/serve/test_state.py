@@ -1,6 +1,6 @@
 """Slots and numbers in the API process."""
 
-from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -10,63 +10,68 @@ from gpt_serve.engine.bank import BankStats
 from gpt_serve.errors import NotReady, Overloaded
 from gpt_serve.serve.messages import Passed, Stats
 from gpt_serve.serve.metrics import Metrics
-from gpt_serve.serve.state import ServerState
+from gpt_serve.serve.state import ServerState, Slot
 
 
 def ready(limit: int) -> ServerState:
     return ServerState(limit, phase="ready")
 
 
-def take(state: ServerState, task: str, count: int) -> int:
-    """How many of ``count`` requests for ``task`` are taken on."""
-    taken = 0
+def take(state: ServerState, task: str, count: int, displaced: list[str] | None = None) -> list[Slot]:
+    """The slots of those of ``count`` images for ``task`` that are taken on."""
+    taken = []
     for _ in range(count):
-        try:
-            state.admit()
-        except Overloaded:
-            continue
-        try:
-            state.assign(task)
-        except Overloaded:
-            state.release()
-            continue
-        taken += 1
+        with suppress(Overloaded):
+            taken.append(state.admit(task, lambda: None if displaced is None else displaced.append(task)))
     return taken
 
 
-@pytest.mark.parametrize(("limit", "share"), [(1, 1), (7, 7), (8, 6), (16, 12), (128, 96)])
-def test_one_task_gets_its_share_and_all_together_the_limit(limit: int, share: int) -> None:
-    state = ready(limit)
-    assert take(state, "flood", 2 * limit) == share == state.admitted
-    assert take(state, "trickle", limit) == limit - share
-    assert state.admitted == limit and state.by_task == Counter(flood=share, trickle=limit - share)
-    with pytest.raises(Overloaded, match=f"^{limit} requests are already waiting"):
-        state.admit()
-    for task in ["flood"] * share + ["trickle"] * (limit - share):
-        state.release(task)
-    assert state.admitted == 0 and not state.by_task
-    assert take(state, "flood", 1) == 1
-
-
-def test_a_slot_without_a_task_counts_for_none() -> None:
-    """While its body is read, nobody knows whose it is."""
+def test_one_task_may_have_all_slots_while_nobody_else_wants_any() -> None:
     state = ready(8)
-    for _ in range(8):
-        state.admit()
-    with pytest.raises(Overloaded):
-        state.admit()
-    for _ in range(6):
-        state.assign("flood")
-    with pytest.raises(Overloaded, match="^6 requests for this task are already waiting"):
-        state.assign("flood")
-    state.assign("other")
+    flood = take(state, "flood", 20)
+    assert len(flood) == 8 == state.admitted
+    with pytest.raises(Overloaded, match="^8 images are already waiting"):
+        state.admit("flood", lambda: None)
+    for slot in flood:
+        state.release(slot)
+    assert state.admitted == 0 and len(take(state, "flood", 9)) == 8
+
+
+@pytest.mark.parametrize("noisy", [1, 2, 3, 5])
+def test_a_quiet_task_finds_its_place_however_many_others_are_noisy(noisy: int) -> None:
+    """Fixed shares would not do: two tasks with three quarters each are enough to fill all."""
+    state, displaced = ready(16), list[str]()
+    for number in range(noisy):
+        take(state, f"noisy-{number}", 40, displaced)
+    displaced.clear()
+    quiet = take(state, "quiet", 2)
+    assert len(quiet) == 2 and state.admitted == 16 and len(displaced) == 2
+    assert all(task.startswith("noisy") for task in displaced)
+
+
+def test_shares_even_out_and_nobody_displaces_an_equal() -> None:
+    state, displaced = ready(16), list[str]()
+    take(state, "one", 100, displaced)
+    assert len(take(state, "other", 100, displaced)) == 8 and displaced == ["one"] * 8
+    assert not take(state, "one", 1) and not take(state, "other", 1)
+    assert state.admitted == 16
+
+
+def test_a_displaced_slot_is_given_back_only_once() -> None:
+    state = ready(2)
+    slots = take(state, "one", 2)
+    take(state, "other", 1)
+    for slot in slots:  # their owners do not know which it was
+        state.release(slot)
+        state.release(slot)
+    assert state.admitted == 1
 
 
 def test_nothing_is_admitted_while_draining() -> None:
     state = ready(8)
     state.draining = True
     with pytest.raises(NotReady):
-        state.admit()
+        state.admit("a", lambda: None)
 
 
 def sample(metrics: Metrics, name: str) -> float:

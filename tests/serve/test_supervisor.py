@@ -24,7 +24,7 @@ class FakeServer:
         self.mortal = mortal
         self.failed: list[str] = []
         self.started = 0
-        self.pending_age = 0.0
+        self.stuck_for = 0.0
         self.worker_ready = loads
         self.worker_error = CheckpointError("the file is damaged")
 
@@ -37,8 +37,8 @@ class FakeServer:
     async def drained(self) -> None:
         assert not self.failed or len(self.failed) < self.started, "answers that came count before the rest fails"
 
-    def oldest_pending(self) -> float:
-        return self.pending_age
+    def stuck(self) -> float:
+        return self.stuck_for
 
     def fail_pending(self, reason: str) -> None:
         self.failed.append(reason)
@@ -51,7 +51,7 @@ def _worker(mortal: bool) -> None:
 
 
 def supervise(server: FakeServer) -> None:
-    supervisor = Supervisor(server, announce=lambda: None)  # type: ignore[arg-type]
+    supervisor = Supervisor(server, announce=lambda: asyncio.sleep(0))  # type: ignore[arg-type]
 
     async def main() -> None:
         await asyncio.wait_for(supervisor.run(), 30)
@@ -77,6 +77,32 @@ def test_a_worker_that_cannot_load_is_not_tried_again() -> None:
 
 def test_a_worker_that_hangs_is_killed() -> None:
     server = FakeServer(loads=True, mortal=False)
-    server.pending_age = 1.0  # more than twice the deadline
+    server.stuck_for = 1.0  # more than twice the deadline
     supervise(server)
     assert server.started == MAX_DEATHS
+
+
+def test_a_worker_that_never_loads_is_killed_and_said_so(caplog: pytest.LogCaptureFixture) -> None:
+    server = FakeServer(loads=False, mortal=False)
+    server.worker_error = None  # type: ignore[assignment]
+    server.config = ServeConfig(adapters=Path("none"), load_timeout=0.2)
+    supervise(server)
+    assert server.started == 1
+    assert isinstance(server.state.fatal, NotReady) and "within 0 s" in str(server.state.fatal)
+
+
+def test_too_many_open_files_do_not_end_the_supervisor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`os.pipe` fails while strangers hold all descriptors; a moment later it does not."""
+    monkeypatch.setattr("gpt_serve.serve.supervisor.RETRY", 0.01)
+    server = FakeServer(loads=False, mortal=True)
+    start, attempts = server.start_worker, iter([OSError(24, "Too many open files"), None])
+
+    def start_worker() -> Any:
+        error = next(attempts)
+        if error is not None:
+            raise error
+        return start()
+
+    server.start_worker = start_worker  # type: ignore[method-assign]
+    supervise(server)
+    assert isinstance(server.state.fatal, CheckpointError)

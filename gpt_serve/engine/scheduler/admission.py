@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from threading import Condition, Lock, Thread
 
 from gpt_serve.engine.bank import AdapterBank, Resident
@@ -10,6 +11,7 @@ from gpt_serve.engine.scheduler.jobs import Job, OnError, closed, expired, expla
 from gpt_serve.errors import BankFull
 
 LOADERS = 4  # they mostly wait, for the disk or for room in the bank
+LOOKERS = 32  # a look at a file that never answers holds one of them
 
 
 class Admission:
@@ -27,6 +29,8 @@ class Admission:
         self._pinned = pinned
         self._lock = Lock()  # guards all below; nobody holds it while calling the bank or finishing a job
         self._to_load, self._to_expire = Condition(self._lock), Condition(self._lock)
+        self._unseen: dict[str, deque[Job]] = {}  # by task, until somebody has looked whether its adapter is there
+        self._lookers = ThreadPoolExecutor(LOOKERS, thread_name_prefix="look")
         self._held: deque[Job] = deque()  # see `_take`
         self._cold: dict[str, deque[Job]] = {}  # by task, while its adapter is being loaded
         self._unbegun: deque[str] = deque()  # the tasks of `_cold` that no thread is loading yet
@@ -37,18 +41,22 @@ class Admission:
 
     @property
     def loading(self) -> bool:
-        """Whether an adapter is on its way, and not waiting for room."""
-        return len(self._cold) > self._starving
+        """Whether a job or its adapter is on its way, and not waiting for room."""
+        return len(self._cold) > self._starving or any(list(self._unseen.values()))
 
     def admit(self, job: Job) -> None:
         """Pin and hand on ``job``, now or later, or finish it with the reason why not. Does not wait."""
         with self._lock:
-            held = bool(self._starving or self._held) and not self._closed
-            if held:
-                self._held.append(job)
-                self._to_expire.notify()
-        if not held:
-            self._look(job)
+            lost = self._closed
+            if not lost:
+                self._line_up(job)
+        if lost:
+            job.finish(closed())
+
+    def sweep_soon(self) -> None:
+        """Have expired jobs finished, because some are that were not expected to be."""
+        with self._lock:
+            self._to_expire.notify()
 
     def close(self) -> None:
         """Finish all that wait. The threads end by themselves: one may be waiting for the disk."""
@@ -57,18 +65,50 @@ class Admission:
             jobs = self._remove(lambda job: True)
             self._to_load.notify_all()
             self._to_expire.notify()
+            self._lookers.shutdown(wait=False)
         for job in jobs:
             job.finish(closed())
 
-    def _look(self, job: Job) -> None:
-        try:
-            job.resident = self.bank.try_take(job.task)
-        except Exception as error:
-            job.finish(explained(error, self.on_error))
-            return
-        if job.resident is not None:
+    def _line_up(self, job: Job) -> None:
+        """Behind the others of its task, for each of which somebody looks whether the adapter is there."""
+        if job.task not in self._unseen:
+            self._unseen[job.task] = deque()
+            self._lookers.submit(self._look_loop, job.task)
+        self._unseen[job.task].append(job)
+        self._to_expire.notify()
+
+    def _look_loop(self, task: str) -> None:
+        """Look for all that wait for ``task``. The disk may take for ever: until it answers, the jobs stay in line."""
+        while True:
+            with self._lock:
+                waiting = self._unseen[task]
+                if self._starving:
+                    self._held.extend(waiting)
+                    waiting.clear()
+                if not waiting:
+                    del self._unseen[task]
+                    return
+            try:
+                found: Resident | None | Exception = self.bank.try_take(task)
+            except Exception as error:
+                found = error
+            with self._lock:
+                job = waiting.popleft() if waiting else None
+            self._seen(job, found)
+
+    def _seen(self, job: Job | None, found: Resident | None | Exception) -> None:
+        if job is None:  # it has expired
+            if isinstance(found, Resident):
+                self.bank.release(found)
+        elif isinstance(found, Exception):
+            job.finish(explained(found, self.on_error))
+        elif found is None:
+            self._load_for(job)
+        else:
+            job.resident = found
             self._pinned(job)
-            return
+
+    def _load_for(self, job: Job) -> None:
         with self._lock:
             lost = self._closed
             if not lost:
@@ -141,12 +181,10 @@ class Admission:
             self._admit_held()
 
     def _admit_held(self) -> None:
-        while True:
-            with self._lock:
-                if self._starving or not self._held:
-                    return
-                job = self._held.popleft()
-            self._look(job)
+        with self._lock:
+            if not self._starving and not self._closed:
+                while self._held:
+                    self._line_up(self._held.popleft())
 
     def _sweep_loop(self) -> None:
         """Finish expired jobs on time, however long the disk takes."""
@@ -166,7 +204,7 @@ class Admission:
             job.finish(expired())
 
     def _queues(self) -> list[deque[Job]]:
-        return [self._held, *self._cold.values()]
+        return [self._held, *self._unseen.values(), *self._cold.values()]
 
     def _remove(self, condition: Callable[[Job], bool]) -> list[Job]:
         removed: list[Job] = []

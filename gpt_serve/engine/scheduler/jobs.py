@@ -16,6 +16,9 @@ logger = logging.getLogger("gpt_serve.engine")
 Result = Prediction | GPTServeError
 OnError = Callable[[Exception], None]
 
+_LEAST_WORK = 1e-6  # seconds: tasks whose work is not known yet take turns
+_MOST_SHARES = 4096
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -35,6 +38,7 @@ class Job:
 
     Attributes:
         expires: ``time.monotonic()`` from which on nobody waits for the answer.
+        work: an estimate of the seconds that its next step takes, for `FairQueue`.
         resident: pinned for this request; None before and after.
         row: what the forward pass takes, once it is decoded.
     """
@@ -45,10 +49,16 @@ class Job:
         self.image = image
         self.expires = expires
         self.submitted = time.monotonic()
+        self.work = 0.0
         self.resident: Resident | None = None
         self.row: Row | None = None
-        self.future: Future[Prediction] = Future()
+        self.future = Pending(self)
         self.future.set_running_or_notify_cancel()  # nobody can cancel it any more
+
+    def abandon(self) -> None:
+        """Nobody waits any more: the image's memory is free at once, and the job ends at its next step."""
+        self.expires = 0.0
+        self.image = b""
 
     def finish(self, result: Result) -> None:
         """Give the pin back and answer. Runs the future's callbacks: never call it with a lock held."""
@@ -61,10 +71,50 @@ class Job:
             self.future.set_result(result)
 
 
-class FairQueue:
-    """First in, first out within a task; the tasks take turns. Not safe to share without a lock."""
+class Pending(Future[Prediction]):
+    """What will hold the answer of ``job``."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__()
+        self.job = job
+
+
+class Shares:
+    """How many seconds of work each task has had. Not safe to share without a lock.
+
+    A task's share counts from where those that are served now stand: who was idle has no claim to make up for it.
+    """
 
     def __init__(self) -> None:
+        self._had: dict[str, float] = {}
+        self._now = 0.0
+
+    def had(self, task: str) -> float:
+        """The seconds of ``task``; less means that it is its turn."""
+        return max(self._now, self._had.get(task, 0.0))
+
+    def charge(self, task: str, seconds: float) -> None:
+        """Add to what ``task`` has had; less than 0 gives back what was estimated too high."""
+        self._had[task] = self.had(task) + seconds
+
+    def turn(self, task: str) -> None:
+        """It is the turn of ``task``, which has had the least of all that wait."""
+        self._now = self.had(task)
+        if len(self._had) > _MOST_SHARES:
+            self._had = {task: had for task, had in self._had.items() if had > self._now}
+
+
+class FairQueue:
+    """First in, first out within a task; of the tasks, the one that has had the least work is next.
+
+    Not safe to share without a lock.
+
+    Args:
+        shares: may be shared by several queues.
+    """
+
+    def __init__(self, shares: Shares | None = None) -> None:
+        self._shares = shares or Shares()
         self._tasks: OrderedDict[str, deque[Job]] = OrderedDict()
         self._size = 0
 
@@ -76,17 +126,27 @@ class FairQueue:
         self._tasks.setdefault(job.task, deque()).append(job)
         self._size += 1
 
+    def peek(self) -> Job | None:
+        """The job that is next."""
+        return self._tasks[self._next()][0] if self._tasks else None
+
     def pop(self, most: int = 1) -> list[Job]:
-        """Up to ``most`` jobs, the first of each task in turn."""
+        """Up to ``most`` jobs in turn, each charged to its task."""
         popped: list[Job] = []
         while self._tasks and len(popped) < most:
-            task, jobs = next(iter(self._tasks.items()))
+            task = self._next()
+            jobs = self._tasks[task]
             popped.append(jobs.popleft())
+            self._shares.turn(task)
+            self._shares.charge(task, max(popped[-1].work, _LEAST_WORK))
             self._tasks.move_to_end(task)
             if not jobs:
                 del self._tasks[task]
         self._size -= len(popped)
         return popped
+
+    def _next(self) -> str:
+        return min(self._tasks, key=self._shares.had)
 
 
 def guarded(on_error: OnError) -> OnError:

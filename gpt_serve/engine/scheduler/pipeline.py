@@ -10,8 +10,27 @@ import torch
 
 from gpt_serve.engine.engine import Engine, Prediction, Row
 from gpt_serve.engine.scheduler.admission import Admission
-from gpt_serve.engine.scheduler.jobs import Batch, FairQueue, Job, OnError, Result, closed, expired, explained, guarded
+from gpt_serve.engine.scheduler.jobs import (
+    Batch,
+    FairQueue,
+    Job,
+    OnError,
+    Pending,
+    Result,
+    Shares,
+    closed,
+    expired,
+    explained,
+    guarded,
+)
+from gpt_serve.engine.scheduler.pace import Pace, decode_seconds
 from gpt_serve.errors import GPTServeError
+from gpt_serve.images.headers import pixels
+
+LARGE = 0.1
+"""An image that is expected to take more seconds of decoding leaves one decoder free for others ..."""
+SMALL_SEEN = 2.0
+"""... if there was a smaller one within so many seconds."""
 
 
 class Scheduler:
@@ -45,32 +64,51 @@ class Scheduler:
         self.on_error = guarded(on_error)
         self._lock = Lock()  # guards all below; nobody holds it while calling the engine or finishing a job
         self._to_decode, self._to_compute = Condition(self._lock), Condition(self._lock)
-        self._undecoded, self._ready = FairQueue(), FairQueue()
+        self._shares = Shares()
+        self._small, self._large, self._ready = (FairQueue(self._shares) for _ in range(3))
         self._ready_since = 0.0
-        self._decoding = 0  # threads at work
-        self._computing = self._closed = False
-        self._row_seconds = 0.0  # of the last pass
+        self._small_at = float("-inf")  # when the last small image came
+        self._decoding: dict[Job, float] = {}  # with the time at which a thread began
+        self._computing: float | None = None  # since when
+        self._closed = False
+        self._pace = Pace()
         self._admission = Admission(engine.bank, self._pinned, self.on_error)
         self._threads = self._start()
 
     def submit(self, task: str, image: bytes, expires: float) -> "Future[Prediction]":
-        """Answer ``image`` with ``task``'s adapter as it is now. Returns at once; costs one ``stat``.
+        """Answer ``image`` with ``task``'s adapter as it is now. Returns at once.
 
         Args:
             expires: ``time.monotonic()`` from which on nobody waits for the answer.
 
         Returns:
-            What will hold the prediction, or raise the request's `GPTServeError`. It cannot be cancelled.
+            What will hold the prediction, or raise the request's `GPTServeError`. It cannot be cancelled, but see
+            `abandon`.
         """
         job = Job(self.engine.bank, task, image, expires)
         self._admission.admit(job)
         return job.future
 
+    def abandon(self, future: "Future[Prediction]") -> None:
+        """Nobody waits any more for what `submit` returned: spare its work, if it is not under way."""
+        assert isinstance(future, Pending)
+        future.job.abandon()
+        self._admission.sweep_soon()
+
+    def busy(self) -> float:
+        """For how many seconds the longest pass or decoding that is under way has been so; 0 if there is none.
+
+        Each of them comes to an end in bounded time, so a large number means that something hangs.
+        """
+        with self._lock:
+            began = [*self._decoding.values(), *([] if self._computing is None else [self._computing])]
+        return time.monotonic() - min(began) if began else 0.0
+
     def close(self) -> None:
         """Answer what waits with `NotReady`, finish the pass that runs, and end the threads."""
         with self._lock:
             self._closed = True
-            jobs = [job for queue in (self._undecoded, self._ready) for job in queue.pop(len(queue))]
+            jobs = [job for queue in (self._small, self._large, self._ready) for job in queue.pop(len(queue))]
             self._to_decode.notify_all()
             self._to_compute.notify_all()
         self._admission.close()
@@ -92,10 +130,15 @@ class Scheduler:
         return threads
 
     def _pinned(self, job: Job) -> None:
+        job.work = decode_seconds(pixels(job.image), len(job.image))
         with self._lock:
             lost = self._closed
             if not lost:
-                self._undecoded.push(job)
+                if job.work > LARGE:
+                    self._large.push(job)
+                else:
+                    self._small.push(job)
+                    self._small_at = time.monotonic()
                 self._to_decode.notify()
         if lost:
             job.finish(closed())
@@ -109,13 +152,16 @@ class Scheduler:
         while (job := self._next_to_decode()) is not None:
             result = self._prepare(job)
             with self._lock:
-                self._decoding -= 1
+                began = self._decoding.pop(job)
+                self._shares.charge(job.task, time.monotonic() - began - job.work)
                 lost = self._closed
                 if isinstance(result, Row) and not lost:
                     job.row = result
+                    job.work = self._pace.row(result.work)
                     self._ready_since = self._ready_since if self._ready else time.monotonic()
                     self._ready.push(job)
                 self._to_compute.notify()
+                self._to_decode.notify()  # a large image may have waited for this one's end
             if isinstance(result, GPTServeError):
                 job.finish(result)
             elif lost:
@@ -123,12 +169,29 @@ class Scheduler:
 
     def _next_to_decode(self) -> Job | None:
         with self._lock:
-            while not self._closed and (not self._undecoded or (self._computing and not self.overlap)):
-                self._to_decode.wait()
-            if self._closed:
-                return None
-            self._decoding += 1
-            return self._undecoded.pop()[0]
+            while True:
+                if self._closed:
+                    return None
+                queue = None if self._computing is not None and not self.overlap else self._queue_to_decode()
+                if queue is not None:
+                    job = queue.pop()[0]
+                    self._decoding[job] = time.monotonic()
+                    return job
+                self._to_decode.wait(SMALL_SEEN if self._large else None)
+
+    def _queue_to_decode(self) -> FairQueue | None:
+        """The queue whose turn it is, if any may be served now."""
+        small, large = self._small.peek(), self._large.peek()
+        if large is None or not self._room_for_large():
+            return self._small if small is not None else None
+        if small is None or self._shares.had(large.task) < self._shares.had(small.task):
+            return self._large
+        return self._small
+
+    def _room_for_large(self) -> bool:
+        others = sum(job.work > LARGE for job in self._decoding)
+        alone = time.monotonic() - self._small_at > SMALL_SEEN
+        return alone or others < max(1, len(self._threads) - 2)  # one is to stay free, and one of them computes
 
     def _prepare(self, job: Job) -> Row | GPTServeError:
         if job.expires <= time.monotonic():
@@ -146,15 +209,15 @@ class Scheduler:
             results = self._compute(live)
             seconds = time.monotonic() - now
             with self._lock:
-                self._computing = False
+                self._computing = None
                 self._to_decode.notify_all()
                 if not self.overlap:
                     self._ready_since = time.monotonic()  # nothing could become ready meanwhile
+                self._account(jobs, live, seconds)
             for job in jobs:
                 if job not in live:
                     job.finish(expired())
             if live:
-                self._row_seconds = seconds / len(live)
                 self._tell(Batch(seconds, tuple(now - job.submitted for job in live)))
             for job, result in zip(live, results, strict=True):
                 job.finish(result)
@@ -166,31 +229,50 @@ class Scheduler:
         except Exception as error:
             self.on_error(error)
 
+    def _account(self, jobs: list[Job], live: list[Job], seconds: float) -> None:
+        """Charge a pass to its tasks instead of what it was expected to take, and learn from it."""
+        work = [job.row.work for job in live if job.row is not None]
+        if live:
+            self._pace.learn(work, seconds)
+        for job in jobs:
+            share = job.row.work / sum(work) if job in live and job.row is not None else 0.0
+            self._shares.charge(job.task, seconds * share - job.work)
+
     def _next_batch(self) -> list[Job] | None:
         """One or more rows, once it is time for them."""
         with self._lock:
             while not self._closed:
                 pause = self._pause()
                 if pause == 0:
-                    self._computing = True
-                    jobs = self._ready.pop(self.max_batch)
-                    self._ready_since = time.monotonic()
-                    return jobs
+                    self._computing = self._ready_since = time.monotonic()
+                    return self._fitting()
                 self._to_compute.wait(pause)
             return None
+
+    def _fitting(self) -> list[Job]:
+        """The next rows: up to ``max_batch`` of them, and no more than a pass of bounded time holds."""
+        jobs: list[Job] = []
+        work: list[float] = []
+        while len(jobs) < self.max_batch and (job := self._ready.peek()) is not None:
+            assert job.row is not None
+            work.append(job.row.work)
+            if jobs and not self._pace.fits(work):
+                break
+            jobs += self._ready.pop()
+        return jobs
 
     def _pause(self) -> float | None:
         """Seconds until the next batch may begin; None when there is nothing to begin with."""
         if not self._ready:
             return None
-        decoding = bool(self._decoding or self._undecoded)
+        decoding = bool(self._decoding or self._small or self._large)
         if len(self._ready) >= self.max_batch or not (decoding or self._admission.loading):
             return 0.0
         patience = self.batch_timeout
         if decoding and not self.overlap:
             # The cores are at work meanwhile. Waiting for as long as the pass over what is there would take at most
             # doubles the time of an answer, and a pass over more rows costs less for each.
-            patience = max(patience, self._row_seconds * len(self._ready))
+            patience = max(patience, self._pace.row_seconds * len(self._ready))
         return max(0.0, self._ready_since + patience - time.monotonic())
 
     def _compute(self, jobs: list[Job]) -> list[Result]:

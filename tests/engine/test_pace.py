@@ -1,0 +1,81 @@
+"""What keeps passes short and shares fair."""
+
+import pytest
+
+from gpt_serve.engine.scheduler.jobs import FairQueue, Job, Shares
+from gpt_serve.engine.scheduler.pace import MOST_SECONDS, Pace, decode_seconds
+
+
+def job(task: str, work: float = 0.0) -> Job:
+    made = Job(None, task, b"", 0.0)  # type: ignore[arg-type]
+    made.work = work
+    return made
+
+
+def order(queue: FairQueue, count: int) -> list[str]:
+    return [queue.pop()[0].task for _ in range(count)]
+
+
+def test_tasks_of_equal_work_take_turns() -> None:
+    queue = FairQueue()
+    for task in ("a", "a", "a", "b", "b"):
+        queue.push(job(task))
+    assert order(queue, 5) == ["a", "b", "a", "b", "a"]
+
+
+def test_turns_are_of_work_and_not_of_requests() -> None:
+    """An image that takes two seconds to decode counts as much as a hundred that take twenty milliseconds."""
+    queue = FairQueue()
+    for _ in range(3):
+        queue.push(job("large", 2.0))
+    for _ in range(150):
+        queue.push(job("small", 0.02))
+    turns = order(queue, 153)
+    assert turns[0] == "large"
+    assert turns[1:90] == ["small"] * 89, "until it has had as much"
+    assert [at for at, task in enumerate(turns) if task == "large"][1] == pytest.approx(101, abs=1)
+
+
+def test_who_was_idle_has_no_claim_and_who_was_busy_no_debt() -> None:
+    shares = Shares()
+    queue = FairQueue(shares)
+    for _ in range(10):
+        queue.push(job("busy", 1.0))
+    order(queue, 9)
+    queue.push(job("new", 1.0))
+    queue.push(job("new", 1.0))
+    queue.push(job("busy", 1.0))
+    assert order(queue, 4) == ["new", "busy", "new", "busy"]
+
+
+def test_what_was_estimated_wrong_is_charged_in_the_end() -> None:
+    shares = Shares()
+    queue = FairQueue(shares)
+    for task in ("dear", "cheap") * 5:
+        queue.push(job(task, 0.01))
+    queue.pop()
+    shares.charge("dear", 0.03)
+    assert order(queue, 5) == ["cheap", "cheap", "cheap", "cheap", "dear"]
+
+
+def test_a_pass_holds_what_ends_in_time() -> None:
+    pace = Pace()
+    assert pace.fits([1.0]) and pace.fits([1.0] * 2) and not pace.fits([1.0] * 3), "of what is not known, a few"
+    pace.learn([1.0] * 2, 0.02)
+    assert pace.fits([1.0] * 100) and not pace.fits([1.0] * 101) and MOST_SECONDS == 1
+    assert not pace.fits([1.0] * 2 + [1000.0]), "one of another kind makes it another pass"
+    pace.learn([1000.0], 1.5)
+    assert not pace.fits([1000.0] * 2)
+    assert pace.row(1.0) == pytest.approx(0.01) and pace.row(1000.0) == pytest.approx(1.5)
+
+
+def test_a_speed_that_no_longer_holds_is_forgotten() -> None:
+    pace = Pace()
+    pace.learn([1.0], 0.001)
+    for _ in range(100):
+        pace.learn([1.0], 0.1)
+    assert pace.row(1.0) == pytest.approx(0.1)
+
+
+def test_large_images_are_expected_to_take_long() -> None:
+    assert decode_seconds(7071 * 7071, 1980) > 1 > 0.02 > decode_seconds(224 * 224, 13_000)
