@@ -73,12 +73,13 @@ def _read(path: Path) -> tuple[bytes, Signature]:
             raise InvalidAdapter(f"the file has {status.st_size} bytes, more than the {MAX_FILE_BYTES} allowed")
         with open(descriptor, "rb", closefd=False) as file:
             data = file.read(status.st_size + 1)
-        signature = Signature.of(os.fstat(descriptor))
+        after = os.fstat(descriptor)
     finally:
         os.close(descriptor)
-    if signature != Signature.of(status) or len(data) != status.st_size:
+    # Not the time of change, which a file gets, too, when another one takes its place and name.
+    if (after.st_mtime_ns, after.st_size) != (status.st_mtime_ns, status.st_size) or len(data) != status.st_size:
         raise InvalidAdapter("the file changed while it was read: replace it with a rename, not in place")
-    return data, signature
+    return data, Signature.of(status)
 
 
 def _write_synced(path: Path, data: bytes) -> None:

@@ -535,3 +535,20 @@ def test_a_file_of_another_task_is_refused_by_name(store):
         store.load("alpha")
     put(store, "alpha", with_metadata(make_adapter(), backbone="renamed"))
     assert store.load("alpha").adapter.backbone == "renamed"
+
+
+def test_a_file_of_equal_size_times_and_inode_is_another_version(tmp_path: Path) -> None:
+    """As ``cp -p`` and reproducible archives make them, in place or where the old inode is used again."""
+    store = AdapterStore(tmp_path)
+    store.publish(make_adapter(TINY_SPEC, "alpha", seed=0))
+    path = tmp_path / "alpha" / FILE_NAME
+    before, status = store.signature("alpha"), path.stat()
+    other = AdapterStore(tmp_path / "other")
+    other.publish(make_adapter(TINY_SPEC, "alpha", seed=1))
+    data = (tmp_path / "other" / "alpha" / FILE_NAME).read_bytes()
+    assert len(data) == status.st_size and data != path.read_bytes()
+    path.write_bytes(data)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    after = path.stat()
+    assert (after.st_mtime_ns, after.st_ino) == (status.st_mtime_ns, status.st_ino)
+    assert store.signature("alpha") != before
