@@ -1,1 +1,1 @@
-"""From the bytes of an image file to the uint8 tensor that the backbone takes."""
+"""Images on their way from the bytes of a file to the uint8 tensor that the backbone takes."""

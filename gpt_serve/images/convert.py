@@ -1,4 +1,4 @@
-"""Files of other formats than the server takes, on the user's own disk: they become PNG, without loss at 8 bits.
+"""Local image files in formats that the server does not take become PNG, without loss at 8 bits.
 
 A server takes JPEG, PNG and WebP from strangers (`gpt_serve.images.decode`). Data sets hold more, and what reads them
 accepts these formats, too, under the same limits of bytes and pixels, which are checked before anything is decoded.
@@ -24,10 +24,10 @@ SUFFIXES = frozenset(
     [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp"]
     + [".avif", ".bmp", ".gif", ".jp2", ".j2k", ".jpx", ".pbm", ".pgm", ".pnm", ".ppm", ".tif", ".tiff"]
 )
-"""How the names of files that can be read usually end, in lower case."""
+"""The usual ends of the names of files that can be read, in lower case."""
 
 HEAD_BYTES = 32
-"""How much of a file `is_image` needs."""
+"""How many bytes of a file `is_image` needs."""
 
 # How a file begins, and Pillow's class for it. Pillow's own tests are laxer: a text that begins with "BM" would pass.
 _FORMATS: dict[str, tuple[re.Pattern[bytes], type[ImageFile.ImageFile]]] = {
@@ -41,7 +41,7 @@ _FORMATS: dict[str, tuple[re.Pattern[bytes], type[ImageFile.ImageFile]]] = {
 
 
 def is_image(head: bytes) -> bool:
-    """Whether a file that begins so (`HEAD_BYTES`) is in a format that `readable` takes."""
+    """Whether a file whose first `HEAD_BYTES` are ``head`` is in a format that `readable` takes."""
     try:
         identify(head)
     except UnsupportedImage:
@@ -50,7 +50,7 @@ def is_image(head: bytes) -> bool:
 
 
 def readable(data: bytes) -> bytes:
-    """A file as the decoder takes it: JPEG, PNG and WebP as they are, other formats as PNG of 8 bits RGB.
+    """Give a file the form that the decoder takes: JPEG, PNG and WebP stay as they are, others become 8-bit RGB PNG.
 
     Of an animation or of several pages, the first one. The EXIF orientation is kept.
 
@@ -73,7 +73,7 @@ def readable(data: bytes) -> bytes:
 
 
 def read_image(path: Path) -> bytes:
-    """`readable`, of a file.
+    """Read a file into the form that the decoder takes, see `readable`.
 
     Raises:
         OSError: the disk refuses.
@@ -83,7 +83,12 @@ def read_image(path: Path) -> bytes:
 
 
 def encode_png(image: Image.Image, level: int = 1, exif: bytes | None = None) -> bytes:
-    """The pixels as a PNG file, without loss; level 1 is fast, 9 small; ``exif`` is stored as it is."""
+    """Encode an image as PNG, without loss.
+
+    Args:
+        level: from 1, fast, to 9, small.
+        exif: stored as it is.
+    """
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=level, exif=exif)
     return buffer.getvalue()

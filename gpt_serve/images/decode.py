@@ -1,4 +1,4 @@
-"""Bytes of an image file to a uint8 (3, h, w) RGB tensor: the one decoder, for training, serving and export.
+"""The one decoder, for training, serving and export: from the bytes of a file to a uint8 (3, h, w) RGB tensor.
 
 Image bytes come from strangers, so `decode` bounds what a file can cost before Pillow decodes it, and every failure is
 an `ImageError`. Nothing here changes a process-wide setting of Pillow or Python (warning filters, pixel limits), so it
@@ -36,11 +36,11 @@ _TRANSPOSE = {
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """What one image may cost.
+    """Limits of what one image may cost.
 
     Attributes:
-        max_bytes: size of the file.
-        max_pixels: width times height. Decoding takes 10 to 24 bytes of memory per pixel.
+        max_bytes: most bytes of the file.
+        max_pixels: most pixels, width times height. Decoding takes 10 to 24 bytes of memory per pixel.
     """
 
     max_bytes: int = 10 * _MEBI
@@ -48,7 +48,7 @@ class ImageLimits:
 
 
 LOCAL_LIMITS = ImageLimits(max_bytes=256 * _MEBI, max_pixels=250_000_000)
-"""For files that the user's own command line names, rather than strangers' requests."""
+"""Limits for files that the user's own command line names, instead of strangers' requests."""
 
 
 def decode(data: bytes, limits: ImageLimits = ImageLimits(), *, exif: bool = True) -> Tensor:
@@ -160,7 +160,7 @@ def check_pixels(size: tuple[int, int], limits: ImageLimits) -> None:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """A loaded image as RGB, without transparency."""
+    """Convert a loaded image to RGB without transparency."""
     if image.mode == "F":
         raise UnsupportedImage("image of mode F has no fixed range: convert it to RGB first")
     if image.mode.startswith("I"):
@@ -174,7 +174,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _grey16_to_rgb(image: Image.Image) -> Image.Image:
-    """Keep the high byte, as Pillow itself does for 16-bit colour; its conversion of grey saturates."""
+    """Keep the upper 8 of 16 bits, as Pillow does for colour; its own conversion of grey would saturate."""
     wide = np.asarray(image)
     grey = (wide.clip(0, 65535) >> 8).astype(np.uint8)
     if "transparency" in image.info:

@@ -1,4 +1,4 @@
-"""What the bytes of an image file tell before it is opened: no Pillow, no torch.
+"""What the bytes of an image file tell before it is opened, without Pillow and torch.
 
 These checks bound what a hostile file can cost. The decoders behind Pillow have no such limits, and Pillow's reader of
 EXIF warns about damage, which no thread can silence for itself alone.
@@ -35,7 +35,7 @@ _INTEGER_SIZES = {1: 1, 3: 2, 4: 4, 6: 1, 7: 1, 8: 2, 9: 4, 13: 4, 16: 8}
 
 
 def identify(data: bytes) -> str:
-    """The format that the first bytes promise: ``JPEG``, ``PNG`` or ``WebP``.
+    """Tell the format by the first bytes: ``JPEG``, ``PNG`` or ``WebP``.
 
     Raises:
         UnsupportedImage: none of these.
@@ -122,7 +122,7 @@ def check_jpeg(data: bytes) -> None:
 
 
 def webp_size(data: bytes) -> tuple[int, int]:
-    """(width, height) of a WebP file's canvas (RFC 9649, sections 2.5 to 2.7).
+    """Read (width, height) of a WebP file's canvas (RFC 9649, sections 2.5 to 2.7).
 
     Raises:
         UndecodableImage: the header is damaged.
@@ -139,7 +139,7 @@ def webp_size(data: bytes) -> tuple[int, int]:
 
 
 def orientation(exif: bytes | None) -> int:
-    """The orientation tag of the first EXIF directory (EXIF 2.32, section 4.6): 1 to 8, anything else means 1.
+    """Read the orientation tag of the first EXIF directory (EXIF 2.32, section 4.6): 1 to 8; anything else means 1.
 
     The standard stores it as SHORT. Cameras and editors have stored it as every other type of integer, too, and in
     either byte order: the number counts, not how it is written. Of several such entries the last one does, as for
@@ -160,7 +160,7 @@ def orientation(exif: bytes | None) -> int:
 
 
 def _first_integer(tiff: bytes, entry: int) -> int:
-    """The first value of the directory entry at ``entry``; 1 if it holds none, or is no integer."""
+    """Read the first value of the directory entry at ``entry``; 1 if it has none, or if it is no integer."""
     size, count = _INTEGER_SIZES.get(_number(tiff, entry + 2, 2), 0), _number(tiff, entry + 4, 4)
     if size * count == 0:
         return 1
@@ -169,5 +169,5 @@ def _first_integer(tiff: bytes, entry: int) -> int:
 
 
 def _number(tiff: bytes, position: int, size: int) -> int:
-    """The integer of ``size`` bytes in the byte order of the file."""
+    """Read an integer of ``size`` bytes in the byte order of the file."""
     return int.from_bytes(tiff[position : position + size], "little" if tiff[:2] == b"II" else "big")

@@ -1,4 +1,4 @@
-"""A decoded image as the backbone takes it: the one preprocessing, for training, serving and export.
+"""The one preprocessing, for training, serving and export: from a decoded image to what the backbone takes.
 
     decode -> uint8 (3, h, w) RGB -> preprocess_image -> uint8 (3, H, W) -> batch -> normalize -> float32 (B, 3, H, W)
 
@@ -71,7 +71,7 @@ def center_crop(image: Tensor, preprocess: Preprocess) -> Tensor:
 
 
 def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """``(images / 255 - mean) / std``.
+    """Normalise images: ``(images / 255 - mean) / std``.
 
     Args:
         images: uint8 (B, 3, H, W), on any device.
@@ -86,7 +86,7 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def _cut_ends(image: Tensor, cover: tuple[int, int]) -> Tensor:
-    """Cut a side that scaling would make longer than ``_MAX_STRETCH`` times what it has to cover."""
+    """Shorten a side that scaling would make longer than ``_MAX_STRETCH`` times what it has to cover."""
     ratio = min(image.shape[1] / cover[0], image.shape[2] / cover[1])
 
     def keep(side: int, cover: int) -> int:
@@ -103,7 +103,7 @@ def _crop(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _covering_size(image: tuple[int, int], cover: tuple[int, int]) -> tuple[int, int]:
-    """The size (h', w') that keeps the aspect ratio of ``image`` and just covers ``cover``, rounded as timm does."""
+    """The size (h', w') with the aspect ratio of ``image`` that just covers ``cover``, rounded as timm does."""
     height, width = image
     if cover[0] != cover[1]:
         ratio = min(height / cover[0], width / cover[1])

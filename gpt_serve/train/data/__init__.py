@@ -1,1 +1,1 @@
-"""Labelled images: where they come from, and as what training reads them."""
+"""Labelled images: the sources they come from, and the views that training reads them through."""

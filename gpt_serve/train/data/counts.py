@@ -1,4 +1,4 @@
-"""How many images each split has of each class, in a few lines, so that a mistake shows before anything trains."""
+"""Counts of the images of each split and class, in a few lines, so that a mistake in the data shows before training."""
 
 from collections.abc import Mapping, Sequence
 
@@ -10,11 +10,15 @@ MOST_ROWS = 20  # classes that get a line each
 
 
 def count_lines(labels: Sequence[str], splits: Mapping[str, Split]) -> list[str]:
-    """A table with a row per class, or, of more than `MOST_ROWS` classes, a line per split.
+    """Count the images of each split and class.
 
     Args:
         labels: the ``C`` classes.
-        splits: the samples of each split by its name; empty ones are left out.
+        splits: the samples of each split by its name; empty splits are left out.
+
+    Returns:
+        The lines of a table with a row per class. If there are more than `MOST_ROWS` classes, a line per split that
+        says from how many to how many images a class has.
     """
     counts = {
         name: np.bincount([sample.target for sample in split], minlength=len(labels))
@@ -34,7 +38,7 @@ def count_lines(labels: Sequence[str], splits: Mapping[str, Split]) -> list[str]
 
 
 def _range(labels: Sequence[str], counts: np.ndarray) -> str:
-    """``2020 images, 10 (cup) to 20 (ant) of each of 101 classes``."""
+    """Sum up the counts (C,) of a split, as in ``2020 images, 10 (cup) to 20 (ant) of each of 101 classes``."""
     present = np.flatnonzero(counts)
     least, most = (int(present[pick(counts[present])]) for pick in (np.argmin, np.argmax))
     size = str(counts[least])

@@ -32,7 +32,7 @@ ALL = ("train", "val", "test")
 
 @dataclass(frozen=True)
 class Source:
-    """What a value of ``--data`` means: a kind of source, the name there, options after ``?``."""
+    """What a value of ``--data`` names: the kind of source, the name of the data there, and the options after ``?``."""
 
     kind: Kind
     name: str
@@ -55,7 +55,7 @@ def open_dataset(source: str, seed: int) -> Dataset:
 
 
 def open_evaluation(source: str, labels: Sequence[str]) -> Dataset:
-    """What ``eval`` uses: the test split, or an image folder itself when it holds class folders.
+    """Open the images that ``eval`` uses: the test split, or an image folder itself if it holds class folders.
 
     Args:
         labels: the classes of the adapter, which targets index.
@@ -82,7 +82,10 @@ def open_evaluation(source: str, labels: Sequence[str]) -> Dataset:
 
 
 def find_benchmark(source: str) -> tuple[Benchmark, str] | None:
-    """The benchmark whose preprocessing and protocol ``source`` comes with, and its task's name; None for other data.
+    """Find the benchmark whose preprocessing and protocol belong to ``source``.
+
+    Returns:
+        The benchmark and the name of its task there; None for data of no benchmark.
 
     Raises:
         DataError: there is no data of that name.
@@ -108,7 +111,7 @@ def _open(source: Source, splits: Collection[str]) -> Dataset:
 
 
 def _resolve(source: str) -> Source:
-    """A folder if there is one, else a data set by its name and options.
+    """Decide what ``source`` names: a folder if there is one, else a data set by its name and options.
 
     Raises:
         DataError: neither.
@@ -131,7 +134,10 @@ def _resolve(source: str) -> Source:
 
 
 def _named(name: str) -> Source | None:
-    """By prefix, else by name: torchvision's spelling, then tasks of the paper, then torchvision's in any case.
+    """Find a data set by its prefix, else by its name; None if there is none.
+
+    A name without prefix is looked for as torchvision spells it, then among the tasks of the paper, then among
+    torchvision's in any case.
 
     Tasks are spelled in lower case and torchvision's classes with capitals, which tells ``flowers102`` of VTAB-1K from
     ``Flowers102``.
@@ -153,7 +159,7 @@ def _named(name: str) -> Source | None:
 
 
 def _benchmark_task(name: str) -> Source | None:
-    """``fgvc/TASK``, ``vtab/TASK`` or ``TASK`` alone, by any of the names that the paper's table knows it by."""
+    """Find ``fgvc/TASK``, ``vtab/TASK`` or ``TASK`` alone, by any of the names that the paper's table has for it."""
     kind, _, task = name.rpartition("/")
     found = find_task(task)
     if found is None or found[1] not in BENCHMARKS:
@@ -163,7 +169,7 @@ def _benchmark_task(name: str) -> Source | None:
 
 
 def _unknown(source: str) -> DataError:
-    """What to say of a name that is none, with the name that it resembles."""
+    """The error for a name that is unknown; it suggests the known name that is most like it."""
     check_vision_class(source.removeprefix("torchvision:"))
     names = ["digits", *(f"torchvision:{name}" for name in vision_classes())]
     names += [f"{kind}/{task}" for kind in ("fgvc", "vtab") for task in published(kind)["tasks"]]

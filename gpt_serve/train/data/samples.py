@@ -1,4 +1,4 @@
-"""Labelled images of one task: what every source of data hands over."""
+"""Labelled images of one task, as every source of data hands them over."""
 
 import hashlib
 from collections import Counter, defaultdict
@@ -33,7 +33,13 @@ _NO_TEXT = {"Cc", "Cs", "Zl", "Zp"}
 
 @dataclass(frozen=True)
 class Sample:
-    """One labelled image: a name to report it by, how to read its bytes, the index of its class."""
+    """One labelled image.
+
+    Attributes:
+        name: what to call it in messages: its path, or its place in a data set.
+        read: returns the bytes of its file, in a format that the decoder takes.
+        target: the index of its class.
+    """
 
     name: str
     read: Callable[[], bytes]
@@ -44,22 +50,28 @@ Split = Sequence[Sample]
 
 
 def local_sample(path: Path, target: int) -> Sample:
-    """An image file of the user's; it may be in any format that `readable` takes."""
+    """The sample of an image file, which may be in any format that `gpt_serve.images.convert.readable` takes."""
     return Sample(str(path), partial(read_image, path), target)
 
 
 def reason(error: Exception) -> str:
-    """Why an image cannot be read, without the path that the message names anyway."""
+    """Say why an image cannot be read, without its path, which the message names anyway."""
     return str(getattr(error, "strerror", None) or error)
 
 
 def cannot_read(sample: Sample, error: Exception) -> DataError:
-    """What to raise when an image that is needed cannot be read."""
+    """The error for an image that cannot be read and cannot be left out."""
     return DataError(f"cannot read {sample.name}: {reason(error)}; replace or remove it")
 
 
 def decoded(sample: Sample, *, exif: bool) -> Tensor:
-    """uint8 (3, h, w) RGB of an image that is needed; ``exif``: whether to apply its orientation.
+    """Read and decode an image that cannot be left out.
+
+    Args:
+        exif: whether to apply the EXIF orientation.
+
+    Returns:
+        uint8 (3, h, w) RGB.
 
     Raises:
         DataError: it cannot be read.
@@ -72,13 +84,13 @@ def decoded(sample: Sample, *, exif: bool) -> Tensor:
 
 @dataclass(frozen=True)
 class Indexed(Sequence[Sample]):
-    """Samples of a library's data set, made when they are asked for.
+    """Samples of a data set that a library holds; each is made when it is asked for.
 
     Attributes:
-        name: of the split, to report images by.
-        read: the bytes of the image at an index of the library's.
-        targets: the class of each index.
-        indices: which of them, in order.
+        name: name of the split; images are called ``name/index`` in messages.
+        read: returns the bytes of the image at an index of the library's.
+        targets: the class of the image at each index of the library's.
+        indices: the library's indices of these samples, in order.
     """
 
     name: str
@@ -102,7 +114,7 @@ class Indexed(Sequence[Sample]):
 
 @dataclass(frozen=True)
 class Dataset:
-    """Splits of one task; those that it lacks are empty.
+    """The splits of one task's images; splits that the source lacks are empty.
 
     Attributes:
         labels: names of the classes, which the samples' ``target`` indexes.
@@ -117,14 +129,21 @@ class Dataset:
 
 
 def pick(samples: Split, indices: Sequence[int]) -> Split:
-    """Some of the samples, in the order of ``indices``."""
+    """Take the samples at ``indices``, in that order."""
     if isinstance(samples, Indexed):
         return replace(samples, indices=[samples.indices[index] for index in indices])
     return [samples[index] for index in indices]
 
 
 def rank_in_class(targets: np.ndarray) -> np.ndarray:
-    """(n,): how many of the targets before each are the same, for integers from 0."""
+    """Number the images of each class: ``rank[i] = (targets[:i] == targets[i]).sum()``.
+
+    Args:
+        targets: (n,) integers from 0.
+
+    Returns:
+        (n,) integers.
+    """
     counts = np.bincount(targets)
     by_class = np.argsort(targets, kind="stable")
     ranks = np.empty_like(targets)
@@ -135,11 +154,14 @@ def rank_in_class(targets: np.ndarray) -> np.ndarray:
 def hold_out(
     samples: Split, labels: Sequence[str], seed: int, source: str, what: str = "validation"
 ) -> tuple[Split, Split]:
-    """Split in two, a fifth of each class in the second; the same for the same seed.
+    """Hold a fifth of each class out; the same seed holds the same images out.
 
     Args:
         source: the value of ``--data``, for messages.
         what: the split that the data set lacks.
+
+    Returns:
+        The samples that are left, and those that are held out.
 
     Raises:
         DataError: a class has a single image.
@@ -159,7 +181,9 @@ def hold_out(
 
 
 def without_splits(samples: Split, labels: tuple[str, ...], source: str) -> Dataset:
-    """A data set that publishes no splits: a fifth of each class is for test, the same one for every seed of training.
+    """Make a data set of samples that are published without splits.
+
+    A fifth of each class is held out for test; it is the same fifth for every seed of training.
 
     Raises:
         DataError: a class has a single image.
@@ -169,10 +193,11 @@ def without_splits(samples: Split, labels: tuple[str, ...], source: str) -> Data
 
 
 def check_names(labels: Sequence[str], source: str) -> tuple[str, ...]:
-    """``labels`` in Unicode's composed form (NFC), if an adapter can store them.
+    """Check that an adapter can store ``labels``, and return them in Unicode's composed form (NFC).
 
     Raises:
-        DataError: fewer than two, two alike, or one that cannot be printed.
+        DataError: there are fewer than two, two are the same, or one has no or too many characters, or such as cannot
+            be shown.
     """
     if len(labels) < 2:
         raise DataError(f"--data {source} has a single class: it takes at least two")
@@ -189,7 +214,7 @@ def _is_label(name: str) -> bool:
 
 
 def composed_name(label: str) -> str:
-    """The name in Unicode's composed form (NFC): what two spellings of the same characters have in common."""
+    """Compose the characters of a name (Unicode's NFC), which makes its spellings equal."""
     return normalize("NFC", label)
 
 
@@ -200,17 +225,21 @@ def check_labels(where: str, expected: Sequence[str], found: Sequence[str]) -> N
 
 
 def some(names: Sequence[str]) -> str:
-    """The first five names, and how many more there are."""
+    """Join the first five names, and say how many more there are."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def counted(number: int, noun: str) -> str:
-    """``1 image``, ``2 images``."""
+    """Count a noun, as in ``1 image`` and ``2 images``."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def digest(hashes: Sequence[tuple[str, int, str]]) -> str:
-    """SHA-256 over (name, target, SHA-256 of the bytes) of all images, whatever their order."""
+    """SHA-256 (hex) of all images, which does not depend on their order.
+
+    Args:
+        hashes: of each image ``split/label``, its place in the split, and the SHA-256 (hex) of its bytes.
+    """
     total = hashlib.sha256()
     for item in sorted(hashes):
         total.update(repr(item).encode())

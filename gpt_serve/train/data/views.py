@@ -1,4 +1,4 @@
-"""Samples as tensors: the check that every image can be read, the cache, and the augmentation."""
+"""Samples as tensors: the check that every image can be read, the cache of scaled images, and the augmentation."""
 
 import hashlib
 import os
@@ -25,7 +25,7 @@ CACHE_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class Unreadable:
-    """An image that cannot be trained on, and why."""
+    """The name of an image that cannot be read, and the reason."""
 
     name: str
     reason: str
@@ -33,7 +33,7 @@ class Unreadable:
 
 @dataclass(frozen=True)
 class Scan:
-    """What reading every image once has shown.
+    """The result of reading every image of a split once.
 
     Attributes:
         hashes: SHA-256 of each sample's bytes, in order; empty where unreadable.
@@ -47,15 +47,17 @@ class Scan:
 
     @property
     def cached(self) -> int:
-        """Bytes of ``scaled``."""
+        """Size of ``scaled`` in bytes."""
         return sum(image.numel() for image in self.scaled or ())
 
 
 def scan(samples: Split, preprocess: Preprocess, on_image: Callable[[], object], room: int = CACHE_BYTES) -> Scan:
-    """Decode every sample once, in parallel; ``on_image`` is called after each.
+    """Decode every sample once, in parallel.
 
     Args:
-        room: bytes that scaled images may take.
+        preprocess: how to scale the images.
+        on_image: called after each image.
+        room: how many bytes the scaled images may take; if they need more, none are kept.
     """
     hashes: list[str] = []
     unreadable: list[Unreadable] = []
@@ -90,7 +92,7 @@ def _read(sample: Sample, preprocess: Preprocess) -> tuple[Tensor, str] | Unread
 
 
 class View(Dataset[tuple[Tensor, int]]):
-    """A split as ``(uint8 (3, H, W), target)``; augmented when ``augment`` is not ``none``.
+    """A split as training reads it: ``view[i]`` is an image, uint8 (3, H, W), and its target.
 
     An image's augmentation depends on the seed, the epoch and its index alone, so that worker processes and
     resumed runs give the same images.
@@ -110,10 +112,10 @@ class View(Dataset[tuple[Tensor, int]]):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """The image as it is drawn, and its class.
+        """Read an image, or take it from the cache, and crop or augment it.
 
         Raises:
-            DataError: its file is not what it was when it was checked.
+            DataError: it can no longer be read, as it could when it was checked.
         """
         sample = self.samples[index]
         if self.scaled is None:
@@ -126,17 +128,17 @@ class View(Dataset[tuple[Tensor, int]]):
         return _random_crop(image, self.preprocess.input_size, rng, flip=self.augment == "crop-flip"), sample.target
 
     def drawn(self, augment: Augment, epoch: int = 0) -> "View":
-        """The same images, augmented in another way."""
+        """A view of the same images that is augmented in another way."""
         view = View(self.samples, self.preprocess, self.scaled, augment, self.seed)
         view.epoch = epoch
         return view
 
     def batches(self, indices: list[list[int]], workers: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield ``(uint8 (B, 3, H, W), int64 (B,))`` for each list of indices.
+        """Yield the images, uint8 (B, 3, H, W), and targets, int64 (B,), of each batch.
 
         Args:
-            indices: the samples of each batch.
-            workers: processes that decode when the images are not cached.
+            indices: a list for each batch, of the places of its samples.
+            workers: number of processes that decode when the images are not cached.
         """
         loader: DataLoader[Drawn] = DataLoader(
             _Drawing(self),
@@ -155,7 +157,7 @@ Drawn = tuple[Tensor, int] | DataError
 
 @dataclass(frozen=True)
 class _Drawing(Dataset[Drawn]):
-    """A view whose errors are values: what a decoding process raises would arrive as its traceback."""
+    """A view that returns errors as values: what a decoding process raises would arrive as a long traceback."""
 
     view: View
 
@@ -167,7 +169,7 @@ class _Drawing(Dataset[Drawn]):
 
 
 def _stacked(drawn: list[Drawn]) -> tuple[np.ndarray, np.ndarray] | DataError:
-    """A batch as arrays, which decoding processes send through a pipe.
+    """Stack a batch as arrays (B, 3, H, W) and (B,), which decoding processes send through a pipe.
 
     Tensors would go through shared memory, of which a container has 64 MB unless its user asks for more.
     """
@@ -179,13 +181,16 @@ def _stacked(drawn: list[Drawn]) -> tuple[np.ndarray, np.ndarray] | DataError:
 
 
 def joined(first: View, second: View) -> View:
-    """The images of both, augmented as the first."""
+    """A view of the images of both, which are augmented as the first view has it."""
     scaled = None if first.scaled is None or second.scaled is None else first.scaled + second.scaled
     return View([*first.samples, *second.samples], first.preprocess, scaled, first.augment, first.seed)
 
 
 def thinned(view: View, most: int) -> View:
-    """At most ``most`` images, drawn by the view's seed: of each class in proportion, and one at least."""
+    """A view of at most ``most`` images, which the view's seed draws.
+
+    Each class keeps its share of the images, and one image at least while ``most`` allows it.
+    """
     if len(view) <= most:
         return view
     order = np.random.default_rng(view.seed).permutation(len(view))
@@ -198,7 +203,7 @@ def thinned(view: View, most: int) -> View:
 
 
 def _random_crop(image: Tensor, size: tuple[int, int], rng: np.random.Generator, *, flip: bool) -> Tensor:
-    """A random (3, H, W) window, mirrored half of the time when ``flip``."""
+    """Cut a random window (3, H, W) out of an image; if ``flip``, mirror it half of the time."""
     top = int(rng.integers(0, image.shape[1] - size[0] + 1))
     left = int(rng.integers(0, image.shape[2] - size[1] + 1))
     crop = image[:, top : top + size[0], left : left + size[1]]
@@ -208,11 +213,11 @@ def _random_crop(image: Tensor, size: tuple[int, int], rng: np.random.Generator,
 
 
 def ordered_batches(count: int, size: int) -> list[list[int]]:
-    """Indices 0..count-1 in order, ``size`` at a time."""
+    """Split the indices 0 to ``count - 1`` into batches of ``size``, in order."""
     return [list(range(start, min(start + size, count))) for start in range(0, count, size)]
 
 
 def shuffled_batches(count: int, size: int, seed: int, epoch: int) -> list[list[int]]:
-    """A permutation that depends on ``seed`` and ``epoch`` alone, ``size`` indices at a time."""
+    """Split the indices 0 to ``count - 1`` into batches of ``size``, in an order that ``seed`` and ``epoch`` decide."""
     order = torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(count)).tolist()
     return [order[start : start + size] for start in range(0, count, size)]

@@ -24,7 +24,7 @@ Listed = list[tuple[str, int]]  # path of an image below its folder, class
 
 
 def open_fgvc(task: str) -> Dataset:
-    """One of ``cub``, ``nabirds``, ``flowers``, ``cars`` and ``dogs``.
+    """Open one of ``cub``, ``nabirds``, ``flowers``, ``cars`` and ``dogs``.
 
     Classes are the ids of ``train.json`` in order. A class is named by ``labels.txt``, or by the folder that holds all
     of its images and no others, or else by its id.
@@ -44,7 +44,8 @@ def open_fgvc(task: str) -> Dataset:
 
 
 def open_vtab(task: str) -> Dataset:
-    """One of the 19 tasks by its name in ``paper_table.toml``: 800 images to train, 200 to validate, and test.
+    """Open one of the 19 tasks by its name in ``paper_table.toml``: 800 images to train, 200 to validate, and the test
+    images.
 
     Raises:
         DataError: the folder is missing, or a list does not match it.
@@ -59,7 +60,7 @@ def open_vtab(task: str) -> Dataset:
 
 
 def _folder(kind: str, task: str, usual: str, get: str) -> Path:
-    """The folder of the task: whatever the table of the paper knows as another name of it."""
+    """Find the folder of the task, by its usual name or by any other that the paper's table has for the task."""
     root = data_root() / {"fgvc": "fgvc", "vtab": "vtab-1k"}[kind]
     expected = root / usual
     if expected.is_dir():
@@ -121,7 +122,11 @@ def _labels(folder: Path, classes: int) -> tuple[str, ...]:
 
 
 def _names(listed: Listed) -> tuple[str, ...]:
-    """The folder of each class in order of ids; nothing unless folders and classes correspond."""
+    """Name each class, in the order of ids, by the folder of its images.
+
+    Returns:
+        Nothing unless every class has a folder of its own.
+    """
     folders: defaultdict[int, set[str]] = defaultdict(set)
     for name, number in listed:
         folders[number].add(Path(name).parent.name)
@@ -136,7 +141,13 @@ def _dataset(
     lists: Mapping[str, Listed],
     position: Mapping[int, int],
 ) -> Dataset:
-    """``position`` gives the target of each class of the lists."""
+    """Make the samples that the lists name.
+
+    Args:
+        images: the folder that paths in the lists start from.
+        files: the path of each list, for messages.
+        position: the target of each class of the lists.
+    """
     splits: dict[str, list[Sample]] = {}
     for split, listed in lists.items():
         for name, number in listed:

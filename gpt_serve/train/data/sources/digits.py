@@ -11,7 +11,7 @@ from gpt_serve.train.data.samples import Dataset, Sample
 
 
 def open_digits() -> Dataset:
-    """8x8 grey images as PNG, every fifth of a class for test."""
+    """Open the digits: 8x8 grey images as PNG, of which every fifth of a class is for test."""
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
@@ -26,5 +26,5 @@ def open_digits() -> Dataset:
 
 
 def _png(pixels: np.ndarray) -> bytes:
-    """(8, 8) values 0..16 as PNG bytes; the level is part of the digests that adapters record."""
+    """Encode (8, 8) values from 0 to 16 as PNG. The level must stay: adapters record digests of these bytes."""
     return encode_png(Image.fromarray((pixels * 255 / 16).round().astype(np.uint8)), level=6)

@@ -1,4 +1,4 @@
-"""Image folders: ``root/<split>/<class>/**/*``, and what of them is not used, in words.
+"""Image folders, ``root/<split>/<class>/**/*``: the images in them, and lines that say what is not used.
 
 A split's folder may go by any of its names in `SPLITS`, in lower or upper case. An image belongs to the class whose
 folder it lies in, however deep below. A file is an image if it is named or begins like one.
@@ -32,7 +32,7 @@ _SYSTEM_FILES = {"thumbs.db", "desktop.ini"}
 
 @dataclass
 class Leftovers:
-    """What a split's folder holds that is not used.
+    """What the folder of a split holds that is not used.
 
     Attributes:
         folders: names of folders that belong to the system or are hidden.
@@ -45,7 +45,7 @@ class Leftovers:
     others: Counter[str] = field(default_factory=Counter)
 
     def lines(self, split: str) -> list[str]:
-        """A line for each of them that there is."""
+        """Say what is not used, a line for each kind of it."""
         found = []
         if self.others:
             kinds = [f"{suffix or 'without a suffix'} {count}" for suffix, count in self.others.most_common()]
@@ -58,7 +58,9 @@ class Leftovers:
 
 
 def open_folder(root: Path) -> Dataset:
-    """The splits that the folder has; ``train`` is a must, in ``val`` and ``test`` classes may be missing.
+    """Open the splits that a folder has.
+
+    It must have ``train``, with images of every class; classes may be missing in ``val`` and ``test``.
 
     Raises:
         DataError: one line that says what is wrong with the folder.
@@ -81,7 +83,7 @@ def open_folder(root: Path) -> Dataset:
 
 
 def open_test_folder(root: Path, labels: Sequence[str]) -> Dataset:
-    """The images of ``root/test``, or of ``root`` itself when it holds class folders; classes may be missing.
+    """Open the images of ``root/test``, or of ``root`` itself if it holds class folders; classes may be missing.
 
     Raises:
         DataError: a class that is not in ``labels``, or no images.
@@ -98,7 +100,7 @@ def open_test_folder(root: Path, labels: Sequence[str]) -> Dataset:
 
 
 def _split_folders(root: Path) -> tuple[dict[str, Path], list[str]]:
-    """The folder of each split, and a line about all others.
+    """Find the folder of each split, and name all others in a line.
 
     Raises:
         DataError: two folders of the same split.
@@ -121,7 +123,7 @@ def _split_folders(root: Path) -> tuple[dict[str, Path], list[str]]:
 
 
 def _class_folders(folder: Path) -> dict[str, list[Path]]:
-    """The folders of each class: of several spellings of one name in Unicode, all belong to the class."""
+    """Find the folders of each class, by its composed name; each spelling of the name may have a folder."""
     found: defaultdict[str, list[Path]] = defaultdict(list)
     for entry in _entries(folder):
         if entry.is_dir() and not _is_system(entry):
@@ -140,7 +142,7 @@ def _labels(folder: Path, classes: Mapping[str, object]) -> tuple[str, ...]:
 def _read_split(
     folder: Path, classes: Mapping[str, Sequence[Path]], labels: Sequence[str]
 ) -> tuple[list[Sample], Leftovers]:
-    """All images below the class folders, class by class in the order of their paths."""
+    """Find all images below the class folders, class by class, in the order of their paths."""
     check_labels(str(folder), labels, list(classes))
     left = Leftovers()
     for entry in _entries(folder):
@@ -157,7 +159,7 @@ def _read_split(
 
 
 def _images(folder: Path, left: Leftovers, above: frozenset[str]) -> Iterator[Path]:
-    """All images below a folder; links are followed, but not back to a folder ``above``."""
+    """Find all images below a folder. Links are followed, but not to a folder that lies ``above``."""
     above |= {os.path.realpath(folder)}
     for entry in _entries(folder):
         if entry.is_dir():
@@ -170,7 +172,7 @@ def _images(folder: Path, left: Leftovers, above: frozenset[str]) -> Iterator[Pa
 
 
 def _is_wanted(entry: "os.DirEntry[str]", left: Leftovers) -> bool:
-    """Whether a file is an image; what is none is counted in ``left``, unless it is hidden or the system's."""
+    """Whether a file is an image. One that is none is counted in ``left``, unless it is hidden or the system's."""
     if entry.name.startswith(".") or entry.name.lower() in _SYSTEM_FILES:
         return False
     suffix = Path(entry.name).suffix.lower()
@@ -195,7 +197,7 @@ def _is_system(entry: "os.DirEntry[str]") -> bool:
 
 
 def _entries(folder: Path) -> "list[os.DirEntry[str]]":
-    """What a folder holds, by name."""
+    """List a folder, in the order of names."""
     try:
         with os.scandir(folder) as entries:
             return sorted(entries, key=lambda entry: entry.name)

@@ -25,7 +25,7 @@ OPTIONS = ("config", "image", "label", "train", "val", "test")
 
 
 def open_hub(name: str, options: Mapping[str, str], splits: Collection[str]) -> Dataset:
-    """A data set by its id, or by a folder that the library reads; cached where the library keeps its cache.
+    """Open a data set by its id, or a folder that the library reads; downloads lie in the library's own cache.
 
     Args:
         name: ``owner/name``.
@@ -78,7 +78,7 @@ def _load(name: str, config: str | None) -> Any:
 
 
 def _find_splits(name: str, present: list[str], options: Mapping[str, str]) -> dict[str, str]:
-    """The data set's name of each split; one that is asked for by name is taken for nothing else."""
+    """Find what the data set calls each split. A split that the options name is used for nothing else."""
     given = {split: options[split] for split in SPLITS if split in options}
     if missing := [key for key in given.values() if key not in present]:
         raise DataError(f"--data hf:{name}: no split {missing[0]!r}: it has {', '.join(present)}")
@@ -93,7 +93,7 @@ def _find_splits(name: str, present: list[str], options: Mapping[str, str]) -> d
 
 
 def _columns(name: str, features: Mapping[str, Any], options: Mapping[str, str]) -> tuple[str, str]:
-    """The columns of image and label."""
+    """Find the names of the columns that hold the image and the label."""
     import datasets
 
     columns = {}
@@ -110,7 +110,7 @@ def _columns(name: str, features: Mapping[str, Any], options: Mapping[str, str])
 
 
 def _classes(name: str, label: str, table: Any, targets: Mapping[str, list[Any]]) -> dict[Any, str]:
-    """The name of each value of the label column, in order of the classes; values of one name are one class."""
+    """Name each value of the label column, in the order of the classes. Values of the same name are one class."""
     feature = table.features[label]
     if names := getattr(feature, "names", None):
         check_names(names, f"hf:{name}")

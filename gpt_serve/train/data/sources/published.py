@@ -1,4 +1,4 @@
-"""Tables of published data sets."""
+"""The tables of published data sets in ``datasets.toml``."""
 
 import tomllib
 from functools import cache
@@ -8,7 +8,7 @@ from typing import Any
 
 @cache
 def published(kind: str) -> dict[str, Any]:
-    """``fgvc``, ``vtab`` or ``torchvision`` of ``datasets.toml``."""
+    """Read a table of ``datasets.toml``: ``fgvc``, ``vtab`` or ``torchvision``."""
     text = (files("gpt_serve.train.data") / "datasets.toml").read_text(encoding="utf-8")
     tables: dict[str, dict[str, Any]] = tomllib.loads(text)
     return tables[kind]

@@ -1,4 +1,4 @@
-"""The folder of downloaded data sets."""
+"""The folder that downloaded data sets are kept in."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ from gpt_serve.errors import DataError
 
 
 def data_root() -> Path:
-    """``$GPT_SERVE_DATA``, or ``gpt-serve/data`` in the user's cache (``$XDG_CACHE_HOME``, ``~/.cache``).
+    """Find the folder: ``$GPT_SERVE_DATA``, or ``gpt-serve/data`` in ``$XDG_CACHE_HOME`` or ``~/.cache``.
 
     Raises:
         DataError: there is no such place.

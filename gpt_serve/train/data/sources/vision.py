@@ -38,11 +38,11 @@ def check_vision_class(name: str) -> None:
 
 
 def open_vision(name: str, options: Mapping[str, str], splits: Collection[str]) -> Dataset:
-    """A data set of `vision_classes`, downloaded into the data root unless it is there.
+    """Open a data set of `vision_classes`, which is downloaded into the data root unless it is there.
 
     Args:
-        name: of the class.
-        options: other arguments of it, such as ``partition=2`` of DTD.
+        name: name of torchvision's class.
+        options: other arguments of the class, such as ``partition=2`` of DTD.
         splits: of ``train``, ``val`` and ``test``: those that are wanted; others may be left out.
 
     Raises:
@@ -71,7 +71,7 @@ def _split(name: str, data: Any, targets: Sequence[int], position: Mapping[int, 
 
 
 def _read(data: Any, index: int) -> bytes:
-    """The file of an image where the class keeps files, else its pixels as PNG."""
+    """Read the file of an image if the class keeps files, else encode the pixels as PNG."""
     image = data[index][0]
     if isinstance(image, Image.Image):
         path = getattr(image, "filename", "")
@@ -83,7 +83,7 @@ def _read(data: Any, index: int) -> bytes:
 
 
 def _targets(name: str, data: Any) -> list[int]:
-    """The class of each image, if possible without decoding any."""
+    """Find the class of each image, without decoding any if possible."""
     for attribute in ("targets", "labels", "y", "_labels"):
         if (found := getattr(data, attribute, None)) is not None:
             return [int(target) for target in found]
@@ -98,7 +98,7 @@ def _targets(name: str, data: Any) -> list[int]:
 
 
 def _labels(name: str, data: Any, targets: Collection[Sequence[int]]) -> tuple[tuple[str, ...], dict[int, int]]:
-    """The names of the classes, and the target of each of the library's numbers; these are the names if it has none."""
+    """Name the classes, by their numbers if the library has no names, and give each number its target."""
     named = getattr(data, "classes", None) or getattr(data, "categories", None)
     if named is None:
         numbers = sorted({target for split in targets for target in split})
