@@ -3,7 +3,8 @@
     python run.py flowers.onnx photo.jpg ...
     python run.py multi.onnx --task flowers photo.jpg ...      # reads flowers.safetensors of its bank, too
 
-Copy it beside any graph (with bank.py if that has several tasks) and run it there, or import `Model`.
+Copy it beside any graph (with bank.py and adapter_file.py if that has several tasks) and run it there, or import
+`Model`.
 """
 
 import argparse
@@ -101,13 +102,11 @@ class Model:
             except ValueError as error:
                 raise RunnerError(str(error)) from error
         else:
-            held = [(self.metadata, self.metadata["revision"])]
+            labels, preprocess = json.loads(self.metadata["labels"]), json.loads(self.metadata["preprocess"])
+            held = [(self.metadata["task"], self.metadata["revision"], labels, preprocess)]
             if set(tasks) - {self.metadata["task"]}:
                 raise RunnerError(f"{path} has no task {', '.join(tasks)}: it answers for {self.metadata['task']}")
-        self.tasks: dict[str, Task] = {}
-        for metadata, revision in held:
-            labels, preprocess = json.loads(metadata["labels"]), json.loads(metadata["preprocess"])
-            self.tasks[metadata["task"]] = Task(metadata["task"], revision, labels, preprocess)
+        self.tasks = {own[0]: Task(*own) for own in held}
 
     def predict(self, images: Iterable[Image.Image], tasks: str | Sequence[str] | None = None) -> list[Prediction]:
         """Classify images, `BATCH` at a time; of an iterator's images only one is held in full size.

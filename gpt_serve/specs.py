@@ -1,7 +1,6 @@
 """Plain data that every layer shares: no torch, no disk, no device."""
 
 import re
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -71,51 +70,6 @@ class Preprocess:
     def to_dict(self) -> dict[str, Any]:
         """The JSON object stored in an adapter's metadata."""
         return asdict(self)
-
-    @classmethod
-    def from_dict(cls, value: Mapping[str, Any]) -> "Preprocess":
-        """Parse what `to_dict` wrote.
-
-        Raises:
-            ValueError: a key is missing, unknown, or its value is out of range.
-        """
-        unknown = set(value) ^ set(cls.__dataclass_fields__)
-        if unknown:
-            raise ValueError(f"unexpected or missing preprocess keys: {', '.join(sorted(unknown))}")
-        size = _numbers(value["input_size"], 2, "input_size")
-        if any(side != int(side) or not 1 <= side <= 4096 for side in size):
-            raise ValueError("input_size must be two integers between 1 and 4096")
-        crop_pct = _numbers([value["crop_pct"]], 1, "crop_pct")[0]
-        if not 0.05 <= crop_pct <= 1:
-            raise ValueError("crop_pct must lie between 0.05 and 1")
-        if value["crop_mode"] not in ("center", "squash"):
-            raise ValueError("crop_mode must be center or squash")
-        if value["interpolation"] not in ("bilinear", "bicubic"):
-            raise ValueError("interpolation must be bilinear or bicubic")
-        if not isinstance(value["exif"], bool):
-            raise ValueError("exif must be true or false")
-        mean = _numbers(value["mean"], 3, "mean")
-        std = _numbers(value["std"], 3, "std")
-        if any(not 1e-3 <= item <= 1e3 for item in std):
-            raise ValueError("std must lie between 0.001 and 1000")
-        return cls(
-            input_size=(int(size[0]), int(size[1])),
-            crop_pct=crop_pct,
-            crop_mode=value["crop_mode"],
-            interpolation=value["interpolation"],
-            mean=(mean[0], mean[1], mean[2]),
-            std=(std[0], std[1], std[2]),
-            exif=value["exif"],
-        )
-
-
-def _numbers(value: Any, count: int, name: str) -> list[float]:
-    """``count`` finite numbers of ordinary size, as floats."""
-    if not isinstance(value, list | tuple) or len(value) != count:
-        raise ValueError(f"{name} must hold {count} number(s)")
-    if any(isinstance(item, bool) or not isinstance(item, int | float) or not abs(item) <= 1e6 for item in value):
-        raise ValueError(f"{name} must hold finite numbers")
-    return [float(item) for item in value]
 
 
 @dataclass(frozen=True)

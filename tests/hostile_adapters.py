@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from gpt_serve.adapters.adapter import Adapter
-from gpt_serve.adapters.file import MAX_FILE_BYTES, MAX_PROMPTS
+from gpt_serve.adapters.parse import MAX_FILE_BYTES, MAX_PROMPTS
 from gpt_serve.adapters.store import FILE_NAME
 from gpt_serve.errors import AdapterError, BackboneMismatch, InvalidAdapter
 from gpt_serve.specs import BackboneSpec, Tap

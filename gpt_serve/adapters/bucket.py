@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from gpt_serve.adapters.file import MAX_FILE_BYTES
+from gpt_serve.adapters.parse import MAX_FILE_BYTES
 from gpt_serve.adapters.source import FILE_NAME
 from gpt_serve.errors import InvalidAdapter, UsageError
 from gpt_serve.specs import TASK_PATTERN

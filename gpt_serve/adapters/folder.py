@@ -6,7 +6,7 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from gpt_serve.adapters.file import MAX_FILE_BYTES
+from gpt_serve.adapters.parse import MAX_FILE_BYTES
 from gpt_serve.adapters.source import FILE_NAME, Signature
 from gpt_serve.errors import InvalidAdapter, UsageError
 

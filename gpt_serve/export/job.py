@@ -199,7 +199,8 @@ def _load(backbone: Backbone, store: AdapterStore, task: str) -> StoredAdapter:
 
 
 def _metadata(backbone: Backbone, kind: str, options: ExportOptions) -> dict[str, str]:
-    return {
+    resized = backbone.spec.resized_fingerprint
+    return ({} if resized is None else {"resized_sha256": resized}) | {
         "format": FORMAT,
         "kind": kind,
         "backbone": backbone.name,

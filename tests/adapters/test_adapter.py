@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from gpt_serve.adapters.adapter import Adapter, revision_of
-from gpt_serve.adapters.file import FORMAT, MAX_FILE_BYTES, MAX_HEADER_BYTES
+from gpt_serve.adapters.file import FORMAT
+from gpt_serve.adapters.parse import MAX_FILE_BYTES, MAX_HEADER_BYTES, Parsed
 from gpt_serve.errors import AdapterError, BackboneMismatch, InvalidAdapter
 from tests.factories import TINY_SPEC, make_adapter
 from tests.hostile_adapters import pack, unpack, with_header, with_tensors, with_value
@@ -173,7 +174,7 @@ def test_no_tensor_is_made_before_everything_is_checked(monkeypatch):
     def refuse(data):
         raise AssertionError("a tensor was made")
 
-    monkeypatch.setattr("gpt_serve.adapters.file.load_tensors", refuse)
+    monkeypatch.setattr(Parsed, "tensors", refuse)
     for data in (wide, late):
         with pytest.raises(InvalidAdapter):
             Adapter.from_bytes(data)

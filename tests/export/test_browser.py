@@ -24,6 +24,7 @@ import pytest
 import torch
 from PIL import Image
 
+from gpt_serve.adapters.parse import parse_preprocess
 from gpt_serve.images.decode import decode
 from gpt_serve.images.preprocess import preprocess_image
 from gpt_serve.specs import Preprocess
@@ -162,7 +163,7 @@ def answer(site: Path, data: bytes, **changes: Any) -> dict[str, float]:
     """What onnxruntime in Python answers for the server's preprocessing, the most probable class first."""
     session = onnxruntime.InferenceSession(site / "flowers.onnx", providers=["CPUExecutionProvider"])
     metadata = session.get_modelmeta().custom_metadata_map
-    preprocess = replace(Preprocess.from_dict(json.loads(metadata["preprocess"])), **changes)
+    preprocess = replace(Preprocess(**parse_preprocess(metadata["preprocess"])), **changes)
     pixels = preprocess_image(decode(data, exif=preprocess.exif), preprocess)
     (probabilities,) = session.run(None, {"images": pixels.permute(1, 2, 0)[None].numpy()})[0]
     answers = zip(json.loads(metadata["labels"]), probabilities.tolist(), strict=True)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from gpt_serve.adapters.parse import parse_preprocess
 from gpt_serve.adapters.store import AdapterStore
 from gpt_serve.errors import BackboneMismatch, DataError, ExportError, UnknownTask, UsageError
 from gpt_serve.export import ExportOptions, Graph, add_task, export_task, export_tasks, files, job
@@ -83,7 +84,7 @@ def test_a_graph_says_all_that_running_it_needs(tiny: Backbone, store: AdapterSt
     assert graph.metadata["task"] == "alpha" and graph.metadata["revision"] == stored.revision == single["revision"]
     assert graph.metadata["backbone"] == "tiny" and graph.metadata["backbone_sha256"] == tiny.fingerprint
     assert graph.json("labels") == list(LABELS)
-    assert type(PREPROCESS).from_dict(graph.json("preprocess")) == PREPROCESS
+    assert type(PREPROCESS)(**parse_preprocess(graph.metadata["preprocess"])) == PREPROCESS
     assert [graph.metadata[key] for key in ("input", "output", "precision")] == ["uint8", "probabilities", "fp32"]
     assert graph.json("verification") == single["verification"]
 

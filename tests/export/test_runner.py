@@ -3,14 +3,17 @@
 import io
 import struct
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from PIL import Image
 
+from gpt_serve.adapters import parse
 from gpt_serve.adapters.adapter import revision_of
 from gpt_serve.images.decode import decode, from_pil
 from gpt_serve.images.headers import orientation
@@ -21,7 +24,8 @@ from tests.factories import TINY_SPEC, make_adapter
 from tests.hostile_adapters import Hostile, hostile_adapters, pack, unpack
 from tests.hostile_images import encode, fixed_cases, photo, png_chunk
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "export"))
+EXPORT = Path(__file__).parents[2] / "export"
+sys.path.insert(0, str(EXPORT))
 import bank  # noqa: E402
 import run  # noqa: E402
 
@@ -248,6 +252,16 @@ def test_an_added_file_is_a_task(tmp_path: Path) -> None:
     assert "new" in run.Model(path).tasks
 
 
+def test_an_adapter_of_the_resized_weights_is_of_the_same_backbone(tmp_path: Path) -> None:
+    path = multi(tmp_path / "m.onnx", [make_adapter(replace(TINY_SPEC, fingerprint="ef" * 32), task="old")])
+    with pytest.raises(run.RunnerError, match="trained on backbone"):
+        run.Model(path)
+    model = onnx.load(path)
+    model.metadata_props.add(key="resized_sha256", value="ef" * 32)
+    onnx.save(model, path)
+    assert list(run.Model(path).tasks) == ["old"]
+
+
 @pytest.mark.parametrize("dtype", ["F16", "BF16", "F64"])
 def test_other_float_types(tmp_path: Path, dtype: str) -> None:
     adapter = make_adapter(task="alpha")
@@ -322,11 +336,17 @@ def test_a_mutated_bank_file_is_read_or_refused() -> None:
         for at in rng.integers(0, rng.choice([8, 1400, len(data)]), rng.integers(1, 4)):
             data[at] = rng.integers(256)
         try:
-            bank.parse_adapter(bytes(data))
+            bank.parse(bytes(data)).tensors()
             outcomes.add("read")
-        except bank.BankError:
+        except bank.ParseError:
             outcomes.add("refused")
     assert outcomes == {"read", "refused"}
+
+
+def test_one_parser_reads_adapter_files_here_and_in_the_package() -> None:
+    """``cp gpt_serve/adapters/parse.py export/adapter_file.py`` mends this."""
+    assert Path(bank.parse.__code__.co_filename) == EXPORT / "adapter_file.py"
+    assert (EXPORT / "adapter_file.py").read_bytes() == Path(parse.__file__).read_bytes()
 
 
 # images and providers

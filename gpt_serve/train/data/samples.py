@@ -12,7 +12,7 @@ from unicodedata import category, normalize
 import numpy as np
 from torch import Tensor
 
-from gpt_serve.adapters.file import MAX_LABEL_LENGTH
+from gpt_serve.adapters.parse import MAX_LABEL_LENGTH
 from gpt_serve.errors import DataError, ImageError
 from gpt_serve.images.convert import read_image
 from gpt_serve.images.decode import LOCAL_LIMITS, decode
