@@ -53,3 +53,15 @@ def test_starting_up_imports_nothing_heavy(program: str) -> None:
     check = f"import sys; sys.exit(str(sorted({heavy} & set(sys.modules))) if {heavy} & set(sys.modules) else 0)"
     run = subprocess.run([sys.executable, "-c", f"{program}\n{check}"], capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stderr
+
+
+def test_text_files_are_utf8_whatever_the_locale() -> None:
+    """Without ``encoding``, a table with a label in another script cannot be written where the locale is Latin-1."""
+    root = PACKAGE.parent
+    silent = []
+    for path in [*MODULES, *root.glob("export/**/*.py"), *root.glob("benchmarks/**/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            called = node.func.attr if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else ""
+            if called in ("read_text", "write_text") and "encoding" not in {word.arg for word in node.keywords}:  # type: ignore[attr-defined]
+                silent.append(f"{path.relative_to(root)}:{node.lineno}")  # type: ignore[attr-defined]
+    assert not silent

@@ -120,9 +120,9 @@ def write(times: dict[str, dict[str, list[float]]], started: dict[str, list[floa
     epochs = {name: Ratio.of(started[name], epoch.tolist()).median for name in STARTS}
     lines += ["", "| start from data | epochs of gated prompts |", "|---|---|"]
     lines += [f"| {name} | {value:.2f} |" for name, value in epochs.items()]
-    (HERE / "costs.md").write_text("\n".join(lines) + "\n")
+    (HERE / "costs.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     content = {"ratios": ratios, "linear_ms": base, "start_epochs": epochs}
-    (HERE / "costs.json").write_text(json.dumps(content, indent=1) + "\n")
+    (HERE / "costs.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print("\n".join(lines))
 
 

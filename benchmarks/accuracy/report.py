@@ -36,7 +36,7 @@ def write_report(study: "Study", folder: Path) -> None:
             lines += ["", f"## {ablation.title}", "", *ablation_table(ablation, found)]
             plot_ablation(ablation, found, folder / f"{ablation.name}.png")
     lines += nmi_table(study)
-    (folder / "tables.md").write_text("\n".join(lines) + "\n")
+    (folder / "tables.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     plot_methods(study, folder / "methods.png")
     print("\n".join(lines))
 

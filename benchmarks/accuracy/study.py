@@ -47,7 +47,7 @@ class Study:
         path = RUNS / f"{run.name}.json"
         if not path.exists():
             return None
-        summary: dict[str, Any] = json.loads(path.read_text())
+        summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         recipe = summary["recipe"]
         planned = {"method": run.method, "epochs": run.epochs, "lr": run.lr, "seed": run.seed}
         if changed := [key for key, value in planned.items() if recipe[key] != value]:

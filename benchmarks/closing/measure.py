@@ -48,7 +48,7 @@ def close(task: str, data: Path, work: Path) -> dict[str, Any]:
         command += ["--adapters", str(work / "adapters")]
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
         result.write_bytes(output)
-    return json.loads(result.read_text())["closing"]
+    return json.loads(result.read_text(encoding="utf-8"))["closing"]
 
 
 def forward(backbone: Backbone, adapter: Adapter, prompts: int) -> Callable[[], None]:
@@ -144,8 +144,8 @@ def main() -> None:
         task: {"closing": step, "speed": [speed(backbone, task, options.work, count, plan) for count in PROMPTS]}
         for task, step in steps.items()
     }
-    (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    (HERE / "table.md").write_text("\n".join(table(results)) + "\n")
+    (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (HERE / "table.md").write_text("\n".join(table(results)) + "\n", encoding="utf-8")
     print("\n".join(table(results)))
 
 

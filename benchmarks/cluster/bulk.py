@@ -115,7 +115,7 @@ def tenths(values: list[float]) -> tuple[list[float], list[float]]:
 def resident(pid: int) -> float:
     """MiB of a process, 0 when it has ended."""
     try:
-        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        pages = int(Path(f"/proc/{pid}/statm").read_text(encoding="utf-8").split()[1])
     except (OSError, IndexError):
         return 0.0
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20

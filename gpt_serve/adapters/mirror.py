@@ -175,13 +175,13 @@ class Mirror:
         listed = self.bucket.list()
         content = {"listed": time.time(), "tasks": {task: asdict(entry) for task, entry in listed.items()}}
         with replacing(self._catalogue) as temporary:
-            temporary.write_text(json.dumps(content))
+            temporary.write_text(json.dumps(content), encoding="utf-8")
         return listed
 
     def _kept(self) -> tuple[float, dict[str, Listed]] | None:
         """When the catalogue was listed (seconds since the epoch), and it; None when there is none that can be read."""
         try:
-            content = json.loads(self._catalogue.read_text())
+            content = json.loads(self._catalogue.read_text(encoding="utf-8"))
             return content["listed"], {task: Listed(**entry) for task, entry in content["tasks"].items()}
         except (OSError, ValueError, KeyError, TypeError):
             return None

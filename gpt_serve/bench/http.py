@@ -155,7 +155,7 @@ def _wait_ready(process: "subprocess.Popen[bytes]", log: Path) -> int:
     """Wait for the server's ready line and return the port that it names."""
     end = time.monotonic() + START_SECONDS
     while True:
-        text = log.read_text(errors="replace")
+        text = log.read_text(encoding="utf-8", errors="replace")
         _, found, rest = text.partition("ready on http://127.0.0.1:")
         port, colon, _ = rest.partition(":")
         if found and colon:

@@ -92,7 +92,7 @@ def read(folder: Path) -> list[Record]:
     """
     path = folder / "results.json"
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, list):
             raise TypeError(f"{path} holds no list")
         return [Record.from_dict(value) for value in values]
@@ -113,7 +113,7 @@ def save(folder: Path, records: Sequence[Record], command: str = "gpt-serve benc
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in (("results.json", text + "\n"), ("tables.md", markdown(records, command))):
             with replacing(folder / name) as path:
-                path.write_text(content)
+                path.write_text(content, encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{folder} cannot be written to: {error.strerror}; choose another --output") from error
 
@@ -166,7 +166,7 @@ def _machine(records: Sequence[Record]) -> list[str]:
 
 def _cpu_model() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

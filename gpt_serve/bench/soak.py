@@ -96,5 +96,5 @@ def tiny_backbone(device: str) -> Backbone:
 
 def resident_megabytes() -> float:
     """Return the memory of this process that is in RAM."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:")) * 1024 / 1e6

@@ -95,8 +95,8 @@ class Parts:
     def _check(self) -> None:
         plan = self.folder / "run.json"
         if not plan.exists():
-            plan.write_text(json.dumps(self._run))
-        elif json.loads(plan.read_text()) != self._run:
+            plan.write_text(json.dumps(self._run), encoding="utf-8")
+        elif json.loads(plan.read_text(encoding="utf-8")) != self._run:
             raise UsageError(
                 f"{self.folder} holds parts of another run, of other images or tasks: finish that one, or remove them"
             )
