@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gpt_serve.errors import DataError, ImageError, UsageError
-from gpt_serve.images.convert import SUFFIXES, readable
+from gpt_serve.images.convert import SUFFIXES, is_of_system, readable
 
 READERS = 8  # files that are read at once
 
@@ -194,7 +194,7 @@ def _readable(data: bytes) -> bytes | ImageError:
 
 def _is_image(name: str) -> bool:
     path = PurePosixPath(name)
-    return path.suffix.lower() in SUFFIXES and not any(part.startswith((".", "__MACOSX")) for part in path.parts)
+    return path.suffix.lower() in SUFFIXES and not any(map(is_of_system, path.parts))
 
 
 def _choose(schema: pa.Schema, column: str | None, source: str) -> str:

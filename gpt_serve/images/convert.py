@@ -26,6 +26,9 @@ SUFFIXES = frozenset(
 )
 """The usual ends of the names of files that can be read, in lower case."""
 
+_SYSTEM_FOLDERS = {"__macosx", "@eadir", "@tmp", "@recycle", "#recycle", "$recycle.bin", "lost+found", "__pycache__"}
+_SYSTEM_FOLDERS |= {"system volume information"}
+
 HEAD_BYTES = 32
 """How many bytes of a file `is_image` needs."""
 
@@ -38,6 +41,11 @@ _FORMATS: dict[str, tuple[re.Pattern[bytes], type[ImageFile.ImageFile]]] = {
     "PPM": (re.compile(rb"P[1-6]\s"), PpmImageFile),
     "TIFF": (re.compile(rb"II[*+]\0|MM\0[*+]"), TiffImageFile),
 }
+
+
+def is_of_system(folder: str) -> bool:
+    """Whether a folder of this name is hidden, or one that operating systems and programs leave among images."""
+    return folder.startswith(".") or folder.lower() in _SYSTEM_FOLDERS
 
 
 def is_image(head: bytes) -> bool:

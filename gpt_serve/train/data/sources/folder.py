@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gpt_serve.errors import DataError
-from gpt_serve.images.convert import HEAD_BYTES, SUFFIXES, is_image
+from gpt_serve.images.convert import HEAD_BYTES, SUFFIXES, is_image, is_of_system
 from gpt_serve.train.data.samples import (
     SPLITS,
     Dataset,
@@ -24,9 +24,6 @@ from gpt_serve.train.data.samples import (
     some,
 )
 
-# What operating systems and programs leave behind; folders that begin with a dot belong to them, too.
-_SYSTEM_FOLDERS = {"__macosx", "@eadir", "@tmp", "@recycle", "#recycle", "$recycle.bin", "lost+found", "__pycache__"}
-_SYSTEM_FOLDERS |= {"system volume information"}
 _SYSTEM_FILES = {"thumbs.db", "desktop.ini"}
 
 
@@ -110,7 +107,7 @@ def _split_folders(root: Path) -> tuple[dict[str, Path], list[str]]:
     others: list[str] = []
     for entry in _entries(root):
         split = names.get(entry.name.lower())
-        if not entry.is_dir() or _is_system(entry):
+        if not entry.is_dir() or is_of_system(entry.name):
             continue
         if split is None:
             others.append(f"{entry.name}/")
@@ -126,7 +123,7 @@ def _class_folders(folder: Path) -> dict[str, list[Path]]:
     """Find the folders of each class, by its composed name; each spelling of the name may have a folder."""
     found: defaultdict[str, list[Path]] = defaultdict(list)
     for entry in _entries(folder):
-        if entry.is_dir() and not _is_system(entry):
+        if entry.is_dir() and not is_of_system(entry.name):
             found[composed_name(entry.name)].append(Path(entry.path))
     return dict(sorted(found.items()))
 
@@ -148,7 +145,7 @@ def _read_split(
     for entry in _entries(folder):
         if not entry.is_dir():
             left.loose += _is_wanted(entry, left)
-        elif _is_system(entry):
+        elif is_of_system(entry.name):
             left.folders.add(entry.name)
     samples: list[Sample] = []
     for target, label in enumerate(labels):
@@ -163,7 +160,7 @@ def _images(folder: Path, left: Leftovers, above: frozenset[str]) -> Iterator[Pa
     above |= {os.path.realpath(folder)}
     for entry in _entries(folder):
         if entry.is_dir():
-            if _is_system(entry):
+            if is_of_system(entry.name):
                 left.folders.add(entry.name)
             elif os.path.realpath(entry.path) not in above:
                 yield from _images(Path(entry.path), left, above)
@@ -190,10 +187,6 @@ def _begins_like_an_image(entry: "os.DirEntry[str]") -> bool:
             return is_image(file.read(HEAD_BYTES))
     except OSError as error:
         raise DataError(f"{entry.path} cannot be read: {error.strerror}") from error
-
-
-def _is_system(entry: "os.DirEntry[str]") -> bool:
-    return entry.name.startswith(".") or entry.name.lower() in _SYSTEM_FOLDERS
 
 
 def _entries(folder: Path) -> "list[os.DirEntry[str]]":
