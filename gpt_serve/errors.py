@@ -147,7 +147,15 @@ class TaskForbidden(RequestError):
 
 
 class RateLimited(RequestError):
-    """The key's owner has more requests a second, or more images in flight, than the key allows."""
+    """The key's owner has more requests a second, or more images in flight, than the key allows.
+
+    Attributes:
+        seconds: after which trying again may help.
+    """
+
+    def __init__(self, message: str, seconds: float = 1.0) -> None:
+        super().__init__(message)
+        self.seconds = seconds
 
 
 class Overloaded(RequestError):

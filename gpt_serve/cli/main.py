@@ -15,6 +15,7 @@ from gpt_serve import __version__
 from gpt_serve.cli.exchange import pull, push
 from gpt_serve.cli.exits import EXIT_INTERRUPTED, EXIT_MISTAKE, escape_what_cannot_be_shown, say
 from gpt_serve.cli.insight import inspect, reconstruct
+from gpt_serve.cli.keys import keys
 from gpt_serve.cli.options import (
     adapters_option,
     backbone_options,
@@ -92,6 +93,7 @@ main.add_command(inspect)
 main.add_command(reconstruct)
 main.add_command(push)
 main.add_command(pull)
+main.add_command(keys)
 
 
 @main.command()

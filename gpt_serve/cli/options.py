@@ -126,6 +126,12 @@ serving_options = option_group(
     click.option("--queue-limit", type=int, default=128, show_default=True, help="Most images admitted; then 503."),
     click.option("--max-connections", type=int, default=1024, show_default=True, help="Most connections open."),
     click.option("--deadline", type=float, default=30.0, show_default=True, help="Seconds to answer in; then 504."),
+    click.option(
+        "--keys",
+        type=click.Path(path_type=Path, dir_okay=False),
+        help="File of tenants and their keys, made by gpt-serve keys; followed without a restart.",
+    ),
+    click.option("--access-log", metavar="FILE|-", help="Log each request as a line of JSON; - for standard output."),
     click.option("--drain", type=float, default=30.0, show_default=True, help="Seconds to finish in after SIGTERM."),
     click.option(
         "--load-timeout", type=float, default=900.0, show_default=True, help="Seconds to load the backbone in."

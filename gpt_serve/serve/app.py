@@ -1,30 +1,32 @@
 """The routes. They know whom to ask, the store and a state, and not who runs the engine: see `Door`."""
 
 import asyncio
-import hmac
 import json
-import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.routing import APIRoute
+from fastapi.security import APIKeyHeader
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import JSONResponse, Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gpt_serve import __version__
+from gpt_serve.errors import TaskForbidden
 from gpt_serve.serve import problems, schema
+from gpt_serve.serve.access import KEY, AccessLog
 from gpt_serve.serve.bodies import Bodies
 from gpt_serve.serve.config import ServeConfig
+from gpt_serve.serve.keyfile import Tenant
 from gpt_serve.serve.messages import Asks
 from gpt_serve.serve.metrics import Metrics
+from gpt_serve.serve.observed import Observed
 from gpt_serve.serve.pages import add_pages
-from gpt_serve.serve.problems import HTTPError
 from gpt_serve.serve.state import ServerState
+from gpt_serve.serve.tenants import Doorkeeper
 from gpt_serve.serve.tracing import telemetry
 from gpt_serve.specs import check_task_name
 
@@ -42,6 +44,8 @@ class Door:
         asks: who answers items.
         state: whether requests are taken on, and how many there are.
         metrics: what ``/metrics`` shows.
+        keeper: who may ask.
+        log: the access log, if there is one.
         bodies: the request bodies that are being read.
         parsing: a thread for bodies that are too large to be parsed in the event loop.
         reading: threads for what touches the disk, which may never answer.
@@ -52,6 +56,8 @@ class Door:
         self.asks = asks
         self.state = state
         self.metrics = metrics
+        self.keeper = Doorkeeper(config.keys, config.api_key)
+        self.log = None if config.access_log is None else AccessLog(config.access_log)
         self.bodies = Bodies(config.max_body_bytes, config.deadline)
         self.parsing = ThreadPoolExecutor(1, thread_name_prefix="parse")
         self.reading = ThreadPoolExecutor(4, thread_name_prefix="read")
@@ -75,19 +81,24 @@ class Door:
                 self._store = AdapterStore(config.adapters, self.state.spec, poll_seconds=config.poll_seconds)
             return self._store
 
+    def close(self) -> None:
+        """Stop watching the keys, and finish the access log."""
+        self.keeper.close()
+        if self.log is not None:
+            self.log.close()
+
     async def read(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """The result of a function that touches the disk."""
         return await asyncio.get_running_loop().run_in_executor(self.reading, function, *arguments)
 
-    def check_key(self, request: Request) -> None:
-        """Raise `HTTPError` 401 unless ``request`` has the server's key, if there is one."""
-        expected, headers = self.config.api_key, request.headers
-        if expected is None:
-            return
+    def tenant(self, request: Request) -> Tenant:
+        """Who asks. Raises `InvalidKey` where a key is needed and none, or an unknown one, is given."""
+        headers = request.headers
         scheme, _, bearer = headers.get("authorization", "").partition(" ")
         given = headers.get("x-api-key") or (bearer.strip() if scheme.lower() == "bearer" else "")
-        if not hmac.compare_digest(given.encode(), expected.encode()):
-            raise HTTPError(401, "give the server's key in the X-API-Key header", {"WWW-Authenticate": "APIKey"})
+        tenant = self.keeper.tenant(given)
+        request.scope[KEY].tenant = "" if self.keeper.is_open else tenant.name
+        return tenant
 
 
 def build_app(door: Door, lifespan: Lifespan | None = None) -> FastAPI:
@@ -102,7 +113,7 @@ def build_app(door: Door, lifespan: Lifespan | None = None) -> FastAPI:
         docs_url=None,  # FastAPI's would load its scripts from elsewhere
         redoc_url=None,
     )
-    app.add_middleware(Observed, metrics=door.metrics)
+    app.add_middleware(Observed, metrics=door.metrics, log=door.log)
     problems.install(app)
     add_pages(app)
     _add_probes(app, door)
@@ -130,30 +141,36 @@ def _add_predictions(app: FastAPI, door: Door) -> None:
         """Classify the image that is the body, with the adapter of the task in the path."""
         return await Call(door, request).response()
 
-    route: dict[str, Any] = {"methods": ["POST"], "route_class_override": Direct}
+    route: dict[str, Any] = {"methods": ["POST"], "route_class_override": Direct, "dependencies": _documented(door)}
     app.router.add_api_route("/predict", predict, **route, **schema.PREDICT)
     app.router.add_api_route("/predict/{task}", predict_task, **route, **schema.PREDICT_TASK)
 
 
 def _add_tasks(app: FastAPI, door: Door) -> None:
-    guarded = [Depends(door.check_key)]
+    guarded = _documented(door)
 
     @app.get("/tasks", dependencies=guarded, **schema.TASKS)
-    async def tasks() -> Response:
-        """List the stored adapters; one that cannot be served is listed with the reason."""
-        text = await door.read(_listing, door)
+    async def tasks(request: Request) -> Response:
+        """List the adapters that the key opens; one that cannot be served is listed with the reason."""
+        text = await door.read(_listing, door, door.tenant(request))
         return Response(text, media_type="application/json")
 
     @app.get("/tasks/{task}", dependencies=guarded, **schema.TASK)
-    async def task(task: str) -> Response:
+    async def task(task: Annotated[str, schema.TASK_IN_PATH], request: Request) -> Response:
         """Describe one adapter, with its labels."""
-        name = check_task_name(task)
-        summary = await door.read(lambda: door.store.summary(name))
+        door.keeper.check_task(door.tenant(request), check_task_name(task))
+        summary = await door.read(lambda: door.store.summary(task))
         return JSONResponse(summary.to_dict() | {"labels": list(summary.labels)})
 
 
-def _listing(door: Door) -> bytes:
-    return json.dumps({"tasks": [entry.to_dict() for entry in door.store.describe()]}, ensure_ascii=False).encode()
+def _listing(door: Door, tenant: Tenant) -> bytes:
+    entries = [entry.to_dict() for entry in door.store.describe() if tenant.may_ask(entry.task)]
+    return json.dumps({"tasks": entries}, ensure_ascii=False).encode()
+
+
+def _documented(door: Door) -> list[Any]:
+    """Says in the interface's description that a key is needed, if it is; `Door.tenant` looks at the header."""
+    return [] if door.keeper.is_open else [Depends(APIKeyHeader(name="X-API-Key", auto_error=False))]
 
 
 def _add_probes(app: FastAPI, door: Door) -> None:
@@ -170,39 +187,10 @@ def _add_probes(app: FastAPI, door: Door) -> None:
         assert spec is not None
         return JSONResponse({"status": "ready", "backbone": spec.name, "backbone_sha256": spec.fingerprint})
 
-    @app.get("/metrics", dependencies=[Depends(door.check_key)], **schema.METRICS)
-    async def metrics() -> Response:
-        """Prometheus metrics. They name tasks, so they need the key where there is one."""
+    @app.get("/metrics", dependencies=_documented(door), **schema.METRICS)
+    async def metrics(request: Request) -> Response:
+        """Prometheus metrics. They name all tasks and tenants, so they need a key that opens all tasks."""
+        if "*" not in door.tenant(request).tasks:
+            raise TaskForbidden("the metrics name all tasks: they need a key that opens all of them")
         text = await door.read(door.metrics.text)
         return Response(text, media_type=CONTENT_TYPE_LATEST)
-
-
-class Observed:
-    """Counts every answer, whoever gave it, and answers HEAD wherever GET is answered.
-
-    A route may leave the name of a stored task in the scope's ``gpt_serve.task``.
-    """
-
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self.app = app
-        self.metrics = metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        began, status = time.monotonic(), 500
-        inner = scope if scope["method"] != "HEAD" else {**scope, "method": "GET"}
-
-        async def sending(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            await self.app(inner, receive, sending)
-        finally:
-            route = getattr(inner.get("route"), "path", "")
-            self.metrics.answered(route, inner.get("gpt_serve.task", ""), status, time.monotonic() - began)

@@ -10,8 +10,10 @@ from starlette.responses import Response
 
 from gpt_serve.errors import DeadlineExceeded, GPTServeError, Overloaded, UnknownTask
 from gpt_serve.serve import problems
+from gpt_serve.serve.access import KEY, Record
 from gpt_serve.serve.bodies import ClientLeft
 from gpt_serve.serve.inputs import PredictRequest, check_media_type, media_type, parse
+from gpt_serve.serve.keyfile import Tenant
 from gpt_serve.serve.messages import Answer, Item
 from gpt_serve.serve.problems import HTTPError
 
@@ -37,30 +39,47 @@ class Call:
         self.request = request
         self.expires = time.monotonic() + door.config.deadline
         self._displaced: set[asyncio.Future[Answer]] = set()
+        self.record: Record = request.scope[KEY]
+        self.tenant: Tenant
 
     async def response(self) -> Response:
         """The answer or the problem."""
         try:
             wanted = await self._read()
-            outcomes = await self._outcomes(wanted)
+            self.door.keeper.check_task(self.tenant, wanted.task)
+            self.record.images = len(wanted.images)
+            with self.door.keeper.images(self.tenant, len(wanted.images)):
+                outcomes = await self._outcomes(wanted)
         except ClientLeft:
             return Response(status_code=499)  # nobody hears it; for the log and the metrics
         except (GPTServeError, HTTPError) as error:
             return problems.problem_of(error)
-        if not all(isinstance(outcome, UnknownTask) for outcome in outcomes):
-            self.request.scope["gpt_serve.task"] = wanted.task
+        self._note(wanted.task, outcomes)
         return _several(outcomes) if wanted.several else _single(outcomes[0])
+
+    def _note(self, task: str, outcomes: Sequence[Outcome]) -> None:
+        """Say in the record what became of the request."""
+        if not all(isinstance(outcome, UnknownTask) for outcome in outcomes):
+            self.record.task = task
+        for outcome in outcomes:
+            if isinstance(outcome, Answer):
+                self.record.revision = outcome.revision
+                for part, seconds in outcome.seconds.items():
+                    self.record.seconds[part] = max(seconds, self.record.seconds.get(part, 0.0))
 
     async def _read(self) -> PredictRequest:
         """The request, once it is there; what can be refused before the body is read is refused then."""
         door, request = self.door, self.request
-        door.check_key(request)
+        self.tenant = door.tenant(request)
+        door.keeper.count_request(self.tenant)
         door.state.check_ready()
         task = request.path_params.get("task", "")
         kind = media_type(request.headers)
         if not task:
             check_media_type(kind)
+        began = time.monotonic()
         body = await door.bodies.read(request.receive, request.headers.get("content-length"))
+        self.record.seconds["reading"] = time.monotonic() - began
         query = request.query_params.multi_items() if request.scope["query_string"] else ()
         if len(body) <= PARSED_IN_THE_LOOP:
             return parse(request.headers, query, body, task)

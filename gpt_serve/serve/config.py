@@ -46,6 +46,8 @@ class ServeConfig:
         deadline: seconds from the first header to the answer; beyond it 504.
         drain: seconds that admitted requests get to finish after SIGTERM, SIGINT or SIGHUP.
         load_timeout: seconds that a worker may take to load the backbone.
+        keys: file of tenants and their keys, see `gpt_serve.serve.keyfile`; followed while the server runs.
+        access_log: file to which each request is logged as a line of JSON, ``-`` for standard output; None for no log.
         api_key: what ``X-API-Key`` must say for everything but ``/health``, ``/ready`` and ``/docs``; None asks for
             none. By default it comes from the environment variable ``LIT_SERVER_API_KEY``.
     """
@@ -72,6 +74,8 @@ class ServeConfig:
     deadline: float = 30.0
     drain: float = 30.0
     load_timeout: float = 900.0
+    keys: Path | None = None
+    access_log: str | None = None
     api_key: str | None = field(default_factory=lambda: _key_of_environment(), repr=False)
 
     def __post_init__(self) -> None:

@@ -175,7 +175,8 @@ class PredictAPI(LitAPI):
             text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
         except ValueError:
             return Failure.of(InvalidAdapter(f"adapter {result.task!r} is refused: its probabilities are no numbers"))
-        return Answer(result.task, result.revision, text.encode())
+        seconds = getattr(output, "seconds", {})  # a scheduler's, see `gpt_serve.engine.scheduler.jobs.Pending`
+        return Answer(result.task, result.revision, text.encode(), seconds=seconds)
 
     def stats(self) -> Stats:
         """The numbers for one message: every pass is in one of them, and only in one."""

@@ -55,12 +55,15 @@ class Answer:
         revision: the revision of the adapter that computed it.
         content: the body of the response, of the type ``media_type``.
         media_type: JSON, unless the client asked for a picture.
+        seconds: how long the item was ``queueing``, ``decoding`` and ``computing``, for the access log; empty where
+            nobody measured it.
     """
 
     task: str
     revision: str
     content: bytes
     media_type: str = "application/json"
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

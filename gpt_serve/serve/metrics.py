@@ -30,6 +30,10 @@ _COUNTED = {
 _BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 _SECONDS = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 
+MOST_PAIRS = 1000
+"""Pairs of task and tenant that have series of their own: thousands would cost every scrape, and Prometheus more."""
+OTHER = "OTHER"  # no task's or tenant's name: those are lower case
+
 
 class Metrics:
     """Prometheus metrics of one server, in a registry of their own."""
@@ -38,8 +42,8 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._requests = Counter(
             "gpt_serve_requests",
-            "Answers of POST /predict by task (empty unless such a task exists) and HTTP status",
-            ["task", "status"],
+            "Answers of POST /predict by task (empty unless such a task exists), tenant and HTTP status",
+            ["task", "tenant", "status"],
             registry=self.registry,
         )
         self._answers = Counter(
@@ -68,24 +72,34 @@ class Metrics:
         )
         self._held = {key: Gauge(*texts, registry=self.registry) for key, texts in _HELD.items()}
         self._counted = {key: Counter(*texts, registry=self.registry) for key, texts in _COUNTED.items()}
+        self._pairs: set[tuple[str, str]] = set()
         self._last: dict[str, float] = {}  # the current worker's numbers
         self._gauge("gpt_serve_in_flight", "Images that hold an admission slot", lambda: state.admitted)
         self._gauge("gpt_serve_ready", "1 while requests are taken on", lambda: _is_ready(state))
         self._gauge("gpt_serve_worker_restarts", "Workers started after the first", lambda: state.restarts)
 
-    def answered(self, route: str, task: str, status: int, seconds: float) -> None:
+    def answered(self, route: str, task: str, tenant: str, status: int, seconds: float) -> None:
         """Count one answer.
 
         Args:
             route: the path of the route with its placeholders; empty for what matches none.
             task: a stored task's name or empty: names that clients make up are endless.
+            tenant: whose key it was, or empty.
             status: of the answer.
             seconds: from the request's headers to the end of the answer.
         """
         self._answers.labels(route, str(status)).inc()
         if route.startswith("/predict"):
-            self._requests.labels(task, str(status)).inc()
+            self._requests.labels(*self._bounded(task, tenant), str(status)).inc()
             self._seconds.observe(seconds)
+
+    def _bounded(self, task: str, tenant: str) -> tuple[str, str]:
+        """The labels of a task and tenant, or `OTHER` for both when there are too many pairs already."""
+        pair = task, tenant
+        if pair not in self._pairs and len(self._pairs) >= MOST_PAIRS:
+            return OTHER, OTHER
+        self._pairs.add(pair)
+        return pair
 
     def refused(self, status: int) -> None:
         """Count an answer to what never became a request."""

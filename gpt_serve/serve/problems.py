@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import re
 from http import HTTPStatus
 
@@ -70,7 +71,10 @@ def problem_of(error: Exception) -> Response:
         known = next(cls for cls in type(error).__mro__ if cls in STATUS)
         status, title = STATUS[known]
         if status != 500:
-            headers = {"Retry-After": str(RETRY_AFTER[known])} if known in RETRY_AFTER else {}
+            seconds = math.ceil(error.seconds) if isinstance(error, errors.RateLimited) else RETRY_AFTER.get(known)
+            headers = {} if seconds is None else {"Retry-After": str(seconds)}
+            if status == 401:
+                headers["WWW-Authenticate"] = "APIKey"
             return problem(status, title, str(error), kind=known.__name__, headers=headers)
     logger.error("internal error while answering a request: %s", error, exc_info=error)
     return problem(500, "Internal server error", "the server failed on this request; its log says why")

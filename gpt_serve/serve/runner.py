@@ -1,6 +1,7 @@
 """From options to a running server and back: port, signals, drain, exit."""
 
 import asyncio
+import ipaddress
 import logging
 import os
 import signal
@@ -47,6 +48,10 @@ def run_server(config: ServeConfig, api: type[PredictAPI] = PredictAPI) -> int:
     with _listen(config) as sock:
         server = Server(config, Launcher(config, api(config)).start)
         door = Door(config, server, server.state, server.metrics)
+        if door.keeper.is_open and not _is_loopback(config.host):
+            logger.warning(
+                "anybody who reaches %s may ask: give out keys (--keys), or listen on 127.0.0.1", config.host
+            )
         supervisor = Supervisor(server, partial(_announce, door, sock))
         try:
             app = build_app(door, _lifespan(server, supervisor, StoreWatch(door)))
@@ -54,6 +59,7 @@ def run_server(config: ServeConfig, api: type[PredictAPI] = PredictAPI) -> int:
             front.run(sockets=[sock])
         finally:
             server.close(supervisor.worker)
+            door.close()
     if server.state.fatal is not None:
         raise server.state.fatal
     return 1 if front.dropped else 0
@@ -146,6 +152,13 @@ def _lifespan(server: Server, supervisor: Supervisor, watch: StoreWatch) -> Life
         await asyncio.gather(*tasks, return_exceptions=True)
 
     return lifespan
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _listen(config: ServeConfig) -> socket.socket:

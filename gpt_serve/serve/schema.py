@@ -2,10 +2,12 @@
 
 from typing import Any
 
+from fastapi import Path
 from pydantic import BaseModel
 
 from gpt_serve.serve.inputs import DEFAULT_TOP_K, MAX_IMAGES, MAX_TOP_K
 from gpt_serve.serve.problems import MEDIA_TYPE
+from gpt_serve.specs import TASK_PATTERN
 
 
 class LabelProbability(BaseModel):
@@ -60,11 +62,13 @@ _PROBLEM = {"schema": Problem.model_json_schema()}
 _MEANING = {
     400: "A field is missing, unknown or malformed",
     401: "The key is missing or wrong",
+    403: "The key does not open this",
     404: "Unknown task",
     408: "The body did not arrive in time",
     413: "Body or pixel count over the limit",
     415: "Neither a form nor JSON, or the image is not JPEG, PNG or WebP",
     422: "The image cannot be decoded",
+    429: "The key's limit is reached; see Retry-After",
     503: "Overloaded, not ready, shutting down, or the task's adapter is refused; see Retry-After",
     504: "The deadline passed",
 }
@@ -74,14 +78,17 @@ def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"description": _MEANING[status], "content": {MEDIA_TYPE: _PROBLEM}} for status in statuses}
 
 
+_NAME = {"type": "string", "pattern": f"^{TASK_PATTERN.pattern}$"}
+_TOP_K = {"type": "integer", "minimum": 1, "maximum": MAX_TOP_K, "default": DEFAULT_TOP_K}
+
+
 def _body(image: dict[str, Any]) -> dict[str, Any]:
-    top_k = {"type": "integer", "minimum": 1, "maximum": MAX_TOP_K, "default": DEFAULT_TOP_K}
-    fields = {"task": {"type": "string"}, "image": image, "top_k": top_k}
+    fields = {"task": _NAME, "image": image, "top_k": _TOP_K}
     return {"schema": {"type": "object", "required": ["task", "image"], "properties": fields}}
 
 
-def _query(name: str, kind: str) -> dict[str, Any]:
-    return {"name": name, "in": "query", "description": f"instead of {name} in the body", "schema": {"type": kind}}
+def _query(name: str, schema: dict[str, Any]) -> dict[str, Any]:
+    return {"name": name, "in": "query", "description": f"instead of {name} in the body", "schema": schema}
 
 
 def _one_or_more(image: dict[str, Any]) -> dict[str, Any]:
@@ -94,14 +101,14 @@ _CONTENT = {
     "multipart/form-data": _body(_one_or_more(_FILE)),
     "application/json": _body(_one_or_more(_BASE64)),
 }
-_PREDICT_PROBLEMS = _problems(400, 401, 404, 408, 413, 415, 422, 503, 504)
+_PREDICT_PROBLEMS = _problems(400, 401, 403, 404, 408, 413, 415, 422, 429, 503, 504)
 
 PREDICT: dict[str, Any] = {
     "response_model": PredictAnswer | list[PredictAnswer | Problem],
     "responses": _PREDICT_PROBLEMS,
     "openapi_extra": {
         "requestBody": {"required": True, "content": _CONTENT},
-        "parameters": [_query("task", "string"), _query("top_k", "integer")],
+        "parameters": [_query("task", _NAME), _query("top_k", _TOP_K)],
     },
 }
 PREDICT_TASK: dict[str, Any] = {
@@ -110,13 +117,14 @@ PREDICT_TASK: dict[str, Any] = {
     "openapi_extra": {
         "requestBody": {"required": True, "content": {"image/*": {"schema": _FILE}}},
         "parameters": [
-            {"name": "task", "in": "path", "required": True, "schema": {"type": "string"}},
-            _query("top_k", "integer"),
+            {"name": "task", "in": "path", "required": True, "schema": _NAME},
+            _query("top_k", _TOP_K),
         ],
     },
 }
+TASK_IN_PATH = Path(json_schema_extra={"pattern": _NAME["pattern"]})  # described here, checked by `check_task_name`
 TASKS: dict[str, Any] = {"response_model": TaskList, "responses": _problems(401, 503)}
-TASK: dict[str, Any] = {"response_model": TaskDetail, "responses": _problems(400, 401, 404, 503)}
+TASK: dict[str, Any] = {"response_model": TaskDetail, "responses": _problems(400, 401, 403, 404, 503)}
 HEALTH: dict[str, Any] = {"response_model": Alive}
 READY: dict[str, Any] = {"response_model": Ready, "responses": _problems(503)}
-METRICS: dict[str, Any] = {"responses": {200: {"content": {"text/plain": {}}}} | _problems(401)}
+METRICS: dict[str, Any] = {"responses": {200: {"content": {"text/plain": {}}}} | _problems(401, 403)}

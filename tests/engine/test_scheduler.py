@@ -14,6 +14,7 @@ import torch
 
 from gpt_serve.engine.engine import Prediction, Row
 from gpt_serve.engine.scheduler import Batch, Scheduler
+from gpt_serve.engine.scheduler.jobs import Pending
 from gpt_serve.errors import BankFull, DeadlineExceeded, GPTServeError, NotReady, UndecodableImage, UnknownTask
 
 
@@ -392,3 +393,18 @@ def test_callbacks_that_fail_do_not_end_the_threads(caplog: pytest.LogCaptureFix
             assert (error_of(future) is None) == (image == b"good")
     assert set(told) == {"a bug in the counter", "a bug in the pass", "a bug in the decoder"}
     assert [record.getMessage() for record in caplog.records] == ["whoever is told of errors failed"] * len(told)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_the_parts_of_a_requests_time_are_told(overlap: bool) -> None:
+    with scheduling(Engine(seconds=0.1, decode_seconds=0.05), overlap=overlap) as scheduler:
+        began = time.monotonic()
+        futures = [scheduler.submit("task", b"x", soon()) for _ in range(3)]
+        for future in futures:
+            future.result(timeout=20)
+        total = time.monotonic() - began
+        for future in futures:
+            assert isinstance(future, Pending)
+            assert set(future.seconds) == {"queueing", "decoding", "computing"} and min(future.seconds.values()) >= 0
+            assert future.seconds["decoding"] >= 0.05 and future.seconds["computing"] >= 0.1
+            assert sum(future.seconds.values()) <= total

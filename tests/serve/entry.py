@@ -151,7 +151,7 @@ def main() -> int:
     stub, trouble = options.pop("stub", False), options.pop("trouble", False)
     if stub:
         sys.modules["gpt_serve.adapters.store"] = SimpleNamespace(AdapterStore=StubStore)  # type: ignore[assignment]
-    paths = {name: Path(options[name]) for name in ("checkpoint",) if name in options}
+    paths = {name: Path(options[name]) for name in ("checkpoint", "keys") if name in options}
     try:
         return run_server(ServeConfig(**options | paths), StubAPI if stub else TroubledAPI if trouble else PredictAPI)
     except GPTServeError as error:

@@ -49,7 +49,7 @@ def test_the_routes_need_only_someone_to_ask(client: TestClient, stub: Stub) -> 
     assert (response.status_code, response.json()) == (200, {"bytes": 5})
     assert replace(stub.items[0], expires=0) == Item("birds", b"12345", 3, 0)
     assert client.get("/ready").status_code == client.get("/tasks").status_code == 200
-    assert 'gpt_serve_requests_total{status="200",task="birds"} 1.0' in client.get("/metrics").text
+    assert 'gpt_serve_requests_total{status="200",task="birds",tenant=""} 1.0' in client.get("/metrics").text
 
 
 def test_an_error_of_whoever_answers_is_a_problem(client: TestClient) -> None:

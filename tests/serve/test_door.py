@@ -215,7 +215,7 @@ def test_keys_fail_closed(tmp_path: Path, key: str, ends: int | None) -> None:
         for headers in ({"x-api-key": "sesame"}, {"authorization": "Bearer sesame"}):
             assert server.get("/metrics", headers=headers).status_code == 200
         server.client.headers["x-api-key"] = "sesame"
-        assert server.metric('gpt_serve_requests_total{status="401",task=""}') == 1
+        assert server.metric('gpt_serve_requests_total{status="401",task="",tenant=""}') == 1
 
 
 def test_a_drain_that_fails_says_so(tmp_path: Path, image: bytes) -> None:

@@ -276,7 +276,7 @@ def test_probes_and_docs(server: ServerProcess) -> None:
 
 
 def test_metrics(server: ServerProcess, image: bytes) -> None:
-    name = 'gpt_serve_requests_total{status="200",task="birds"}'
+    name = 'gpt_serve_requests_total{status="200",task="birds",tenant=""}'
     before, batches = server.metric(name), server.metric("gpt_serve_batch_size_count")
     taken = server.metric("gpt_serve_bank_hits_total") + server.metric("gpt_serve_bank_loads_total")
     server.predict("birds", image)

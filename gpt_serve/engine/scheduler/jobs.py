@@ -41,6 +41,8 @@ class Job:
         work: an estimate of the seconds that its next step takes, for `FairQueue`.
         resident: pinned for this request; None before and after.
         row: what the forward pass takes, once it is decoded.
+        decoding: seconds that decoding took.
+        computing: seconds that its pass took.
     """
 
     def __init__(self, bank: AdapterBank, task: str, image: bytes, expires: float) -> None:
@@ -50,6 +52,7 @@ class Job:
         self.expires = expires
         self.submitted = time.monotonic()
         self.work = 0.0
+        self.decoding = self.computing = 0.0
         self.resident: Resident | None = None
         self.row: Row | None = None
         self.future = Pending(self)
@@ -65,6 +68,8 @@ class Job:
         resident, self.resident, self.row = self.resident, None, None
         if resident is not None:
             self.bank.release(resident)
+        queueing = time.monotonic() - self.submitted - self.decoding - self.computing
+        self.future.seconds = {"queueing": queueing, "decoding": self.decoding, "computing": self.computing}
         if isinstance(result, GPTServeError):
             self.future.set_exception(result)
         else:
@@ -72,11 +77,18 @@ class Job:
 
 
 class Pending(Future[Prediction]):
-    """What will hold the answer of ``job``."""
+    """What will hold the answer of ``job``.
+
+    Attributes:
+        job: whose answer it is.
+        seconds: once it is done, how long the job was ``queueing``, ``decoding`` and ``computing``; together they are
+            the time from its submission.
+    """
 
     def __init__(self, job: Job) -> None:
         super().__init__()
         self.job = job
+        self.seconds: dict[str, float] = {}
 
 
 class Shares:

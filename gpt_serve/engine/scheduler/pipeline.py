@@ -153,7 +153,8 @@ class Scheduler:
             result = self._prepare(job)
             with self._lock:
                 began = self._decoding.pop(job)
-                self._shares.charge(job.task, time.monotonic() - began - job.work)
+                job.decoding = time.monotonic() - began
+                self._shares.charge(job.task, job.decoding - job.work)
                 lost = self._closed
                 if isinstance(result, Row) and not lost:
                     job.row = result
@@ -220,6 +221,7 @@ class Scheduler:
             if live:
                 self._tell(Batch(seconds, tuple(now - job.submitted for job in live)))
             for job, result in zip(live, results, strict=True):
+                job.computing = seconds
                 job.finish(result)
 
     def _tell(self, batch: Batch) -> None:
