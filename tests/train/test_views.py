@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 from gpt_serve.errors import DataError
 from gpt_serve.specs import Preprocess
 from gpt_serve.train.data.datasets import open_dataset
-from gpt_serve.train.data.samples import local_sample
+from gpt_serve.train.data.samples import Sample, local_sample
 from gpt_serve.train.data.views import View, ordered_batches, scan, shuffled_batches
 from tests.tiny_vit import PREPROCESS
 
@@ -84,6 +85,16 @@ def test_decoding_processes_need_no_shared_memory() -> None:
     assert not images.is_shared() and not targets.is_shared()
     assert targets.tolist() == [sample.target for sample in samples] and targets.dtype == torch.int64
     assert torch.equal(images, torch.stack([view[index][0] for index in range(4)]))
+
+
+def test_a_decoding_process_that_dies_is_one_line() -> None:
+    def die() -> bytes:
+        os._exit(1)
+
+    view = View([Sample("x", die, 0)], CROPPED, None, "none", seed=0)
+    with pytest.raises(DataError, match="^a decoding process was killed.*: use fewer --workers") as caught:
+        next(view.batches([[0]], workers=1))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

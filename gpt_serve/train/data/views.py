@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -139,6 +140,9 @@ class View(Dataset[tuple[Tensor, int]]):
         Args:
             indices: a list for each batch, of the places of its samples.
             workers: number of processes that decode when the images are not cached.
+
+        Raises:
+            DataError: an image can no longer be read, or a process was killed.
         """
         loader: DataLoader[Drawn] = DataLoader(
             _Drawing(self),
@@ -146,10 +150,11 @@ class View(Dataset[tuple[Tensor, int]]):
             num_workers=0 if self.scaled is not None else workers,
             collate_fn=_stacked,
         )
-        for batch in loader:
-            if isinstance(batch, DataError):
-                raise batch
-            yield torch.from_numpy(batch[0]), torch.from_numpy(batch[1])
+        with _workers_errors():
+            for batch in loader:
+                if isinstance(batch, DataError):
+                    raise batch
+                yield torch.from_numpy(batch[0]), torch.from_numpy(batch[1])
 
 
 Drawn = tuple[Tensor, int] | DataError
@@ -166,6 +171,19 @@ class _Drawing(Dataset[Drawn]):
             return self.view[index]
         except DataError as error:
             return error
+
+
+@contextmanager
+def _workers_errors() -> Iterator[None]:
+    """Make the death of a decoding process, as when memory runs out, an error of one line."""
+    try:
+        yield
+    except RuntimeError as error:  # torch has no narrower class for it
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise DataError(
+            "a decoding process was killed, perhaps for lack of memory: use fewer --workers, or 0 to do without them"
+        ) from error
 
 
 def _stacked(drawn: list[Drawn]) -> tuple[np.ndarray, np.ndarray] | DataError:
