@@ -8,13 +8,13 @@ from gpt_serve.errors import InvalidTaskName
 
 TASK_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
-Pool = Literal["cls", "mean"]
+Pool = Literal["cls", "mean", "attention"]
 Family = Literal["mae", "mocov3"]
 CropMode = Literal["center", "squash"]
 Interpolation = Literal["bilinear", "bicubic"]
 Precision = Literal["fp32", "bf16"]
-TapPool = Literal["cls", "mean", "patches", "grid", "raw"]
-POOLED: tuple[TapPool, ...] = ("cls", "mean", "patches")
+TapPool = Literal["cls", "mean", "patches", "attention", "grid", "raw"]
+POOLED: tuple[TapPool, ...] = ("cls", "mean", "patches", "attention")
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Tap:
     Attributes:
         block: counted from 0.
         pool: ``cls`` for the CLS token (D,), ``patches`` for the mean of the patch tokens (D,), ``mean`` for the mean
-            of patch and prompt tokens (D,), after the last block only; ``grid`` for every patch token (N, D), and
+            of patch and prompt tokens (D,), after the last block only; ``attention`` for the backbone's own attention
+            pooling of the patch tokens (D,); ``grid`` for every patch token (N, D), and
             ``raw`` for these without the norm.
     """
 
@@ -85,6 +86,7 @@ class BackboneSpec:
         preprocess: the evaluation preprocessing; its ``input_size`` is the only one the backbone takes.
         resized_fingerprint: of the weights after the interpolation, which older adapters carry; it may differ between
             processors. None where it is not known.
+        pools: the poolings that the backbone has the parts for.
     """
 
     name: str
@@ -94,6 +96,7 @@ class BackboneSpec:
     pool: Pool
     preprocess: Preprocess
     resized_fingerprint: str | None = None
+    pools: tuple[Pool, ...] = ("cls", "mean")
 
     def fits(self, fingerprint: str, input_size: tuple[int, int]) -> bool:
         """Whether what was made on a backbone with this fingerprint and input size works on this one."""

@@ -8,8 +8,11 @@ Shapes: ``L`` blocks, width ``D``, ``P`` prompts, ``N`` patches, ``K`` prefix ro
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from timm.layers import apply_rot_embed_cat
+from timm.models.eva import Eva
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 from torch.nn import functional as F
@@ -65,7 +68,7 @@ def forward(
     for index, block in enumerate(model.blocks):
         temperature = torch.tensor(1.0) if tau is None else tau[index].clamp(0.01, 10.0)
         rows = torch.cat([prefix, prompts, patches])
-        rows = transformer_block(block, rows, temperature)
+        rows = transformer_block(block, rows, temperature, rotary_table(model, index))
         prefix, prompts_out, patches = rows.split([len(prefix), len(prompts), len(patches)])
         if index == depth - 1:
             gated = prompts_out
@@ -79,9 +82,19 @@ def forward(
                 gated = apply_gate(gate, prompts_out, kept)
         traces.append(BlockTrace(prompts, prompts_out, gated, prefix, patches))
         prompts = gated
-    pooled = prefix[0] if pool == "cls" else torch.cat([prompts, patches]).mean(dim=0)
-    feature = model.fc_norm(model.norm(pooled))
+    feature = pooled(model, pool, prefix, prompts, patches)
     return Result(traces, feature, head_weight @ feature + head_bias)
+
+
+def pooled(model: Any, pool: str, prefix: Tensor, prompts: Tensor, patches: Tensor) -> Tensor:
+    """The pretrained norm and the pooling: (D,). The mean comes first, unless timm's model itself norms before it."""
+    if pool == "attention":  # of patches; timm's Eva counts the prefix among them
+        read = torch.cat([prefix, patches]) if isinstance(model, Eva) else patches
+        return model.attn_pool(model.norm(read[None]))[0]
+    rows = prefix[:1] if pool == "cls" else torch.cat([prompts, patches])
+    if getattr(model, "global_pool", "") == "avg" and not isinstance(model.norm, torch.nn.Identity):
+        return model.norm(rows).mean(dim=0)
+    return model.fc_norm(model.norm(rows.mean(dim=0)))
 
 
 def gate_value(gamma: Tensor | None, index: int, deep: bool) -> Tensor:
@@ -104,30 +117,69 @@ def embed(model: VisionTransformer, image: Tensor) -> tuple[Tensor, Tensor]:
         prefix = torch.cat([prefix, model.cls_token[0]])
     if model.reg_token is not None:
         prefix = torch.cat([prefix, model.reg_token[0]])
-    position = model.pos_embed[0]
-    if model.no_embed_class:
+    position = torch.zeros(()) if model.pos_embed is None else model.pos_embed[0]
+    if model.no_embed_class or model.pos_embed is None:
         patches = patches + position
     else:
         prefix, patches = prefix + position[: len(prefix)], patches + position[len(prefix) :]
     return model.norm_pre(prefix), model.norm_pre(patches)
 
 
-def transformer_block(block: Block, rows: Tensor, temperature: Tensor) -> Tensor:
+def rotary_table(model: Any, index: int) -> Tensor | None:
+    """Sines and cosines of block ``index`` as timm has them, (N, 2*d) or (H, N, 2*d); None where nothing rotates."""
+    if getattr(model, "rope", None) is None:
+        return None
+    table = model.rope.get_embed()
+    return table[index] if model.rope_mixed else table
+
+
+def transformer_block(block: Any, rows: Tensor, temperature: Tensor, table: Tensor | None = None) -> Tensor:
     """Eq. 2 in evaluation mode: (rows, D) -> (rows, D)."""
-    rows = rows + block.ls1(attention(block, block.norm1(rows), temperature))
-    return rows + block.ls2(block.mlp(block.norm2(rows)))
+    rows = rows + _scaled(block, 1, attention(block, block.norm1(rows), temperature, table))
+    return rows + _scaled(block, 2, block.mlp(block.norm2(rows)))
 
 
-def attention(block: Block, rows: Tensor, temperature: Tensor) -> Tensor:
-    """Eqs. 3 and 9, with the scores scaled by ``d ** -0.5``: every row attends to every row."""
+def _scaled(block: Any, part: int, rows: Tensor) -> Tensor:
+    """LayerScale, a module of a plain block and a parameter of an Eva block."""
+    if hasattr(block, "ls1"):
+        return getattr(block, f"ls{part}")(rows)
+    gamma = getattr(block, f"gamma_{part}")
+    return rows if gamma is None else rows * gamma
+
+
+def attention(block: Any, rows: Tensor, temperature: Tensor, table: Tensor | None = None) -> Tensor:
+    """Eqs. 3 and 9, with the scores scaled by ``d ** -0.5``: every row attends to every row.
+
+    With a rotary ``table`` the queries and keys of patches, which come last, are turned by it, and no others.
+    """
     layer = block.attn
     heads, size = layer.num_heads, layer.head_dim
     outputs = []
     for head in range(heads):
-        query, key, value = (_project(layer.qkv, rows, (part * heads + head) * size, size) for part in range(3))
-        scores = layer.q_norm(query) @ layer.k_norm(key).T * size**-0.5 / temperature
+        query, key, value = (_head(layer, rows, part, head) for part in range(3))
+        query, key = layer.q_norm(query), layer.k_norm(key)
+        if table is not None:
+            own = table[head] if table.ndim == 3 else table
+            query, key = (_turned(x, own, layer.rotate_half) for x in (query, key))
+        scores = query @ key.T * size**-0.5 / temperature
         outputs.append(torch.softmax(scores, dim=1) @ value)
     return F.linear(layer.norm(torch.cat(outputs, dim=1)), layer.proj.weight, layer.proj.bias)
+
+
+def _turned(rows: Tensor, table: Tensor, half: bool) -> Tensor:
+    """The last rows (N of them) of one head, turned by timm's own function."""
+    first = len(rows) - len(table)
+    return torch.cat([rows[:first], apply_rot_embed_cat(rows[first:], table, half=half)])
+
+
+def _head(layer: Any, rows: Tensor, part: int, head: int) -> Tensor:
+    """Queries (0), keys (1) or values (2) of one head: (rows, D) -> (rows, d)."""
+    heads, size = layer.num_heads, layer.head_dim
+    if layer.qkv is None:
+        return _project([layer.q_proj, layer.k_proj, layer.v_proj][part], rows, head * size, size)
+    own = _project(layer.qkv, rows, (part * heads + head) * size, size)
+    bias = [getattr(layer, name, None) for name in ("q_bias", "k_bias", "v_bias")][part]
+    return own if bias is None else own + bias[head * size : (head + 1) * size]
 
 
 def _project(layer: torch.nn.Linear, rows: Tensor, start: int, size: int) -> Tensor:

@@ -75,7 +75,7 @@ def speed(backbone: Backbone, task: str, work: Path, prompts: int, plan: Plan) -
 
     @torch.inference_mode()
     def bare() -> None:
-        backbone.model(images)
+        backbone.timm_model(images)
 
     before, after = (AdapterStore(root).load(task).adapter for root in (SHIPPED, work / "adapters"))
     times = interleave(

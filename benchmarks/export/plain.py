@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from gpt_serve.adapters.adapter import Adapter
 from gpt_serve.model.backbone import Backbone
-from gpt_serve.model.prompted import final_norm
 
 
 class PlainGated(nn.Module):
@@ -25,7 +24,7 @@ class PlainGated(nn.Module):
     def __init__(self, backbone: Backbone, adapter: Adapter) -> None:
         super().__init__()
         assert adapter.prompt is not None and adapter.gamma is not None and adapter.tau is not None
-        self.model: Any = backbone.model
+        self.model: Any = backbone.timm_model
         self.pool = adapter.pool
         self.prompt = nn.Parameter(adapter.prompt, requires_grad=False)
         self.gamma = nn.Parameter(adapter.gamma, requires_grad=False)
@@ -49,7 +48,7 @@ class PlainGated(nn.Module):
                 prompts = gate * x[:, 1 : 1 + count] + (1 - gate) * before
                 x = torch.cat([x[:, :1], prompts, x[:, 1 + count :]], dim=1)
         pooled = x[:, 0] if self.pool == "cls" else x[:, 1:].mean(dim=1)
-        logits: Tensor = self.head(final_norm(self.model)(pooled))
+        logits: Tensor = self.head(self.model.fc_norm(self.model.norm(pooled)))
         return logits.softmax(dim=-1)
 
     def _attention(self, attn: Any, x: Tensor, index: int) -> Tensor:

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -125,7 +125,7 @@ class Adapter:
         width = self.head_weight.shape[1] // max(1, len(self.taps))
         if width != spec.width:
             raise InvalidAdapter(f"width {width} is not the backbone's {spec.width}")
-        self._check_taps(spec.depth)
+        self._check_taps(spec)
         first = self.first_block
         if first >= spec.depth:
             raise InvalidAdapter(f"prompts enter block {first}, the backbone's last is {spec.depth - 1}")
@@ -139,10 +139,13 @@ class Adapter:
             if depth is not None and depth != spec.depth:
                 raise InvalidAdapter(f"{name} is for {depth} blocks, the backbone has {spec.depth}")
 
-    def _check_taps(self, depth: int) -> None:
-        for tap in self.taps:
+    def _check_taps(self, spec: BackboneSpec) -> None:
+        depth, absent = spec.depth, set(get_args(Pool)) - set(spec.pools)
+        for tap in self.taps or [Tap(depth - 1, self.pool)]:
             if tap.block >= depth:
                 raise InvalidAdapter(f"the head reads block {tap.block}, the backbone's last is {depth - 1}")
+            if tap.pool in absent:
+                raise InvalidAdapter(f"the head reads the pooling {tap.pool!r}, which the backbone does not have")
             if tap.pool == "mean" and tap.block != depth - 1:
                 raise InvalidAdapter(f"the head reads prompts after block {tap.block}, which is not the last")
 

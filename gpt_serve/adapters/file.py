@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors.torch import save as save_tensors
@@ -25,7 +25,7 @@ from gpt_serve.adapters.parse import (
     short,
 )
 from gpt_serve.errors import InvalidAdapter, InvalidTaskName
-from gpt_serve.specs import POOLED, Preprocess, Tap, check_task_name
+from gpt_serve.specs import POOLED, Pool, Preprocess, Tap, check_task_name
 
 FORMAT = FORMATS[-1]
 MAX_TAPS = 64
@@ -92,8 +92,8 @@ def _check_text(metadata: Mapping[str, str]) -> None:
         raise InvalidAdapter("backbone is not 1 to 200 printable characters")
     if not re.fullmatch(r"[0-9a-f]{64}", metadata["backbone_sha256"]):
         raise InvalidAdapter("backbone_sha256 is not 64 hex digits")
-    if metadata["pool"] not in ("cls", "mean"):
-        raise InvalidAdapter(f"pool {short(metadata['pool'])} is not cls or mean")
+    if metadata["pool"] not in get_args(Pool):
+        raise InvalidAdapter(f"pool {short(metadata['pool'])} is not one of {', '.join(get_args(Pool))}")
     try:
         datetime.fromisoformat(metadata["created"])
         is_time = _CREATED.fullmatch(metadata["created"]) is not None

@@ -27,7 +27,7 @@ class AuthorsModel(nn.Module):
     def __init__(self, backbone: Backbone, adapter: Adapter) -> None:
         super().__init__()
         assert adapter.prompt is not None and adapter.gamma is not None and adapter.tau is not None
-        self.vit: Any = backbone.model
+        self.vit: Any = backbone.timm_model
         self.pool = adapter.pool
         self.prompt_embeddings = nn.Parameter(adapter.prompt)
         self.gate_priors = nn.Parameter(adapter.gamma)
@@ -35,7 +35,7 @@ class AuthorsModel(nn.Module):
         self.head = nn.Linear(adapter.head_weight.shape[1], adapter.head_weight.shape[0])
         self.head.weight.data, self.head.bias.data = adapter.head_weight, adapter.head_bias
         self.requires_grad_(False)
-        self.to(backbone.device, next(backbone.model.parameters()).dtype)
+        self.to(backbone.device, next(backbone.timm_model.parameters()).dtype)
 
     def forward(self, images: Tensor) -> Tensor:
         """Run Algorithm 1 of the paper."""

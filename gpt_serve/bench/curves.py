@@ -52,7 +52,7 @@ def bench_prompts(setting: Setting) -> list[Row]:
         for batch in scale.prompt_batches:
             raw = pixels(backbone, batch)
             images = ready(backbone, raw)
-            calls: Calls = {BARE: partial(backbone.model, images)}
+            calls: Calls = {BARE: partial(backbone.timm_model, images)}
             parts = engine.planner.plan([Layout.of(adapters["open, 0"], backbone.spec.depth)] * batch)
             if len(parts) > 1:  # smaller passes alone may be faster on a CPU: that is not what prompts cost
                 calls[PARTS] = partial(_in_parts, backbone, [images[part] for part in parts])
@@ -132,7 +132,7 @@ def _adapters(setting: Setting) -> dict[str, Adapter]:
 def _flop_ratios(backbone: Backbone, adapters: dict[str, Adapter]) -> dict[str, dict[str, float]]:
     """Divide the textbook's count, by which every block computes every row whatever its gate, by the backbone's."""
     one = ready(backbone, pixels(backbone, 1))
-    bare = flops(backbone.model, one)
+    bare = flops(backbone.timm_model, one)
     ratios = {BARE: 1.0, PARTS: 1.0} | dict.fromkeys(adapters, 1.0)
     for name, adapter in adapters.items():
         if adapter.prompts:
@@ -143,7 +143,7 @@ def _flop_ratios(backbone: Backbone, adapters: dict[str, Adapter]) -> dict[str, 
 
 def _in_parts(backbone: Backbone, parts: list[Tensor]) -> None:
     for part in parts:
-        backbone.model(part)
+        backbone.timm_model(part)
 
 
 def _in_batches(engine: Engine, tasks: Sequence[str], images: Sequence[ImageInput], size: int) -> None:

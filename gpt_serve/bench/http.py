@@ -134,7 +134,7 @@ def _server(backbone: Backbone, folder: Path) -> Iterator[int]:
     environment = dict(os.environ)
     if backbone.name not in BUNDLED:
         environment["XDG_CACHE_HOME"] = str(folder)  # where the graph of these weights is
-        save_file(backbone.model.state_dict(), folder / "weights.safetensors")
+        save_file(backbone.timm_model.state_dict(), folder / "weights.safetensors")
         options += ["--checkpoint", str(folder / "weights.safetensors")]
     log = folder / "server.log"
     command = [sys.executable, "-c", "from gpt_serve.cli.main import main; main()", "serve", *options]

@@ -32,7 +32,7 @@ class LoraModel:
             return LoraConfig(r=RANK, target_modules=["qkv"], init_lora_weights=False)
 
         names = [adapter.task for adapter in adapters]
-        self.peft = get_peft_model(copy.deepcopy(backbone.model), config(), adapter_name=names[0])
+        self.peft = get_peft_model(copy.deepcopy(backbone.timm_model), config(), adapter_name=names[0])
         for name in names[1:]:
             self.peft.add_adapter(name, config())
         self.peft.eval().requires_grad_(False)

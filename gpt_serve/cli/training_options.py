@@ -1,10 +1,11 @@
 """The options of the commands that fit adapters."""
 
-from typing import Any
+from typing import Any, get_args
 
 import click
 
 from gpt_serve.cli.options import option_group
+from gpt_serve.specs import Pool
 
 
 class Values(click.ParamType[tuple[Any, ...]]):
@@ -21,7 +22,7 @@ class Values(click.ParamType[tuple[Any, ...]]):
 
 
 _method_options = option_group(
-    click.option("--pool", type=click.Choice(["cls", "mean"]), help="Pooling; the pretraining's own by default."),
+    click.option("--pool", type=click.Choice(get_args(Pool)), help="Pooling; the pretraining's own by default."),
     click.option(
         "--method",
         type=click.Choice(

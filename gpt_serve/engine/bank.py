@@ -11,6 +11,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from cachetools import LRUCache
@@ -326,7 +327,7 @@ class AdapterBank:
         constant = packed.layout.constant
         whole, capacity = packed.extent(constant), self._slab.capacity
         too_large = whole > capacity or whole - packed.extent() > KV_SHARE * capacity
-        attention = self.backbone.model.blocks[0].attn
+        attention: Any = self.backbone.model.blocks[0].attn
         if too_large or attention.attn_dim != self.backbone.spec.width:
             return 0
         return constant

@@ -13,6 +13,8 @@ from gpt_serve.engine.bank import DEFAULT_BANK_BYTES, DEFAULT_HOST_BYTES
 from gpt_serve.engine.engine import Engine, Forward, TorchForward, planner_for
 from gpt_serve.images.decode import ImageLimits
 from gpt_serve.model.backbone import Backbone
+from gpt_serve.model.batch import AdapterBatch
+from gpt_serve.model.prompted import embed, prompted_features
 from gpt_serve.specs import Precision
 
 logger = logging.getLogger("gpt_serve.engine")
@@ -71,9 +73,12 @@ def faster_forward(backbone: Backbone, folder: Path | None = None) -> Forward:
 
 def _warm_up(engine: Engine, store: AdapterStore, backbone: Backbone) -> None:
     """Whatever the first request would have to wait for: compiled kernels, filled caches, threads."""
-    height, width = backbone.spec.preprocess.input_size
+    spec = backbone.spec
+    height, width = spec.preprocess.input_size
     with torch.inference_mode():  # there may be no task to do it with
-        backbone.model(torch.zeros(1, 3, height, width, device=backbone.device, dtype=backbone.dtype))
+        bare = AdapterBatch.single(depth=spec.depth, width=spec.width, pool=spec.pool, device=backbone.device)
+        images = torch.zeros(1, 3, height, width, device=backbone.device, dtype=backbone.dtype)
+        prompted_features(backbone.model, embed(backbone.model, images), bare)
     image = io.BytesIO()
     Image.new("RGB", (width, height)).save(image, "JPEG")
     for count in (1, 3):  # a compiled block takes a batch of one for a case of its own

@@ -74,7 +74,8 @@ class OnnxForward:
 class FasterForward:
     """Chooses for each pass: torch leaves out rows behind closed gates, onnxruntime is faster at what is left.
 
-    The graph takes prompts that enter the first block only, and no shifts; with others it is always torch.
+    The graph takes prompts that enter the first block only, no shifts, and has the features of `serving_taps`; with
+    others it is always torch.
     """
 
     def __init__(self, onnx: OnnxForward, torch: TorchForward, planner: PassPlanner) -> None:
@@ -87,7 +88,8 @@ class FasterForward:
         computed = images if layout.trunk > layout.last else len(rows)
         by_graph = computed * self.planner.image(opened(layout))
         share = self.planner.rows(layout, len(rows), images) / by_graph
-        by_torch = layout.layers > 1 or layout.first_block > 0 or layout.shifted or share < TORCH_BELOW
+        served = _outputs(len(layout.closed) + 1).keys() >= set(layout.taps)
+        by_torch = layout.layers > 1 or layout.first_block > 0 or layout.shifted or not served or share < TORCH_BELOW
         return (self.torch if by_torch else self.onnx)(rows)
 
 

@@ -1,6 +1,6 @@
 """Move constant arithmetic of the forward pass into copies of the frozen weights.
 
-The folded model is still a timm ``VisionTransformer`` that `gpt_serve.model.prompted` runs; only its numbers differ.
+The folded model is still a `ViT` that `gpt_serve.model.prompted` runs; only its numbers differ.
 All folds are exact up to rounding.
 """
 
@@ -8,15 +8,15 @@ import copy
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from gpt_serve.model.prompted import TAU_MAX, TAU_MIN, SplitProjection
+from gpt_serve.model.vit import ViT
 from gpt_serve.specs import Preprocess
 
 
 @torch.no_grad()
-def fold_backbone(model: VisionTransformer) -> VisionTransformer:
+def fold_backbone(model: ViT) -> ViT:
     """A copy of ``model`` with LayerScale in the weights, ``qkv`` apart, and positions in the prefix tokens."""
     folded = copy.deepcopy(model)
     blocks: Any = folded.blocks
@@ -28,7 +28,7 @@ def fold_backbone(model: VisionTransformer) -> VisionTransformer:
 
 
 @torch.no_grad()
-def fold_temperatures(model: VisionTransformer, tau: Tensor) -> None:
+def fold_temperatures(model: ViT, tau: Tensor) -> None:
     """Let the queries of each block be divided by its temperature: by their norm where there is one, else by ``Wq``.
 
     Args:
@@ -45,7 +45,7 @@ def fold_temperatures(model: VisionTransformer, tau: Tensor) -> None:
 
 
 @torch.no_grad()
-def fold_shifts(model: VisionTransformer, shift: Tensor) -> None:
+def fold_shifts(model: ViT, shift: Tensor) -> None:
     """Let the biases of each block's projection, second norm and second MLP layer add its shifts.
 
     Args:
@@ -59,7 +59,7 @@ def fold_shifts(model: VisionTransformer, shift: Tensor) -> None:
 
 
 @torch.no_grad()
-def fold_pixels(model: VisionTransformer, preprocess: Preprocess, centre: float) -> None:
+def fold_pixels(model: ViT, preprocess: Preprocess, centre: float) -> None:
     """Let the patch embedding take pixels ``u - centre`` with ``u`` in 0..255: ``(u/255 - mean) / std`` is linear.
 
     Args:
@@ -88,13 +88,14 @@ def _fold_layer_scale(blk: Any) -> None:
 def _split_projection(attn: Any) -> None:
     """Three projections, without the biases that attention does not need.
 
-    A bias of the keys adds the same to all scores of a query, which the softmax cancels; a bias of the values adds
-    itself to every mix of values, as weights sum to 1, and so goes through the output projection.
+    A bias of the keys adds the same to all scores of a query, which the softmax cancels, unless keys are normed or
+    rotated after it. A bias of the values adds itself to every mix of values, as weights sum to 1, and so goes through
+    the output projection.
     """
     weights = attn.qkv.weight.chunk(3)
     biases = (None,) * 3 if attn.qkv.bias is None else attn.qkv.bias.chunk(3)
     q, k, v = (_linear(weight, bias) for weight, bias in zip(weights, biases, strict=True))
-    if isinstance(attn.k_norm, nn.Identity):
+    if isinstance(attn.k_norm, nn.Identity) and attn.rotation is None:
         k.bias = None
     if isinstance(attn.norm, nn.Identity) and v.bias is not None:
         mixed = attn.proj.weight @ v.bias

@@ -13,7 +13,6 @@ from typing import Any, Literal
 import onnx_ir as ir
 import onnxscript.optimizer
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from gpt_serve.adapters.adapter import Adapter
@@ -22,6 +21,7 @@ from gpt_serve.model.backbone import Backbone
 from gpt_serve.model.batch import AdapterBatch, Layout
 from gpt_serve.model.heads import linear
 from gpt_serve.model.prompted import embed, prompted_features, remember, tapped_features
+from gpt_serve.model.vit import ViT
 from gpt_serve.specs import Pool, Tap
 
 OPSET = 23  # the first with an Attention operator
@@ -66,7 +66,7 @@ class Form:
 class _Graph(nn.Module):
     """What both graphs share: pixels in, scores out."""
 
-    def __init__(self, model: VisionTransformer, form: Form) -> None:
+    def __init__(self, model: ViT, form: Form) -> None:
         super().__init__()
         self.model = model.to(form.dtype)
         self.form = form

@@ -6,22 +6,25 @@ from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import timm
 import torch
 from timm.data import resolve_data_config
-from timm.layers import Attention, PatchEmbed
-from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from gpt_serve.errors import BackboneError, UnsupportedBackbone
 from gpt_serve.model.catalog import BUNDLED, DEFAULT_BACKBONE, IMAGENET_MEAN, IMAGENET_STD, Bundled, known_names
 from gpt_serve.model.checkpoints import load_checkpoint, read_checkpoint
 from gpt_serve.model.hub import offline_without_answer
+from gpt_serve.model.vit import ViT, check_supported
 from gpt_serve.specs import BackboneSpec, Family, Pool, Preprocess
 
 POOL_OF: dict[Family, Pool] = {"mae": "mean", "mocov3": "cls"}
+_POOLED_BY: dict[Pool, str] = {"cls": "CLS token", "mean": "patches", "attention": "attention pooling of its own"}
+
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class Backbone:
@@ -29,23 +32,35 @@ class Backbone:
 
     Attributes:
         name: timm name or bundled name.
-        model: the timm ``VisionTransformer``, without a classifier.
+        model: what the prompted forward pass runs.
+        timm_model: the timm model that it was made of, without a classifier; None for a copy of another backbone. Their
+            weights are shared, as far as both have them in the same form.
         spec: what adapters must agree with (fingerprint, depth, width, pooling, preprocessing).
         device: where the weights live.
         family: the pretraining, where published recipes know it; None for others.
     """
 
-    def __init__(self, model: VisionTransformer, spec: BackboneSpec, device: str, family: Family | None = None) -> None:
+    def __init__(
+        self,
+        model: ViT,
+        spec: BackboneSpec,
+        device: str,
+        family: Family | None = None,
+        timm_model: nn.Module | None = None,
+    ) -> None:
         self.name = spec.name
         self.fingerprint = spec.fingerprint
         self.spec = spec
         self.model = _move(model, device)
+        self.timm_model: Any = None if timm_model is None else _move(timm_model, device)
         self.device = torch.device(device)
         self.family = family
 
     def cast(self, dtype: torch.dtype) -> None:
         """Keep weights and compute activations in ``dtype``; the fingerprint stays that of the float32 weights."""
         self.model.to(dtype)
+        if self.timm_model is not None:
+            self.timm_model.to(dtype)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -64,13 +79,13 @@ class Backbone:
         device: str = "cpu",
         pretrained: bool = True,
     ) -> "Backbone":
-        """Load a bundled backbone or any plain timm ViT.
+        """Load a bundled backbone or a Vision Transformer of timm.
 
         Args:
             name: a name of `gpt_serve.model.catalog.BUNDLED`, or a timm model such as ``vit_base_patch16_224.mae``.
             checkpoint: weights from a file (MAE, MoCo v3 or a timm state dict) instead of the bundled or the hub's.
             input_size: side of the square input in pixels; position embeddings are interpolated to it.
-            pool: ``cls`` or ``mean``; None picks what the pretraining calls for (MAE: mean).
+            pool: ``cls``, ``mean`` or ``attention`` (the backbone's own); None picks what the pretraining calls for.
             pretrained: False leaves the weights of a timm model random (tests and benchmarks).
 
         Raises:
@@ -134,49 +149,32 @@ class Backbone:
                 None for the model's own.
 
         Raises:
-            UnsupportedBackbone: not a plain Vision Transformer, or ``cls`` pooling without a CLS token.
+            UnsupportedBackbone: the forward pass does not compute this kind of model, or it has no such pooling.
         """
-        check_plain(model, name)
-        assert isinstance(model, VisionTransformer)
-        if pool == "cls" and not model.has_class_token:
-            raise UnsupportedBackbone(f"backbone {name!r} has no CLS token: use --pool mean")
-        model.requires_grad_(False)
-        model.eval()
-        size = input_size or tuple(model.patch_embed.img_size)
-        own, resized = _resize(model, size)
+        check_supported(model, name)
+        timm_model: Any = model.requires_grad_(False).eval()
+        size = input_size or tuple(timm_model.patch_embed.img_size)
+        own, resized = _resize(timm_model, size)
+        vit = ViT(timm_model).eval()
+        if pool not in vit.pools:
+            raise UnsupportedBackbone(f"backbone {name!r} has no {_POOLED_BY[pool]}: use --pool {vit.pools[-1]}")
         spec = BackboneSpec(
             name=name,
             fingerprint=own,
-            depth=len(model.blocks),
-            width=model.embed_dim,
+            depth=len(vit.blocks),
+            width=timm_model.embed_dim,
             pool=pool,
+            pools=vit.pools,
             preprocess=replace(preprocess, input_size=size),
             resized_fingerprint=resized,
         )
-        return cls(model, spec, device, family)
+        return cls(vit, spec, device, family, timm_model)
 
 
-def create_bundled(bundled: Bundled, **arguments: Any) -> VisionTransformer:
+def create_bundled(bundled: Bundled, **arguments: Any) -> Any:
     """The architecture of a bundled backbone at its default input size, with random weights."""
     size = bundled.preprocess.input_size
     return timm.create_model(bundled.architecture, img_size=size, num_classes=0, **bundled.arguments, **arguments)
-
-
-def check_plain(model: nn.Module, name: str) -> None:
-    """Raise `UnsupportedBackbone` unless ``model`` is a ViT that the prompted forward pass computes exactly."""
-    advice = f"backbone {name!r} is not supported: "
-    if type(model) is not VisionTransformer:
-        raise UnsupportedBackbone(
-            f"{advice}{type(model).__name__} is not a plain Vision Transformer; choose a timm vit_* or deit3_* model"
-        )
-    blocks: Any = model.blocks
-    for blk in blocks:
-        if type(blk) is not Block or type(blk.attn) is not Attention or blk.attn.gate is not None:
-            raise UnsupportedBackbone(f"{advice}its blocks are not standard pre-norm attention blocks")
-    if type(model.patch_embed) is not PatchEmbed or model.in_chans != 3 or model.dynamic_img_size:
-        raise UnsupportedBackbone(f"{advice}it needs a fixed-size patch embedding of RGB images")
-    if model.attn_pool is not None:
-        raise UnsupportedBackbone(f"{advice}it pools by attention; only CLS and mean pooling are exact here")
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -184,7 +182,7 @@ def fingerprint(model: nn.Module) -> str:
     return _updated(hashlib.sha256(), sorted(model.state_dict().items())).hexdigest()
 
 
-def _resize(model: VisionTransformer, size: tuple[int, int]) -> tuple[str, str]:
+def _resize(model: Any, size: tuple[int, int]) -> tuple[str, str]:
     """Interpolate the position embeddings to an input of ``size``; the fingerprints before and after.
 
     What precedes ``pos_embed`` in name order, nearly everything, stays as it is and is hashed once.
@@ -206,7 +204,7 @@ def _updated(digest: "hashlib._Hash", state: Iterable[tuple[str, Tensor]]) -> "h
     return digest
 
 
-def _move(model: VisionTransformer, device: str) -> VisionTransformer:
+def _move(model: Module, device: str) -> Module:
     try:
         return model.to(device)
     except (RuntimeError, AssertionError) as error:  # torch asserts that a driver is there
@@ -224,7 +222,7 @@ def _check_name(name: str, input_size: int | None) -> None:
         raise UnsupportedBackbone(
             f"unknown backbone {name!r}: use {known_names()} or a timm model name ({_first_line(error)})"
         ) from error
-    check_plain(model, name)
+    check_supported(model, name, fixed_size=False)
     _check_input_size(name, input_size, max(model.patch_embed.patch_size))
 
 
@@ -237,11 +235,11 @@ def _check_input_size(name: str, input_size: int | None, patch: int) -> None:
         )
 
 
-def _create(name: str, *, pretrained: bool, **arguments: Any) -> VisionTransformer:
+def _create(name: str, *, pretrained: bool, **arguments: Any) -> Any:
     """The timm model at its own input size, so that its position embeddings are those that were published."""
     try:
         with offline_without_answer() if pretrained else nullcontext():
-            return timm.create_model(name, pretrained=pretrained, num_classes=0, **arguments)
+            return timm.create_model(name, pretrained=pretrained, num_classes=0, dynamic_img_size=False, **arguments)
     except Exception as error:  # timm and the hub raise whatever their HTTP stack raises
         if not pretrained:
             raise BackboneError(f"backbone {name!r} cannot be built: {_first_line(error)}") from error
@@ -269,5 +267,8 @@ def _preprocess(config: Mapping[str, Any], size: tuple[int, int]) -> Preprocess:
     )
 
 
-def _default_pool(model: VisionTransformer) -> Pool:
-    return "cls" if model.has_class_token and model.global_pool == "token" else "mean"
+def _default_pool(model: Any) -> Pool:
+    """timm's."""
+    if model.attn_pool is not None:
+        return "attention"
+    return "cls" if model.cls_token is not None and model.global_pool == "token" else "mean"

@@ -14,7 +14,10 @@ from typing import Any, get_args
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
+from timm.models.eva import Eva
+from timm.models.eva import checkpoint_filter_fn as convert_eva
+from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import checkpoint_filter_fn as convert_vit
 from torch import Tensor, nn
 
 from gpt_serve.errors import CheckpointError
@@ -169,7 +172,7 @@ def _is_computed(table: Tensor, columns_first: bool) -> bool:
     return torch.allclose(table[1:], torch.cat(halves, dim=1), rtol=0, atol=2e-3)  # half precision has 1/2048
 
 
-def load_checkpoint(model: VisionTransformer, checkpoint: Checkpoint) -> None:
+def load_checkpoint(model: VisionTransformer | Eva, checkpoint: Checkpoint) -> None:
     """Load a checkpoint's weights into ``model``, which takes on the input size of the file's position embeddings.
 
     Raises:
@@ -182,7 +185,7 @@ def load_checkpoint(model: VisionTransformer, checkpoint: Checkpoint) -> None:
         weights = {_to_fc_norm(key): value for key, value in weights.items()}
     try:
         _take_on_size(model, weights)
-        weights = checkpoint_filter_fn(weights, model)
+        weights = (convert_eva if isinstance(model, Eva) else convert_vit)(weights, model)
         result = model.load_state_dict(weights, strict=False)
     except Exception as error:  # tensors of any shape meet timm's conversions here
         raise CheckpointError(f"checkpoint {path} does not fit the backbone: {_last_line(error)}") from error
@@ -193,7 +196,7 @@ def load_checkpoint(model: VisionTransformer, checkpoint: Checkpoint) -> None:
         )
 
 
-def _check_architecture(model: VisionTransformer, checkpoint: Checkpoint) -> None:
+def _check_architecture(model: VisionTransformer | Eva, checkpoint: Checkpoint) -> None:
     """Refuse what would load and compute something else: timm resamples patches, and shapes do not tell heads."""
     refused = f"checkpoint {checkpoint.path} does not fit the backbone: "
     heads = model.blocks[0].attn.num_heads
@@ -208,7 +211,7 @@ def _check_architecture(model: VisionTransformer, checkpoint: Checkpoint) -> Non
         raise CheckpointError(f"{refused}{patches}: choose a backbone with a patch size of {weight.shape[2]}")
 
 
-def _take_on_size(model: VisionTransformer, weights: Mapping[str, Tensor]) -> None:
+def _take_on_size(model: VisionTransformer | Eva, weights: Mapping[str, Tensor]) -> None:
     """Give ``model`` the input that the file's position embeddings are for, so that nothing interpolates them."""
     names = ("pos_embed", "visual.positional_embedding")
     tables = [value for key, value in weights.items() if key in names]

@@ -42,7 +42,7 @@ class SplitProjection(nn.Module):
 
 def embed(model: Any, images: Tensor) -> Tensor:
     """Normalised images (B, 3, H, W) to the input tokens of block 0 without prompts, (B, prefix + N, D) (Eq. 1)."""
-    tokens: Tensor = model.norm_pre(model._pos_embed(model.patch_embed(images)))
+    tokens: Tensor = model.embed(images)
     return tokens
 
 
@@ -57,7 +57,7 @@ def attention(
     """Multi-head self-attention with scores ``q k^T / (sqrt(d) * tau)`` (Eq. 9).
 
     Args:
-        attn: a timm ``Attention`` module.
+        attn: a `vit.Attention`.
         x: (B, S, D), already normalised.
         tau: (A,) temperatures within their range; None for 1.
         mask: (A, 1, 1, S) bool, which keys may be read; None for all.
@@ -89,9 +89,12 @@ def attention_weights(blk: Any, x: Tensor, tau: Tensor | None) -> Tensor:
 
 
 def _tempered(attn: Any, x: Tensor, tau: Tensor | None, rows: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries divided by ``tau``, keys and values as `_project` gives them, after the norms of the heads."""
+    """Queries divided by ``tau``, keys and values as `_project` gives them, after norms of the heads and rotation."""
     q, k, v = _project(attn, x, rows)
     q, k = _norm_heads(attn, attn.q_norm, q), _norm_heads(attn, attn.k_norm, k)
+    if attn.rotation is not None:
+        q = attn.rotation(q) if rows is None or rows > attn.rotation.prefix else q  # of the CLS row alone: as it is
+        k = attn.rotation(k)
     return q if tau is None else q / tau[:, None, None].to(q.dtype), k, v
 
 
@@ -200,20 +203,26 @@ def _gated_prompts(adapter: AdapterBatch, index: int, before: Tensor, after: Ten
     return gate * after + (1 - gate) * keep
 
 
-def final_norm(model: Any) -> nn.Module:
-    """The backbone's own pretrained norm, wherever timm keeps it."""
-    norm: nn.Module = model.fc_norm if isinstance(model.norm, nn.Identity) else model.norm
-    return norm
-
-
-def _pooled(tap: Tap, x: Tensor, prefix: int, body: int, valid: Tensor | None) -> Tensor:
-    """What ``tap`` makes of the tokens after its block, before the norm: (B, D), or (B, N, D) for all patches.
+def _read(model: Any, tap: Tap, x: Tensor, body: int, valid: Tensor | None) -> Tensor:
+    """What ``tap`` makes of the tokens after its block: (B, D), or (B, N, D) for all patches.
 
     Args:
         x: (B, prefix + N or more, D).
         body: ``prefix + N``.
         valid: (A, S) bool, which rows of ``x`` are real; None for all.
     """
+    norm, prefix = model.final_norm, model.num_prefix_tokens
+    if tap.pool == "attention":
+        pooled: Tensor = model.attn_pool(norm(x[:, model.pooled_from : body]))
+        return pooled
+    if model.norm_first and tap.pool in ("mean", "patches"):
+        return _pooled(tap, norm(x), prefix, body, valid)
+    pooled = _pooled(tap, x, prefix, body, valid)
+    return pooled if tap.pool == "raw" else norm(pooled)
+
+
+def _pooled(tap: Tap, x: Tensor, prefix: int, body: int, valid: Tensor | None) -> Tensor:
+    """The pooling of `_read` without the norm."""
     if tap.pool == "cls":
         return x[:, 0]
     if tap.pool in ("grid", "raw"):
@@ -243,10 +252,10 @@ def tapped_features(
     on_block: OnBlock | None = None,
     run_block: Callable[..., Tensor] = block,
 ) -> tuple[Tensor, ...]:
-    """Run the blocks with prompts, gates, temperatures and shifts; at each tap pool, then apply the backbone's norm.
+    """Run the blocks with prompts, gates, temperatures and shifts; at each tap pool and apply the backbone's norm.
 
     Args:
-        model: a frozen timm ``VisionTransformer``.
+        model: a frozen `vit.ViT`.
         tokens: (B, prefix + N, D) from `embed`, or (U, prefix + N, D) where ``adapter.images`` tells rows' images.
         adapter: ``A`` is 1 or ``B``.
         on_block: called as ``on_block(l, x)`` with the tokens that block ``l`` hands on: (B, S, D), without the prompt
@@ -261,7 +270,7 @@ def tapped_features(
     valid = adapter.valid(body)
     mask = None if valid is None else valid[:, None, None]
     tau = None if adapter.tau is None else _in_range(adapter.tau)
-    norm, tapped = final_norm(model), {}
+    tapped = {}
     x, images = tokens, adapter.images
     for index in range(layout.last + 1):
         if images is not None and index == layout.trunk:
@@ -286,9 +295,8 @@ def tapped_features(
         x = y
         for tap in layout.taps:
             if tap.block == index:
-                pooled = _pooled(tap, x, model.num_prefix_tokens, body, valid)
-                pooled = pooled if tap.pool == "raw" else norm(pooled)
-                tapped[tap] = pooled if images is None else pooled[images]
+                features = _read(model, tap, x, body, valid)
+                tapped[tap] = features if images is None else features[images]
         if on_block is not None:
             on_block(index, x)
     return tuple(tapped[tap] for tap in layout.taps)

@@ -207,6 +207,19 @@ def test_check_backbone():
         make_adapter().check_backbone(dataclasses.replace(TINY_SPEC, name="other", fingerprint="cd" * 32))
 
 
+@pytest.mark.parametrize("pools", [("cls", "mean"), ("mean", "attention")], ids=str)
+@pytest.mark.parametrize("pool", ["cls", "mean", "attention"])
+def test_pooling_that_the_backbone_has_not(pool, pools):
+    """Without a CLS token the first row is a patch, which would be classified without a word."""
+    spec = dataclasses.replace(TINY_SPEC, pools=pools)
+    adapter = make_adapter(pool=pool)
+    if pool in pools:
+        adapter.check_backbone(spec)
+    else:
+        with pytest.raises(InvalidAdapter, match=f"reads the pooling '{pool}', which the backbone does not have"):
+            adapter.check_backbone(spec)
+
+
 @pytest.mark.parametrize("fingerprint", [TINY_SPEC.fingerprint, "cd" * 32], ids=["of weights", "older"])
 def test_the_same_backbone_at_another_size_is_told_by_the_size(fingerprint):
     size = dataclasses.replace(TINY_SPEC.preprocess, input_size=(48, 48))

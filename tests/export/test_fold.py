@@ -11,7 +11,7 @@ from gpt_serve.model.backbone import Backbone
 from gpt_serve.model.batch import AdapterBatch
 from gpt_serve.model.prompted import embed, prompted_features
 from gpt_serve.specs import Preprocess
-from tests.tiny_vit import random_images, random_tensors, tiny_backbone
+from tests.tiny_vit import KINDS, random_images, random_tensors, tiny_backbone, tiny_kind
 
 VITS = {
     "plain": {},
@@ -30,6 +30,17 @@ PREPROCESS = Preprocess((16, 16), 1.0, "center", "bicubic", (0.485, 0.456, 0.406
 @pytest.fixture(params=VITS)
 def backbone(request: pytest.FixtureRequest) -> Backbone:
     return tiny_backbone(**VITS[request.param])
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_folded_kind_equals_its_original(name: str) -> None:
+    """Keys that are rotated keep their bias: it no longer adds the same to all scores of a query."""
+    kind, images = tiny_kind(name), random_images(2)
+    folded = fold_backbone(kind.model)
+    adapter = AdapterBatch.single(depth=3, width=24, pool=kind.spec.pool, **random_tensors("gated", 3, 24))
+    expected = prompted_features(kind.model, embed(kind.model, images), adapter)
+    actual = prompted_features(folded, embed(folded, images), adapter)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_folded_backbone_equals_its_original(backbone: Backbone) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from gpt_serve.errors import CheckpointError
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.model.checkpoints import load_checkpoint, read_checkpoint
-from tests.tiny_vit import tiny_vit
+from tests.tiny_vit import tiny_kind, tiny_vit
 
 Weights = dict[str, Tensor]
 
@@ -251,6 +251,16 @@ def test_what_lies_around_an_encoder(tmp_path: Path, weights: Weights, name: str
     check_loads(saved(tmp_path, WRAPPED[name](weights)), weights, None)
 
 
+@pytest.mark.parametrize("name", ["dinov3", "eva02", "eva02, larger"])
+def test_eva_family(tmp_path: Path, name: str) -> None:
+    own = tiny_kind(name).timm_model.state_dict()
+    model = tiny_kind(name).timm_model
+    for weight in model.parameters():
+        nn.init.constant_(weight, 9.0)
+    load(model, saved(tmp_path, {"teacher": {f"backbone.{key}": value for key, value in own.items()}}))
+    assert all(torch.equal(value, own[key]) for key, value in model.state_dict().items())
+
+
 def test_dinov2_with_registers(tmp_path: Path) -> None:
     """Meta's layout: register tokens under another name, a position for CLS, a mask token. timm's model has neither."""
     model = blank(reg_tokens=4, no_embed_class=True)
@@ -283,7 +293,7 @@ def test_backbone_is_built_with_the_heads_of_the_checkpoint(tmp_path: Path, monk
     backbone = Backbone.load("vit_small_patch16_224", checkpoint=path)
     images = torch.rand(1, 3, 224, 224)
     with torch.inference_mode():
-        torch.testing.assert_close(backbone.model(images), published(images))
+        torch.testing.assert_close(backbone.timm_model(images), published(images))
 
 
 def test_openai_clip_has_quick_gelu(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from gpt_serve.model.prompted import embed, prompted_features, remember, tapped_
 from gpt_serve.specs import Pool, Tap
 from tests import reference
 from tests.factories import make_adapter
-from tests.tiny_vit import METHODS, random_images, random_tensors, tiny_backbone
+from tests.tiny_vit import KINDS, METHODS, random_images, random_tensors, tiny_backbone, tiny_kind
 
 VITS = {
     "plain": {},
@@ -57,6 +57,11 @@ def close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
+@cache
+def kind(name: str) -> Backbone:
+    return tiny_kind(name)
+
+
 def single(backbone: Backbone, pool: Pool, tensors: dict[str, Tensor]) -> AdapterBatch:
     return AdapterBatch.single(depth=backbone.spec.depth, width=backbone.spec.width, pool=pool, **tensors)
 
@@ -69,7 +74,7 @@ def slow(backbone: Backbone, image: Tensor, pool: Pool, tensors: dict[str, Tenso
     """The reference with an identity head."""
     identity = torch.eye(backbone.spec.width, dtype=image.dtype)
     head = {"head_weight": identity, "head_bias": torch.zeros_like(identity[0])}
-    return reference.forward(backbone.model, image, pool=pool, **head, **tensors)
+    return reference.forward(backbone.timm_model, image, pool=pool, **head, **tensors)
 
 
 def method_tensors(backbone: Backbone, method: str, **options: int) -> dict[str, Tensor]:
@@ -107,6 +112,28 @@ def test_tokens_equal_the_reference_block_by_block(name: str, pool: Pool, method
 def test_bundled_backbone_equals_the_reference_block_by_block(bundled: Backbone, method: str) -> None:
     tensors = method_tensors(bundled, method)
     check_block_by_block(bundled, random_images(1, side=32), tensors, single(bundled, "mean", tensors))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", KINDS)
+def test_kind_without_prompts_equals_timm(name: str) -> None:
+    backbone, images = kind(name), random_images(3)
+    actual = features(backbone, images, single(backbone, backbone.spec.pool, {}))
+    torch.testing.assert_close(actual, backbone.timm_model(images), rtol=0, atol=3e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("name", "pool"), [(name, pool) for name in KINDS for pool in kind(name).spec.pools])
+def test_kind_equals_the_reference(name: str, pool: Pool, method: str) -> None:
+    """Prompts unrotated, patches rotated; remembered keys and values are therefore exact."""
+    backbone, images = kind(name), random_images(2)
+    tensors = method_tensors(backbone, method)
+    none = {"prompt": None, "gamma": None, "tau": None}
+    stored = AdapterBatch.of(make_adapter(backbone.spec, pool=pool, **none | tensors), backbone.spec, "cpu")
+    for adapter in (single(backbone, pool, tensors), stored, remember(backbone.model, stored)):
+        actual = features(backbone, images, adapter)
+        for row, image in enumerate(images):
+            close(actual[row], slow(backbone, image, pool, tensors).feature)
 
 
 GATES = {  # of four blocks: gate, closed, remembered with shallow prompts under CLS and mean pooling
@@ -310,8 +337,8 @@ def test_the_coldest_and_hottest_blocks_equal_the_reference() -> None:
 
 def vpt(backbone: Backbone, images: Tensor, layers: Sequence[Tensor]) -> Tensor:
     """VPT (Jia et al., 2022), CLS feature: ``layers[l]`` (P, D) replaces the prompts before block ``l``."""
-    model = backbone.model
-    x = embed(model, images)
+    model = backbone.timm_model
+    x = embed(backbone.model, images)
     count = len(layers[0])
     x = torch.cat([x[:, :1], layers[0].expand(len(x), -1, -1), x[:, 1:]], dim=1)
     for index, blk in enumerate(model.blocks):
@@ -358,7 +385,7 @@ def timm_features(model: timm.models.VisionTransformer, images: Tensor) -> Tenso
 @pytest.mark.parametrize("name", VITS)
 def test_no_prompts_equals_timm(name: str) -> None:
     """``fc-norm`` and ``no-cls`` are timm models that pool by the mean, the others by CLS."""
-    model = vit(name).model
+    model = vit(name).timm_model
     pool: Pool = "mean" if model.global_pool == "avg" else "cls"
     images = random_images(3)
     close(features(vit(name), images, single(vit(name), pool, {})), timm_features(model, images))
@@ -380,7 +407,7 @@ def test_bundled_backbone_without_prompts_equals_timm_with_mean_pooling(bundled:
 
 def test_bundled_backbone_without_prompts_equals_timm_with_cls_pooling(bundled: Backbone) -> None:
     images = random_images(2, side=32)
-    close(features(bundled, images, single(bundled, "cls", {})), timm_features(bundled.model, images))
+    close(features(bundled, images, single(bundled, "cls", {})), timm_features(bundled.timm_model, images))
 
 
 # Adapters side by side in one forward pass
@@ -505,13 +532,13 @@ def test_blocks_behind_the_last_tap_are_not_computed(tiny: Backbone) -> None:
 def test_shifts_are_what_edited_biases_do(name: str, method: str) -> None:
     """`prompted.block`: biases of values, projection, second norm and second MLP layer are three vectors a block."""
     backbone = deeper_vit(name)
-    edited = copy.deepcopy(backbone.model)
+    edited = copy.deepcopy(backbone.timm_model)
     shift = torch.stack([reference.edit_biases(block, seed) for seed, block in enumerate(edited.blocks)])
     tensors = method_tensors(backbone, method)
     images = random_images(2)
     actual = features(backbone, images, single(backbone, "mean", tensors | {"shift": shift}))
     other = tiny_backbone(depth=4, **VITS[name])
-    other.model = edited
+    other.timm_model = edited
     for row, image in enumerate(images):
         torch.testing.assert_close(actual[row], slow(other, image, "mean", tensors).feature, rtol=1e-6, atol=1e-6)
 

@@ -12,6 +12,7 @@ from gpt_serve.adapters.store import AdapterStore
 from gpt_serve.errors import UsageError
 from gpt_serve.images.preprocess import normalize
 from gpt_serve.model.backbone import Backbone
+from gpt_serve.model.prompted import block
 from gpt_serve.train.data.datasets import open_dataset
 from gpt_serve.train.data.views import View
 from gpt_serve.train.distributed import World
@@ -93,9 +94,10 @@ def test_its_first_step_is_that_of_a_plain_model(tiny: Backbone, colours: Path) 
     mean, std = torch.tensor(PREPROCESS.mean), torch.tensor(PREPROCESS.std)
     images = normalize(torch.stack([view[index][0] for index in range(len(view))]), mean, std)
     targets = torch.tensor([view[index][1] for index in range(len(view))])
-    norm, plain.model.norm = plain.model.norm, torch.nn.Identity()  # type: ignore[assignment]
-    logits = plain.head(norm(plain.model.forward_features(images)[:, 1:].mean(1)))
-    plain.model.norm = norm
+    tokens = plain.model.embed(images)
+    for blk in plain.model.blocks:
+        tokens = block(blk, tokens, None, None)
+    logits = plain.head(plain.model.norm(tokens[:, 1:].mean(1)))
     optimizer = torch.optim.AdamW(plain.parameters(), lr=3e-3, weight_decay=0.05)
     torch.nn.functional.cross_entropy(logits, targets).backward()
     optimizer.step()

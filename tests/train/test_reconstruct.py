@@ -51,7 +51,7 @@ def test_without_prompts_they_are_timms() -> None:
     backbone = tiny_backbone("cls")
     images = random_images(2)
     adapter = adapter_rows(backbone, None)
-    expected = backbone.model.forward_intermediates(images, return_prefix_tokens=True, output_fmt="NLC")[1]
+    expected = backbone.timm_model.forward_intermediates(images, return_prefix_tokens=True, output_fmt="NLC")[1]
     for number, (patches, prefix) in enumerate(expected, start=1):
         found = dip.tokens_after(backbone.model, embed(backbone.model, images), adapter, number)
         torch.testing.assert_close(found, torch.cat([prefix, patches], dim=1), atol=1e-5, rtol=1e-5)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gpt_serve.errors import BackboneError
-from gpt_serve.model.prompted import final_norm
+from gpt_serve.model.vit import ViT
 from gpt_serve.train.data.samples import rank_in_class
 
 HEAD_BIAS = -math.log(99.0)
@@ -91,13 +91,13 @@ class HeadNorm(nn.Module):
         return weight, head.bias - weight @ self.shift
 
     @torch.no_grad()
-    def set_fresh(self, model: nn.Module) -> None:
+    def set_fresh(self, model: ViT) -> None:
         """Undo the final norm of ``model``.
 
         Raises:
             BackboneError: it has none, or one with a weight of 0.
         """
-        norm = final_norm(model)
+        norm = model.final_norm
         if not isinstance(norm, nn.LayerNorm):
             raise BackboneError("--norm fresh: the backbone has no final LayerNorm: leave it out")
         if norm.weight.eq(0).any():
