@@ -13,7 +13,7 @@ from torch import Tensor
 from gpt_serve.adapters.store import AdapterStore
 from gpt_serve.engine.bank import DEFAULT_BANK_BYTES, DEFAULT_HOST_BYTES, AdapterBank, Resident
 from gpt_serve.engine.passes import COSTS, PassPlanner
-from gpt_serve.engine.slab import gather
+from gpt_serve.engine.slab import gather, on_device
 from gpt_serve.errors import BankFull, GPTServeError, ImageError, UndecodableImage, UsageError
 from gpt_serve.images.decode import ImageLimits, decode, from_pil
 from gpt_serve.images.preprocess import normalize, preprocess_image
@@ -110,7 +110,7 @@ class TorchForward:
         tokens = embed(self.backbone.model, images)
         adapter = gather([row.resident.place for row in rows])
         if index is not None:
-            adapter = replace(adapter, images=torch.tensor(index, device=self.backbone.device))
+            adapter = replace(adapter, images=on_device(index, self.backbone.device))
         tapped = tapped_features(self.backbone.model, tokens, adapter, run_block=self.run_block)
         return Features(adapter.layout.taps, tapped)
 
@@ -130,8 +130,8 @@ def normalized(rows: Sequence[Row], device: torch.device) -> Tensor:
     chosen = [row.resident.preprocess for row in rows]
     if len(set(chosen)) == 1:
         chosen = chosen[:1]
-    mean = torch.tensor([preprocess.mean for preprocess in chosen], device=device)
-    std = torch.tensor([preprocess.std for preprocess in chosen], device=device)
+    mean = on_device([preprocess.mean for preprocess in chosen], device)
+    std = on_device([preprocess.std for preprocess in chosen], device)
     return normalize(images, mean, std)
 
 
@@ -311,7 +311,7 @@ def classify(features: Features, residents: Sequence[Resident]) -> list[Predicti
     logits = torch.full((len(residents), classes), float("-inf"), device=device)
     for resident, indices in members.items():
         weight, bias = resident.head
-        rows = torch.tensor(indices, device=device)
+        rows = on_device(indices, device)
         own = read_taps(features.tapped, features.taps, resident.place.layout.taps, rows)
         logits[rows, : len(resident.labels)] = linear(own.float(), weight.float(), bias.float())
     scores = logits.softmax(dim=1).cpu()

@@ -11,6 +11,7 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -275,6 +276,11 @@ class _GatheredKV(Sequence[tuple[Tensor, Tensor]]):
         return self._rows[torch.where(self._inside, index, 0)]
 
 
+def on_device(numbers: Sequence[Any], device: torch.device) -> Tensor:
+    """A tensor of numbers that the host knows; it does not wait until the device has computed what came before."""
+    return torch.tensor(numbers).to(device, non_blocking=True)
+
+
 def gather(places: Sequence[Place]) -> AdapterBatch:
     """The adapters at ``places`` (of one slab) as a batch, a row for each; of one place for all, ``A = 1``.
 
@@ -294,7 +300,7 @@ def gather(places: Sequence[Place]) -> AdapterBatch:
         (place.slot, place.start, place.shifts if own.shifted else 0, place.kv, own.prompts, own.layers > 1)
         for place, own in zip(places, layouts, strict=True)
     ]
-    slot, start, shifts, kv, count, is_deep = torch.tensor(numbers).to(device, non_blocking=True).unbind(1)
+    slot, start, shifts, kv, count, is_deep = on_device(numbers, device).unbind(1)
     position = torch.arange(layout.prompts, device=device)
     inside = position < count[:, None]
     # A shallow adapter among deep ones gives its only layer to each of theirs.
