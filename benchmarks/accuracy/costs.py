@@ -30,11 +30,10 @@ from gpt_serve.model.backbone import Backbone
 from gpt_serve.model.catalog import TINY
 from gpt_serve.train.data.datasets import open_dataset
 from gpt_serve.train.fit import build_module, load_views
-from gpt_serve.train.job import Job
+from gpt_serve.train.job import Job, Silent
 from gpt_serve.train.loop import forward_logits
 from gpt_serve.train.methods.start import start_from_data
 from gpt_serve.train.recipes.recipe import make_recipe
-from gpt_serve.train.sweep.trial import Silent
 
 HERE = Path(__file__).parent
 METHODS = ("linear", "vpt-shallow", "vpt-deep", "gated", "gated-deep", "full")
@@ -69,7 +68,7 @@ def start(backbone: Backbone, settings: dict[str, Any]) -> Callable[[], None]:
     dataset = open_dataset("digits", 0)
     job = Job("digits", "digits", Path(), make_recipe("adamw", prompts=PROMPTS, **settings), workers=0)
     few = replace(dataset, train=dataset.train[:IMAGES], val=dataset.val[:1], test=())
-    view = load_views(few, backbone, job, Silent()).train
+    view = load_views(few, backbone.spec.preprocess, job, Silent()).train
     module = build_module(backbone, job.recipe, len(dataset.labels))
     return lambda: start_from_data(backbone, module, job, view, Silent())
 

@@ -2,19 +2,13 @@
 
 import json
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from gpt_serve.cli.options import (
-    DATA_KINDS,
-    adapters_folder_option,
-    backbone_options,
-    json_option,
-    resolve_device,
-    task_option,
-)
+from gpt_serve.cli.options import DATA_KINDS, adapters_folder_option, backbone_options, json_option, task_option
 from gpt_serve.cli.training_options import reading_options, sweep_options
 from gpt_serve.errors import UsageError
 
@@ -35,9 +29,6 @@ def sweep(
     input_size: int | None,
     device: str,
     pool: Any,
-    lr: tuple[float, ...] | None,
-    gate_init: tuple[float, ...] | None,
-    prompts: tuple[int, ...] | None,
     samples: int | None,
     early_stop: bool,
     jobs: int | None,
@@ -52,17 +43,19 @@ def sweep(
 ) -> None:
     """Search learning rate, gate prior and number of prompts on validation images, and publish the best adapter.
 
-    Tries the grid of the lists given, the paper's where none are given, with Ray Tune.
+    Tries the grid of the lists given, the paper's where none are given, with Optuna.
     """
     from gpt_serve.specs import check_task_name
 
     check_task_name(task)
-    if device.startswith("cuda:"):
-        raise UsageError(f"--device {device}: Ray places the trials: use cuda, and CUDA_VISIBLE_DEVICES to choose GPUs")
-    from gpt_serve.train.sweep.ray import RayRunner, require_ray
-
-    require_ray()
-    runner = RayRunner(ray_address, jobs, early_stop)
+    if device not in ("auto", "cpu", "cuda"):
+        raise UsageError(
+            f"--device {device}: trials share GPUs: use cuda, and CUDA_VISIBLE_DEVICES to choose among them"
+        )
+    try:
+        from gpt_serve.train.sweep.sweep import make_axes, make_grid, run_sweep
+    except ModuleNotFoundError as error:
+        raise UsageError(f"sweep needs Optuna ({error}): pip install 'gpt-serve[sweep]'") from error
     from gpt_serve.cli.terminal import Terminal, echo_sweep, echo_trained
     from gpt_serve.train.data.datasets import find_benchmark
     from gpt_serve.train.job import Job
@@ -70,29 +63,35 @@ def sweep(
     from gpt_serve.train.recipes.choice import choose_recipe
     from gpt_serve.train.recipes.recipe import Recipe
     from gpt_serve.train.sweep.report import report_table
-    from gpt_serve.train.sweep.sweep import Sweep, make_axes, make_grid, run_sweep
-    from gpt_serve.train.sweep.trial import BackboneSource
+    from gpt_serve.train.sweep.trial import Sweep, backbone_facts
+    from gpt_serve.train.sweep.workers import local_workers, ray_workers
 
-    source = BackboneSource(backbone, checkpoint and checkpoint.resolve(), input_size, pool)
-    model = source.load(resolve_device(device))
-    given = {"lr": lr, "gate_init": gate_init, "prompts": prompts}
+    start = partial(local_workers, device) if ray_address == "local" else partial(ray_workers, ray_address, device)
+    path = checkpoint and checkpoint.resolve()
+    load = (("name", backbone), ("checkpoint", path), ("input_size", input_size), ("pool", pool), ("device", device))
+    with start(1) as submit:
+        facts = submit(backbone_facts, load).result()
+    given = {name: hyperparameters.pop(name) for name in ("lr", "gate_init", "prompts")}
     first = {name: values and values[0] for name, values in given.items()}
     published = find_benchmark(data or task)
 
     def choose(rate: float | None) -> tuple[Recipe, str]:
-        return choose_recipe(recipe, task, model, published, **first | {"lr": rate}, **hyperparameters)
+        return choose_recipe(recipe, task, facts, published, **first | {"lr": rate}, **hyperparameters)
 
-    settings, taken = choose(lr[0] if lr else None)
+    settings, taken = choose(first["lr"])
     if find_method(settings.method).full:
         raise UsageError("--method full: a sweep publishes an adapter: choose another method")
     axes = make_axes(settings, given)
     recipes = make_grid(lambda rate: choose(rate)[0], axes, samples)
-    job = Job(task, data or task, adapters, settings, resume, skip_unreadable, workers)
+    source = data or task
+    source = str(Path(source).resolve()) if Path(source).exists() else source
+    job = Job(task, source, adapters.resolve(), settings, resume, skip_unreadable, workers)
     with closing(Terminal()) as terminal:
         terminal.notice(taken)
         shown = "; ".join(f"{name.replace('_', ' ')} {', '.join(map('{:g}'.format, axes[name]))}" for name in axes)
         terminal.notice(f"{len(recipes)} trial{'' if len(recipes) == 1 else 's'}: {shown}")
-        report = run_sweep(model, source, Sweep(job, axes, recipes, early_stop), runner, terminal)
+        fixed = tuple((name, tuple(values)) for name, values in axes.items())
+        report = run_sweep(Sweep(job, load, facts, fixed, tuple(recipes), early_stop, jobs), start, terminal)
     if as_json:
         click.echo(json.dumps(report))
     else:

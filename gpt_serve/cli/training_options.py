@@ -139,7 +139,7 @@ sweep_options = option_group(
         "--ray-address",
         default="local",
         show_default=True,
-        help="Ray cluster to run trials on: auto for this machine's, or HOST:PORT. local starts Ray for this command.",
+        help="Ray cluster to run trials on: auto for this machine's, or HOST:PORT. local: processes of this machine.",
     ),
     _recipe_options,
 )

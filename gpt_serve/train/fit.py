@@ -10,7 +10,7 @@ import torch
 
 from gpt_serve.errors import DataError
 from gpt_serve.model.backbone import Backbone
-from gpt_serve.specs import check_task_name
+from gpt_serve.specs import BackboneSpec, Preprocess, check_task_name
 from gpt_serve.train.checkpoint import RunCheckpoint, held, run_folder
 from gpt_serve.train.data.counts import count_lines
 from gpt_serve.train.data.datasets import Dataset, Split, digest, open_dataset
@@ -39,20 +39,27 @@ def train_adapter(backbone: Backbone, job: Job, reporter: Reporter, world: World
     """
     check_task_name(job.task)
     with held(run_folder(job.adapters, job.task)) if world.leader else nullcontext():
-        return train_in_folder(backbone, job, reporter, world)
+        started = time.perf_counter()
+        if job.resume:
+            RunCheckpoint(job.adapters, job.task).require()
+        make_deterministic(backbone)
+        spec, views = prepare(backbone.spec, job, reporter)
+        return train_on(with_spec(backbone, spec), job, views, reporter, world, started)
 
 
-def train_in_folder(backbone: Backbone, job: Job, reporter: Reporter, world: World) -> dict[str, Any] | None:
-    """`train_adapter` for one who holds the task's `run_folder`."""
-    started = time.perf_counter()
-    make_deterministic(backbone)
+def train_on(
+    backbone: Backbone, job: Job, views: Views, reporter: Reporter, world: World, started: float
+) -> dict[str, Any] | None:
+    """`train_adapter` for one who holds the task's `run_folder` and has the images.
+
+    Args:
+        backbone: with the preprocessing of ``views``.
+        started: ``time.perf_counter()`` when the run began.
+    """
     checkpoint = RunCheckpoint(job.adapters, job.task)
-    if job.resume:
-        checkpoint.require()
-    backbone, views = prepare(backbone, job, reporter)
     trainer = new_trainer(backbone, job, views, reporter, world)
     module = trainer.module
-    identity = run_identity(backbone, job, views.digest)
+    identity = run_identity(backbone.spec, job, views.digest)
     if job.resume:
         trainer.restore(checkpoint.load(identity))
         reporter.notice(f"resuming after epoch {trainer.progress.epoch} of {job.recipe.epochs}")
@@ -85,24 +92,24 @@ def make_deterministic(backbone: Backbone) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def prepare(backbone: Backbone, job: Job, reporter: Reporter) -> tuple[Backbone, Views]:
-    """The images of the run, and the backbone with the preprocessing that the recipe has for them.
+def prepare(spec: BackboneSpec, job: Job, reporter: Reporter) -> tuple[BackboneSpec, Views]:
+    """The images of the run, and the backbone's spec with the preprocessing that the recipe has for them.
 
     Raises:
-        DataError: they cannot be trained on, or an adapter for them could not be stored.
+        DataError: they cannot be trained on.
     """
     dataset = open_dataset(job.data, job.recipe.seed)
     if job.recipe.final_fit and not dataset.test:
         raise DataError(
             f"--final-fit leaves only test images to report on, and --data {job.data} has none: leave it out"
         )
-    spec = replace(backbone.spec, preprocess=prepared(backbone.spec.preprocess, job.recipe.preprocess))
-    backbone = Backbone(backbone.model, spec, str(backbone.device), backbone.family)
-    if not find_method(job.recipe.method).full:
-        module = build_module(backbone, job.recipe, len(dataset.labels))
-        assert isinstance(module, AdapterModule)
-        rehearse(backbone, job, dataset.labels, module)
-    return backbone, load_views(dataset, backbone, job, reporter)
+    spec = replace(spec, preprocess=prepared(spec.preprocess, job.recipe.preprocess))
+    return spec, load_views(dataset, spec.preprocess, job, reporter)
+
+
+def with_spec(backbone: Backbone, spec: BackboneSpec) -> Backbone:
+    """The same weights, used as ``spec`` has it: with another preprocessing or pooling."""
+    return Backbone(backbone.model, spec, str(backbone.device), backbone.family)
 
 
 def new_trainer(backbone: Backbone, job: Job, views: Views, reporter: Reporter, world: World) -> Trainer:
@@ -110,11 +117,14 @@ def new_trainer(backbone: Backbone, job: Job, views: Views, reporter: Reporter, 
 
     Raises:
         UsageError: there are fewer tokens than prompts.
+        DataError: the adapter could not be stored.
     """
     recipe = job.recipe
     train, val = (joined(views.train, views.val), None) if recipe.final_fit else (views.train, views.val)
     torch.manual_seed(recipe.seed)
     module = build_module(backbone, recipe, len(views.labels)).to(backbone.device)
+    if isinstance(module, AdapterModule):
+        rehearse(backbone, job, views.labels, module)
     if not job.resume:
         start_from_data(backbone, module, job, train, reporter)
     nmi = None
@@ -142,14 +152,13 @@ def build_module(backbone: Backbone, recipe: Recipe, classes: int) -> TaskModule
     )
 
 
-def load_views(dataset: Dataset, backbone: Backbone, job: Job, reporter: Reporter) -> Views:
+def load_views(dataset: Dataset, preprocess: Preprocess, job: Job, reporter: Reporter) -> Views:
     """Check that every image can be read, before anything trains, say what there is of each class, wrap the splits.
 
     Raises:
         DataError: some cannot and ``skip_unreadable`` is off, or too few are left.
     """
     splits: dict[str, Split] = {"train": dataset.train, "val": dataset.val, "test": dataset.test}
-    preprocess = backbone.spec.preprocess
     for line in dataset.unused:
         reporter.notice(line)
     tick = reporter.scanning(sum(len(split) for split in splits.values()))
@@ -165,7 +174,7 @@ def load_views(dataset: Dataset, backbone: Backbone, job: Job, reporter: Reporte
                 f"{len(bad)} of {total} images cannot be read (listed above): "
                 "replace or remove them, or pass --skip-unreadable"
             )
-        return load_views(_without(dataset, {image.name for image in bad}), backbone, job, reporter)
+        return load_views(_without(dataset, {image.name for image in bad}), preprocess, job, reporter)
     for line in count_lines(dataset.labels, splits):
         reporter.notice(line)
     hashes = [
@@ -193,8 +202,7 @@ def _without(dataset: Dataset, names: set[str]) -> Dataset:
     return kept
 
 
-def run_identity(backbone: Backbone, job: Job, data: str) -> dict[str, Any]:
+def run_identity(spec: BackboneSpec, job: Job, data: str) -> dict[str, Any]:
     """What must be equal for a run to continue, as plain JSON values; ``data`` is the images' digest."""
-    spec = backbone.spec
     identity = {"task": job.task, "backbone": spec.fingerprint, "pool": spec.pool, "data": data}
     return identity | {"input_size": list(spec.preprocess.input_size)} | {"nmi": job.nmi, **job.recipe.to_dict()}

@@ -32,6 +32,18 @@ class Reporter(Protocol):
         """Training begins: images per epoch."""
 
 
+class Silent:
+    """A `Reporter` that says nothing."""
+
+    def scanning(self, total: int, what: str = "checking images") -> Callable[[], object]:
+        return self.batch
+
+    def batch(self, *_: object) -> None:
+        """Whatever is done or read."""
+
+    unreadable = notice = epoch = training = batch
+
+
 @dataclass(frozen=True)
 class Job:
     """What to train and where to put it.

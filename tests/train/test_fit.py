@@ -204,7 +204,7 @@ def test_the_best_epoch_is_published_not_the_last(
 
 
 def test_training_images_are_augmented_and_no_others(tiny: Backbone, colours: Path, tmp_path: Path) -> None:
-    views = load_views(open_dataset(str(colours), 0), tiny, job(colours, tmp_path), Recorder())
+    views = load_views(open_dataset(str(colours), 0), PREPROCESS, job(colours, tmp_path), Recorder())
     assert views.test is not None
     for view, augmented in ((views.train, True), (views.val, False), (views.test, False)):
         first = [view[index][0] for index in range(len(view))]
@@ -218,11 +218,11 @@ def test_splits_share_the_room_for_scaled_images(
 ) -> None:
     def cached(room: int) -> list[bool]:
         monkeypatch.setattr(fit, "CACHE_BYTES", room)
-        views = load_views(open_dataset(str(colours), 0), tiny, job(colours, tmp_path), Recorder())
+        views = load_views(open_dataset(str(colours), 0), PREPROCESS, job(colours, tmp_path), Recorder())
         assert views.test is not None
         return [view.scaled is not None for view in (views.train, views.val, views.test)]
 
-    views = load_views(open_dataset(str(colours), 0), tiny, job(colours, tmp_path), Recorder())
+    views = load_views(open_dataset(str(colours), 0), PREPROCESS, job(colours, tmp_path), Recorder())
     assert views.train.scaled is not None and views.val.scaled is not None
     train, val = (sum(image.numel() for image in images) for images in (views.train.scaled, views.val.scaled))
     assert cached(train + val) == [True, True, False]

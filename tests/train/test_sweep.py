@@ -1,11 +1,14 @@
-"""The sweep without Ray, on trials that run one after the other in this process; `test_sweep_ray` runs it with Ray."""
+"""The sweep with trials that run one after the other in this process; `test_sweep_processes` runs it with real ones."""
 
 import dataclasses
 import json
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,51 +26,58 @@ from gpt_serve.train.fit import train_adapter
 from gpt_serve.train.job import Job
 from gpt_serve.train.recipes.recipe import Recipe, Select, make_recipe
 from gpt_serve.train.sweep import trial as module
-from gpt_serve.train.sweep.ray import RayRunner
 from gpt_serve.train.sweep.report import plot_sweep, report_table
-from gpt_serve.train.sweep.sweep import Sweep, make_axes, make_grid, run_sweep
-from gpt_serve.train.sweep.trial import BackboneSource, Work, run_trial
-from gpt_serve.train.sweep.trials import Outcome, Trial, TrialStore, best_trial
+from gpt_serve.train.sweep.sweep import make_axes, make_grid, run_sweep
+from gpt_serve.train.sweep.trial import BackboneFacts, Sweep, open_study, run_trial
+from gpt_serve.train.sweep.workers import Submit, ray_workers, shares
 from tests.train.conftest import Recorder
 
 RECIPE = make_recipe("adamw", prompts=2, epochs=2, warmup=0, batch_size=8)
 AXES = {"lr": [0.0001, 0.02], "gate_init": [1.0, 5.0], "prompts": [2]}
-SOURCE = BackboneSource("tiny")
 
 
 class InProcess:
-    """A `Runner`; interrupts before trial number ``stop_at``."""
+    """`Workers` without processes; the command is interrupted before trial number ``stop_at``."""
 
     def __init__(self, stop_at: int | None = None) -> None:
         self.stop_at = stop_at
-        self.seen: list[Recipe] = []
+        self.trials = 0
+        self.change: Callable[[Sweep], Sweep] = lambda sweep: sweep
 
-    def __call__(
-        self, work: Work, recipes: Sequence[Recipe], finished: Callable[[int, Outcome], object]
-    ) -> dict[int, str]:
-        for index, recipe in enumerate(recipes):
-            if index == self.stop_at:
+    @contextmanager
+    def __call__(self, jobs: int | None) -> Iterator[Submit]:
+        yield self.submit
+
+    def submit(self, function: Callable[..., Any], sweep: Sweep, *args: Any) -> "Future[Any]":
+        if function is run_trial:
+            if self.trials == self.stop_at:
                 raise KeyboardInterrupt
-            self.seen.append(recipe)
-            outcomes: list[Outcome] = []
-            run_trial(work, recipe, outcomes.append)
-            finished(index, outcomes[-1])
-        return {}
+            self.trials += 1
+            sweep = self.change(sweep)
+        done: Future[Any] = Future()
+        try:
+            done.set_result(function(sweep, *args))
+        except Exception as error:
+            done.set_exception(error)
+        return done
 
 
 @pytest.fixture(autouse=True)
 def loads_tiny(tiny: Backbone, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Trials, too, get the tiny backbone."""
-    monkeypatch.setattr(BackboneSource, "load", lambda self, device: tiny)
+    monkeypatch.setattr(module, "_load", lambda backbone: tiny)
     module._open.cache_clear()
     yield
     module._open.cache_clear()
 
 
-def plan(data: Path, adapters: Path, axes: dict[str, list[Any]] | None = None, **changes: Any) -> Sweep:
-    recipe = dataclasses.replace(RECIPE, **changes)
-    axes = axes or AXES
-    return Sweep(Job("colours", str(data), adapters, recipe), axes, make_grid(rates(recipe), axes))
+def plan(
+    backbone: Backbone, data: Path, adapters: Path, axes: dict[str, list[Any]] | None = None, **changes: Any
+) -> Sweep:
+    recipe, axes = dataclasses.replace(RECIPE, **changes), axes or AXES
+    facts = BackboneFacts("tiny", None, backbone.spec)
+    fixed = tuple((name, tuple(values)) for name, values in axes.items())
+    return Sweep(Job("colours", str(data), adapters, recipe), (), facts, fixed, tuple(make_grid(rates(recipe), axes)))
 
 
 def rates(recipe: Recipe) -> Callable[[float], Recipe]:
@@ -79,8 +89,14 @@ def resumed(sweep: Sweep) -> Sweep:
     return dataclasses.replace(sweep, job=dataclasses.replace(sweep.job, resume=True))
 
 
-def sweep(backbone: Backbone, what: Sweep, runner: InProcess | None = None, recorder: Recorder | None = None) -> Any:
-    return run_sweep(backbone, SOURCE, what, runner or InProcess(), recorder or Recorder())
+def sweep(what: Sweep, workers: InProcess | None = None, recorder: Recorder | None = None) -> Any:
+    return run_sweep(what, workers or InProcess(), recorder or Recorder())
+
+
+def without_seconds(report: dict[str, Any]) -> dict[str, Any]:
+    for trial in report["sweep"]["trials"]:
+        del trial["seconds"]
+    return report
 
 
 # what is tried
@@ -153,38 +169,20 @@ def test_samples_are_points_of_the_grid_drawn_by_seed() -> None:
     assert make_grid(rates(base), axes, 10_000) == grid
 
 
-def test_the_best_is_by_what_epochs_are_selected_by_then_by_order() -> None:
-    def best(*values: tuple[float, float] | str, select: Select = "accuracy") -> int | None:
-        trials = [
-            Trial(
-                dataclasses.replace(RECIPE, seed=index, select=select),
-                Outcome(failure=value) if isinstance(value, str) else Outcome(1.0, 2, 1, *value),
-            )
-            for index, value in enumerate(values)
-        ]
-        found = best_trial(trials)
-        return None if found is None else trials.index(found)
-
-    assert best((0.8, 0.1), (0.9, 5.0), (0.7, 0.01)) == 1
-    assert best((0.9, 0.3), (0.9, 0.2), (0.9, 0.4)) == 1
-    assert best("boom", (0.5, 1.0), (0.5, 1.0)) == 1
-    assert best("boom", "bang") is None
-    assert best((0.8, 0.1), (0.9, 5.0), (0.7, 0.01), select="loss") == 2
-    assert best((0.9, 0.2), (0.95, 0.2), (0.95, 0.2), select="loss") == 1
-    assert best("boom", (0.5, 1.0), select="loss") == 1
+def outcome(accuracy: float, loss: float, status: str = "finished") -> dict[str, Any]:
+    measured = {"best_epoch": 1, "val_accuracy": accuracy, "val_loss": loss}
+    failure = "boom" if status == "failed" else None
+    return {"status": status, "seconds": 1.0, "epochs": 2, **measured, "failure": failure}
 
 
-def test_the_report_ranks_trials_by_what_epochs_are_selected_by() -> None:
-    def trial(lr: float, accuracy: float, loss: float) -> dict[str, Any]:
-        outcome = Outcome(1.0, 2, 1, accuracy, loss)
-        return {"lr": lr, **outcome.to_dict(2)}
-
-    def order(select: Select) -> list[str]:
-        return [row[0] for row in report_table(tried, select)[1]]
-
-    trials = [trial(1, 0.8, 0.1), trial(2, 0.9, 5.0), trial(3, 0.9, 0.2), trial(4, 0.8, 0.1)]
-    tried = {"axes": {"lr": [1, 2, 3, 4]}, "trials": trials}
-    assert (order("accuracy"), order("loss")) == (["3", "2", "1", "4"], ["1", "4", "3", "2"])
+@pytest.mark.parametrize(
+    ("select", "order"), [("accuracy", ["3", "2", "1", "4", "5"]), ("loss", ["1", "4", "3", "2", "5"])]
+)
+def test_trials_are_ranked_by_what_epochs_are_selected_by_then_by_order(select: Select, order: list[str]) -> None:
+    came_to = [outcome(0.8, 0.1), outcome(0.9, 5.0), outcome(0.9, 0.2), outcome(0.8, 0.1), outcome(1, 0, "failed")]
+    trials = [{"lr": lr, **each} for lr, each in enumerate(came_to, 1)]
+    rows = report_table({"axes": {"lr": [1, 2, 3, 4, 5]}, "trials": trials}, select)[1]
+    assert [row[0] for row in rows] == order and rows[-1][-1] == "failed: boom"
 
 
 # a sweep
@@ -193,7 +191,7 @@ def test_the_report_ranks_trials_by_what_epochs_are_selected_by() -> None:
 def test_the_published_adapter_is_what_train_gives_with_the_best_recipe(
     tiny: Backbone, colours: Path, tmp_path: Path
 ) -> None:
-    report = sweep(tiny, plan(colours, tmp_path / "swept"))
+    report = sweep(plan(tiny, colours, tmp_path / "swept"))
     trials = report["sweep"]["trials"]
     assert [(t["lr"], t["gate_init"], t["prompts"]) for t in trials] == [
         (r.lr, r.gate_init, r.prompts) for r in make_grid(rates(RECIPE), AXES)
@@ -221,9 +219,9 @@ def test_the_published_adapter_is_what_train_gives_with_the_best_recipe(
 
 
 def test_the_report_lists_what_all_trials_share(tiny: Backbone, colours: Path, tmp_path: Path) -> None:
-    what = plan(colours, tmp_path, {"lr": [0.01, 0.02]}, final_fit=True)
-    scaled = [dataclasses.replace(recipe, head_lr_scale=1 / recipe.lr) for recipe in what.recipes]
-    shared = sweep(tiny, dataclasses.replace(what, recipes=scaled))["sweep"]["shared"]
+    what = plan(tiny, colours, tmp_path, {"lr": [0.01, 0.02]}, final_fit=True)
+    scaled = tuple(dataclasses.replace(recipe, head_lr_scale=1 / recipe.lr) for recipe in what.recipes)
+    shared = sweep(dataclasses.replace(what, recipes=scaled))["sweep"]["shared"]
     assert shared["final_fit"] is False and shared["epochs"] == RECIPE.epochs
     assert "lr" not in shared and "head_lr_scale" not in shared
     assert "| final_fit | False |" in (tmp_path / "colours" / "sweep.md").read_text()
@@ -231,9 +229,9 @@ def test_the_report_lists_what_all_trials_share(tiny: Backbone, colours: Path, t
 
 def test_a_final_fit_is_the_winners_alone(tiny: Backbone, colours: Path, tmp_path: Path) -> None:
     """VTAB-1K's protocol: trials are judged on validation images, and the winner is trained on them, too."""
-    runner = InProcess()
-    report = sweep(tiny, plan(colours, tmp_path, {"lr": [0.01, 0.02]}, final_fit=True), runner)
-    assert [recipe.final_fit for recipe in runner.seen] == [False, False]
+    what = plan(tiny, colours, tmp_path, {"lr": [0.01, 0.02]}, final_fit=True)
+    report = sweep(what)
+    assert [recipe.final_fit for recipe in what.recipes] == [False, False]
     assert report["recipe"]["final_fit"] and "val_accuracy" not in report["metrics"]
     assert all(trial["val_accuracy"] > 0 for trial in report["sweep"]["trials"])
 
@@ -247,81 +245,142 @@ def test_test_images_play_no_part(tiny: Backbone, colours: Path, tmp_path: Path)
     (wrong / "test" / "spare").rename(wrong / "test" / "blue")
     shutil.copytree(colours, without)
     shutil.rmtree(without / "test")
-    reports = [sweep(tiny, plan(data, tmp_path / f"a-{data.name}")) for data in (colours, wrong, without)]
-    for report in reports:
-        for trial in report["sweep"]["trials"]:
-            del trial["seconds"]
+    axes = {"lr": [0.0001, 0.02]}
+    plans = [plan(tiny, data, tmp_path / f"a-{data.name}", axes) for data in (colours, wrong, without)]
+    reports = [without_seconds(sweep(each)) for each in plans]
     assert reports[0]["sweep"] == reports[1]["sweep"] == reports[2]["sweep"]
     assert reports[0]["metrics"]["test_accuracy"] != reports[1]["metrics"]["test_accuracy"]
 
 
 def test_an_interrupted_sweep_goes_on_where_it_was(tiny: Backbone, colours: Path, tmp_path: Path) -> None:
-    whole = sweep(tiny, plan(colours, tmp_path / "whole"))
-    what, recorder = plan(colours, tmp_path / "parts"), Recorder()
+    whole = sweep(plan(tiny, colours, tmp_path / "whole"))
+    what, recorder = plan(tiny, colours, tmp_path / "parts"), Recorder()
     with pytest.raises(KeyboardInterrupt):
-        sweep(tiny, what, InProcess(stop_at=3), recorder)
+        sweep(what, InProcess(stop_at=3), recorder)
     assert recorder.notices[-1] == "3 of 4 trials are done: add --resume to continue"
     assert AdapterStore(tmp_path / "parts").tasks() == []
 
-    with pytest.raises(UsageError, match=r"unfinished sweep of 'colours' has 3 trials done: add --resume .* delete "):
-        sweep(tiny, what)
+    with pytest.raises(UsageError, match=r"sweep.jsonl holds an unfinished sweep: add --resume .* or delete the file"):
+        sweep(what)
     with pytest.raises(UsageError, match=r"other settings \(epochs was 2 and is 3\)"):
-        sweep(tiny, resumed(plan(colours, tmp_path / "parts", epochs=3)))
+        sweep(resumed(plan(tiny, colours, tmp_path / "parts", epochs=3)))
 
-    runner = InProcess()
-    report = sweep(tiny, resumed(what), runner)
-    assert runner.seen == list(what.recipes)[3:]
-    for result in (report, whole):
-        for trial in result["sweep"]["trials"]:
-            del trial["seconds"]
-    assert report["sweep"] == whole["sweep"]
+    workers = InProcess()
+    report = sweep(resumed(what), workers)
+    assert workers.trials == 1
+    assert without_seconds(report)["sweep"] == without_seconds(whole)["sweep"]
     with pytest.raises(UsageError, match="nothing to resume"):
-        sweep(tiny, resumed(what))
+        sweep(resumed(what))
 
 
 def test_an_interrupt_while_the_best_is_trained_costs_no_epoch(tiny: Backbone, colours: Path, tmp_path: Path) -> None:
-    what = plan(colours, tmp_path)
+    what = plan(tiny, colours, tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        sweep(tiny, what, recorder=Recorder(interrupt_at=1))
-    runner, recorder = InProcess(), Recorder()
-    sweep(tiny, resumed(what), runner, recorder)
-    assert runner.seen == [] and [record.epoch for record in recorder.epochs] == [1]
+        sweep(what, recorder=Recorder(interrupt_at=1))
+    workers, recorder = InProcess(), Recorder()
+    sweep(resumed(what), workers, recorder)
+    assert workers.trials == 0 and [record.epoch for record in recorder.epochs] == [1]
 
 
 def test_an_interrupted_training_of_other_settings_is_not_continued(
     tiny: Backbone, colours: Path, tmp_path: Path
 ) -> None:
-    what = plan(colours, tmp_path)
+    what = plan(tiny, colours, tmp_path)
     with pytest.raises(KeyboardInterrupt):
-        sweep(tiny, what, None, Recorder(interrupt_at=1))
+        sweep(what, None, Recorder(interrupt_at=1))
     other = Job("colours", str(colours), tmp_path, dataclasses.replace(RECIPE, lr=0.3))
     with pytest.raises(KeyboardInterrupt):
         train_adapter(tiny, other, Recorder(interrupt_at=1), World())
     recorder = Recorder()
-    report = sweep(tiny, resumed(what), None, recorder)
+    report = sweep(resumed(what), None, recorder)
     assert any("an interrupted run of 'colours' is replaced" in notice for notice in recorder.notices)
     assert report["recipe"]["lr"] == 0.02
 
 
-def test_trials_that_were_stopped_early_run_again_when_none_are_to_be(tmp_path: Path) -> None:
-    store = TrialStore(tmp_path, "t")
-    store.prepare()
-    identities = [{"lr": lr, "epochs": 4} for lr in (0.1, 0.2, 0.3, 0.4)]
-    outcomes = [Outcome(1.0, 2, 0, 0.5, 1.0), Outcome(1.0, 4, 0, 0.5, 1.0), Outcome(1.0, failure="boom")]
-    for identity, outcome in zip(identities, outcomes, strict=False):
-        store.save(identity, outcome)
-    assert store.load(identities, stopped=True) == dict(enumerate(outcomes))
-    assert list(store.load(identities, stopped=False)) == [1, 2]
-    assert store.load([{"lr": 0.2, "epochs": 4}, {"lr": 9.0, "epochs": 4}], stopped=True) == {0: outcomes[1]}
-    next(iter(tmp_path.rglob("*.json"))).write_text("{")
-    with pytest.raises(UsageError, match="is damaged: delete it"):
-        store.load(identities, stopped=True)
+def test_lists_may_be_longer_than_before_and_failed_trials_run_again(
+    tiny: Backbone, colours: Path, tmp_path: Path
+) -> None:
+    few = plan(tiny, colours, tmp_path, {"lr": [0.02], "prompts": [4000, 2]}, prompt_init="tokens")
+    with pytest.raises(KeyboardInterrupt):
+        sweep(few, recorder=Recorder(interrupt_at=0))
+    more = plan(tiny, colours, tmp_path, {"lr": [0.01, 0.02], "prompts": [3999, 4000, 2]}, prompt_init="tokens")
+    workers, recorder = InProcess(), Recorder()
+    trials = sweep(resumed(more), workers, recorder)["sweep"]["trials"]
+    assert workers.trials == 5 and "resuming after 1 of 6 trials" in recorder.notices
+    assert [trial["status"] for trial in trials] == ["failed", "failed", "finished"] * 2
+
+
+def test_hopeless_trials_are_stopped_and_run_again_when_none_are_to_be(
+    tiny: Backbone, colours: Path, tmp_path: Path
+) -> None:
+    what = plan(tiny, colours, tmp_path, {"lr": [0.02, 1e-9]}, epochs=4)
+    early = dataclasses.replace(what, early_stop=True)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(early, recorder=Recorder(interrupt_at=0))
+    shutil.copytree(tmp_path / ".train", tmp_path / "again" / ".train")
+    trials = sweep(resumed(early))["sweep"]["trials"]
+    assert [(trial["status"], trial["epochs"]) for trial in trials] == [("finished", 4), ("stopped", 1)]
+
+    again = dataclasses.replace(what, job=dataclasses.replace(what.job, adapters=tmp_path / "again"))
+    workers = InProcess()
+    trials = sweep(resumed(again), workers)["sweep"]["trials"]
+    assert [(trial["status"], trial["epochs"]) for trial in trials] == [("finished", 4)] * 2 and workers.trials == 1
+
+
+def test_a_command_that_was_killed_is_resumed(tiny: Backbone, colours: Path, tmp_path: Path) -> None:
+    """It leaves trials that seem to wait, or to run."""
+    what = plan(tiny, colours, tmp_path)
+    what.journal.parent.mkdir(parents=True)
+    study = open_study(what)
+    for index in (3, 2, 1):
+        study.enqueue_trial(what.values(what.recipes[index]), {"index": index, "identity": {}})
+    study.ask()
+    workers = InProcess()
+    trials = sweep(resumed(what), workers)["sweep"]["trials"]
+    assert workers.trials == 4 and [trial["status"] for trial in trials] == ["finished"] * 4
+
+
+def test_a_damaged_journal_is_one_line(tiny: Backbone, colours: Path, tmp_path: Path) -> None:
+    what = plan(tiny, colours, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(what, InProcess(stop_at=1))
+    what.journal.write_text(what.journal.read_text().replace("identity", '"'))
+    with pytest.raises(UsageError, match="is damaged: delete it, and its trials are run again$"):
+        sweep(resumed(what))
+
+
+def test_a_process_that_dies_costs_its_trial_alone(tiny: Backbone, colours: Path, tmp_path: Path) -> None:
+    class Dies(InProcess):
+        def submit(self, function: Callable[..., Any], what: Sweep, *args: Any) -> "Future[Any]":
+            if function is run_trial and self.trials == 1:
+                self.trials += 1
+                open_study(what).ask()  # and no word of it again
+                broken: Future[Any] = Future()
+                broken.set_exception(BrokenProcessPool("a process was killed"))
+                return broken
+            return super().submit(function, what, *args)
+
+    trials = sweep(plan(tiny, colours, tmp_path), Dies())["sweep"]["trials"]
+    assert [trial["status"] for trial in trials] == ["finished", "failed", "finished", "finished"]
+    assert trials[1]["failure"] == "its process died: it may have run out of memory"
+
+
+def test_processes_that_cannot_begin_are_not_tried_for_ever(tiny: Backbone, colours: Path, tmp_path: Path) -> None:
+    class Never(InProcess):
+        def submit(self, *_: Any) -> "Future[Any]":
+            broken: Future[Any] = Future()
+            broken.set_exception(BrokenProcessPool("a process was killed"))
+            return broken
+
+    with pytest.raises(UsageError, match="no process could begin a trial: a process was killed"):
+        sweep(plan(tiny, colours, tmp_path), Never())
+    assert not (tmp_path / ".train" / "colours").exists()
 
 
 def test_a_trial_that_fails_is_recorded_and_the_others_go_on(tiny: Backbone, colours: Path, tmp_path: Path) -> None:
     axes = {"lr": [0.02], "prompts": [4000, 2]}
-    what = plan(colours, tmp_path, axes, prompt_init="tokens")
-    report = sweep(tiny, what)
+    what = plan(tiny, colours, tmp_path, axes, prompt_init="tokens")
+    report = sweep(what)
     failed, good = report["sweep"]["trials"]
     assert failed["status"] == "failed" and "4000" in failed["failure"] and failed["val_accuracy"] is None
     assert good["status"] == "finished" and report["sweep"]["best"] == 1
@@ -329,48 +388,39 @@ def test_a_trial_that_fails_is_recorded_and_the_others_go_on(tiny: Backbone, col
 
 
 def test_when_all_trials_fail_one_line_says_why(tiny: Backbone, colours: Path, tmp_path: Path) -> None:
-    what = plan(colours, tmp_path, {"lr": [0.02], "prompts": [4000, 3999]}, prompt_init="tokens")
+    what = plan(tiny, colours, tmp_path, {"lr": [0.02], "prompts": [4000, 3999]}, prompt_init="tokens")
     with pytest.raises(DataError, match=r"^all 2 trials failed; the first: .*4000"):
-        sweep(tiny, what)
+        sweep(what)
     assert not (tmp_path / ".train" / "colours").exists() and AdapterStore(tmp_path).tasks() == []
 
 
 def test_a_trial_whose_validation_loss_is_not_finite_fails(
     tiny: Backbone, colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run(work: Work, recipes: Sequence[Recipe], finished: Callable[[int, Outcome], object]) -> dict[int, str]:
-        with monkeypatch.context() as patch:
-            patch.setattr(
-                "gpt_serve.train.loop.evaluate", lambda *args: SimpleNamespace(loss=float("nan"), accuracy=1.0)
-            )
-            outcomes: list[Outcome] = []
-            run_trial(work, recipes[0], outcomes.append)
-        assert len(outcomes) == 1 and "validation loss is not finite" in str(outcomes[0].failure)
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run_sweep(tiny, SOURCE, plan(colours, tmp_path), run, Recorder())
+    infinite = SimpleNamespace(loss=float("nan"), accuracy=1.0)
+    monkeypatch.setattr("gpt_serve.train.loop.evaluate", lambda *args: infinite)
+    with pytest.raises(DataError, match="all 4 trials failed; the first: the validation loss is not finite"):
+        sweep(plan(tiny, colours, tmp_path))
 
 
-@pytest.mark.parametrize(("change", "what"), [({"digest": "0"}, "images"), ({"fingerprint": "0"}, "weights")])
-def test_a_machine_with_other_data_fails_its_trials(
-    tiny: Backbone, colours: Path, tmp_path: Path, change: dict[str, str], what: str
-) -> None:
-    class Elsewhere(InProcess):
-        def __call__(self, work: Work, *args: Any) -> dict[int, str]:
-            return super().__call__(dataclasses.replace(work, **change), *args)  # type: ignore[arg-type]
-
-    with pytest.raises(DataError, match=f"the {what} on this machine are not those"):
-        sweep(tiny, plan(colours, tmp_path), Elsewhere())
+def test_a_machine_with_other_images_fails_its_trials(tiny: Backbone, colours: Path, tmp_path: Path) -> None:
+    shutil.copytree(colours, tmp_path / "other")
+    (tmp_path / "other" / "train" / "red" / "0.png").unlink()
+    workers = InProcess()
+    workers.change = lambda what: dataclasses.replace(
+        what, job=dataclasses.replace(what.job, data=str(tmp_path / "other"))
+    )
+    with pytest.raises(DataError, match="images or weights on this machine are not those"):
+        sweep(plan(tiny, colours, tmp_path), workers)
 
 
 def test_bad_images_are_reported_before_any_trial(tiny: Backbone, colours: Path, tmp_path: Path) -> None:
     shutil.copytree(colours, tmp_path / "data")
     (tmp_path / "data" / "train" / "red" / "0.png").write_bytes(b"no image")
-    runner = InProcess()
+    workers = InProcess()
     with pytest.raises(GPTServeError, match="1 of 42 images cannot be read"):
-        sweep(tiny, plan(tmp_path / "data", tmp_path / "adapters"), runner)
-    assert runner.seen == []
+        sweep(plan(tiny, tmp_path / "data", tmp_path / "adapters"), workers)
+    assert workers.trials == 0
 
 
 @pytest.mark.parametrize("varying", [(), ("lr",), ("gate_init",), ("prompts", "lr"), ("lr", "gate_init", "prompts")])
@@ -378,7 +428,7 @@ def test_every_shape_of_grid_is_plotted(tmp_path: Path, varying: tuple[str, ...]
     values = {"lr": [0.1, 0.2], "gate_init": [-1.0, 5.0], "prompts": [3, 7]}
     axes = {name: both if name in varying else both[:1] for name, both in values.items()}
     trials = [
-        {name: getattr(recipe, name) for name in axes} | Outcome(1.0, 2, 1, 0.1 * index, 1.0).to_dict(2)
+        {name: getattr(recipe, name) for name in axes} | outcome(0.1 * index, 1.0)
         for index, recipe in enumerate(make_grid(rates(RECIPE), axes))
     ]
     trials[0] |= {"status": "stopped"}
@@ -393,36 +443,34 @@ def test_every_shape_of_grid_is_plotted(tmp_path: Path, varying: tuple[str, ...]
 @pytest.mark.parametrize(
     ("machines", "device", "jobs", "expected"),
     [
-        ([{"CPU": 8.0}], "cpu", None, (2, {"cpu": 4.0})),
-        ([{"CPU": 2.0}], "cpu", None, (1, {"cpu": 2.0})),
-        ([{"CPU": 2.0}], "cpu", 5, (5, {"cpu": 1.0})),
-        ([{"CPU": 8.0}, {"CPU": 8.0}], "cpu", 1, (1, {"cpu": 8.0})),  # no machine has the 16
-        ([{"CPU": 16.0, "GPU": 1.0}], "cuda", None, (1, {"cpu": 16.0, "gpu": 1.0})),
-        ([{"CPU": 16.0, "GPU": 1.0}], "cuda", 4, (4, {"cpu": 4.0, "gpu": 0.25})),
-        ([{"CPU": 16.0, "GPU": 2.0}], "cuda", 3, (3, {"cpu": 5.0, "gpu": 0.5})),  # 2/3 would leave a third idle
+        ([{"CPU": 8.0}], "cpu", None, (2, 4, 0)),
+        ([{"CPU": 2.0}], "auto", None, (1, 2, 0)),
+        ([{"CPU": 2.0}], "cpu", 5, (5, 1, 0)),
+        ([{"CPU": 8.0}, {"CPU": 8.0}], "cpu", 1, (1, 8, 0)),  # no machine has the 16
+        ([{"CPU": 16.0, "GPU": 1.0}], "auto", None, (1, 16, 1)),
+        ([{"CPU": 16.0, "GPU": 1.0}], "cuda", 4, (4, 4, 0.25)),
+        ([{"CPU": 16.0, "GPU": 2.0}], "cuda", 3, (3, 5, 0.5)),  # 2/3 would leave a third idle
     ],
 )
 def test_trials_share_what_ray_has(
-    monkeypatch: pytest.MonkeyPatch, machines: list[dict[str, float]], device: str, jobs: int | None, expected: Any
+    machines: list[dict[str, float]], device: str, jobs: int | None, expected: tuple[float, ...]
 ) -> None:
-    fake_ray(monkeypatch, machines)
-    assert RayRunner(jobs=jobs)._share(device) == expected
+    at_a_time, options = shares(machines, device, jobs)
+    assert (at_a_time, options["num_cpus"], options["num_gpus"]) == expected
 
 
-def test_a_cluster_without_gpus_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_ray(monkeypatch, [{"CPU": 4.0}])
+def test_a_cluster_without_gpus_is_said_so() -> None:
     with pytest.raises(UsageError, match="Ray sees no GPU"):
-        RayRunner()._share("cuda")
-
-
-def fake_ray(monkeypatch: pytest.MonkeyPatch, machines: list[dict[str, float]]) -> None:
-    total = {name: sum(machine.get(name, 0) for machine in machines) for name in ("CPU", "GPU")}
-    nodes = [{"Alive": True, "Resources": machine} for machine in machines]
-    fake = SimpleNamespace(cluster_resources=lambda: total, nodes=lambda: [*nodes, {"Alive": False, "Resources": {}}])
-    monkeypatch.setitem(sys.modules, "ray", fake)  # type: ignore[arg-type]
+        shares([{"CPU": 4.0}], "cuda", None)
 
 
 # the command
+
+
+@pytest.fixture
+def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command gets `InProcess`."""
+    monkeypatch.setattr("gpt_serve.train.sweep.workers.local_workers", lambda device, jobs: InProcess()(jobs))
 
 
 @pytest.mark.parametrize(
@@ -435,7 +483,7 @@ def fake_ray(monkeypatch: pytest.MonkeyPatch, machines: list[dict[str, float]]) 
         (["--ray-address", "ray://head:10001"], "run the command on a machine of the cluster"),
     ],
 )
-def test_bad_options_end_with_one_line(args: list[str], message: str) -> None:
+def test_bad_options_end_with_one_line(args: list[str], message: str, no_processes: None) -> None:
     result = CliRunner().invoke(main, ["sweep", "--task", "t", *args])
     assert result.exit_code == 2 and message in result.stderr and result.stderr.count("\n") == 1
 
@@ -445,11 +493,16 @@ def test_bad_options_end_with_one_line(args: list[str], message: str) -> None:
     [(["--recipe", "lda"], [0.002, 0.002]), (["--recipe", "lda", "--head-lr-scale", "3"], [0.03, 0.3])],
 )
 def test_each_trial_has_the_recipe_that_train_would_take_at_its_rate(
-    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, args: list[str], head_rates: list[float]
+    colours: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    no_processes: None,
+    args: list[str],
+    head_rates: list[float],
 ) -> None:
     asked: list[Sweep] = []
 
-    def stop(_: Backbone, __: BackboneSource, what: Sweep, *___: Any) -> None:
+    def stop(what: Sweep, *_: Any) -> None:
         asked.append(what)
         raise UsageError("enough")
 
@@ -461,8 +514,22 @@ def test_each_trial_has_the_recipe_that_train_would_take_at_its_rate(
     assert [recipe.lr * recipe.head_lr_scale for recipe in asked[0].recipes] == pytest.approx(head_rates)
 
 
-def test_without_ray_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ray", None)
-    result = CliRunner().invoke(main, ["sweep", "--task", "t"])
-    assert result.exit_code == 2 and result.stderr.endswith("pip install 'gpt-serve[sweep]'\n")
+@pytest.mark.parametrize(
+    ("module", "args", "extra"), [("optuna", [], "sweep"), ("ray", ["--ray-address", "auto"], "ray")]
+)
+def test_what_is_not_installed_is_said_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, module: str, args: list[str], extra: str
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("gpt_serve.train.sweep")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
+    result = CliRunner().invoke(main, ["sweep", "--task", "t", *args])
+    assert result.exit_code == 2 and result.stderr.endswith(f"pip install 'gpt-serve[{extra}]'\n")
     assert result.stderr.count("\n") == 1
+
+
+def test_a_cluster_that_is_not_there_is_one_line() -> None:
+    pytest.importorskip("ray")
+    refused = r"^Ray cannot be used \(--ray-address 127.0.0.1:1\): .*refused$"
+    with pytest.raises(UsageError, match=refused), ray_workers("127.0.0.1:1", "cpu", None):
+        pass

@@ -1,18 +1,30 @@
 """Which recipe a run takes: by its name, or by task and backbone."""
 
-from typing import Any
+from typing import Any, Protocol
 
 from gpt_serve.errors import UsageError
-from gpt_serve.model.backbone import Backbone
 from gpt_serve.model.catalog import BUNDLED
+from gpt_serve.specs import Family
 from gpt_serve.train.data.datasets import Benchmark
 from gpt_serve.train.methods.prompts import find_method
 from gpt_serve.train.recipes.paper_table import Row, find_row
 from gpt_serve.train.recipes.recipe import PROTOCOLS, Recipe, make_recipe
 
 
+class Pretrained(Protocol):
+    """What the choice depends on: a `Backbone`, or what is known of one that another process has loaded."""
+
+    @property
+    def name(self) -> str:
+        """Its timm name or bundled name."""
+
+    @property
+    def family(self) -> Family | None:
+        """Its pretraining, where published recipes know it."""
+
+
 def choose_recipe(
-    name: str, task: str, backbone: Backbone, published: tuple[Benchmark, str] | None = None, **overrides: Any
+    name: str, task: str, backbone: Pretrained, published: tuple[Benchmark, str] | None = None, **overrides: Any
 ) -> tuple[Recipe, str]:
     """The recipe of a run, and a line that says where it came from.
 
@@ -59,7 +71,7 @@ def choose_recipe(
     return recipe, f"recipe {name}{why}"
 
 
-def _of_method(method: str | None, row: Row | None, backbone: Backbone) -> str:
+def _of_method(method: str | None, row: Row | None, backbone: Pretrained) -> str:
     """What ``auto`` means."""
     published = backbone.name not in BUNDLED
     if method in (None, "gated"):
@@ -69,7 +81,7 @@ def _of_method(method: str | None, row: Row | None, backbone: Backbone) -> str:
     return "full" if method == "full" else "adamw"
 
 
-def _why_not(row: Row | None, task: str, backbone: Backbone) -> str:
+def _why_not(row: Row | None, task: str, backbone: Pretrained) -> str:
     """What follows ``recipe lda`` when nothing else was asked for."""
     if row is None:
         return f" (Table 5 has no row for task {task!r} on {backbone.name})"

@@ -1,144 +1,145 @@
 """What a sweep tried, beside the adapter that it found: ``sweep.json``, ``sweep.md`` and ``sweep.png``."""
 
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from optuna.trial import FrozenTrial, TrialState
 
 from gpt_serve.errors import UsageError
 from gpt_serve.files import replacing
 from gpt_serve.train.loop import Score
 from gpt_serve.train.recipes.recipe import Select
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from gpt_serve.train.sweep.trial import Sweep
 
 NAMES = {"lr": "learning rate", "gate_init": "gate init", "prompts": "prompts"}
-LOGARITHMIC = ("lr", "prompts")
+STATUS = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "stopped", TrialState.FAIL: "failed"}
+
+
+def described(sweep: Sweep, trials: Sequence[FrozenTrial], best: int) -> dict[str, Any]:
+    """Axes, what all trials share and the trials, as plain JSON values; ``best`` is the index of the best."""
+    settings = [recipe.to_dict() for recipe in sweep.recipes]
+    return {
+        "early_stop": sweep.early_stop,
+        "axes": {name: list(values) for name, values in sweep.axes},
+        "shared": {key: value for key, value in settings[0].items() if all(each[key] == value for each in settings)},
+        "best": best,
+        "trials": [sweep.values(recipe) | came_to(trial) for recipe, trial in zip(sweep.recipes, trials, strict=True)],
+    }
+
+
+def came_to(trial: FrozenTrial) -> dict[str, Any]:
+    """What a trial came to, as plain JSON values: of one that failed the reason, of others the best epoch, from 0."""
+    failed, stored = trial.state == TrialState.FAIL, trial.user_attrs
+    failure = stored.get("failure", "its process died: it may have run out of memory") if failed else None
+    seconds = trial.duration.total_seconds() if trial.duration else 0.0
+    best = {name: None if failed else stored[name] for name in ("best_epoch", "val_accuracy", "val_loss")}
+    status = {"status": STATUS[trial.state], "seconds": round(seconds, 1), "epochs": len(trial.intermediate_values)}
+    return status | best | {"failure": failure}
+
+
+def told(trial: dict[str, Any]) -> str:
+    """`came_to` in a few words."""
+    if trial["status"] == "failed":
+        return f"failed: {trial['failure']}"
+    epoch = f"epoch {trial['best_epoch'] + 1} of {trial['epochs']}"
+    return f"val {100 * trial['val_accuracy']:.1f} % ({epoch}), {trial['seconds']:.0f} s"
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:
-    """Write the three files; each is replaced as a whole.
-
-    Args:
-        report: what `run_sweep` returns.
+    """Write the three files of what `run_sweep` returns; each is replaced as a whole.
 
     Raises:
         UsageError: the disk refuses.
     """
-    writers: dict[str, Callable[[Path], object]] = {
-        "sweep.json": lambda path: path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8"),
-        "sweep.md": lambda path: path.write_text(report_text(report), encoding="utf-8"),
-        "sweep.png": lambda path: plot_sweep(report, path),
-    }
     try:
-        for name, write in writers.items():
+        for name, text in (("sweep.json", json.dumps(report, indent=1) + "\n"), ("sweep.md", report_text(report))):
             with replacing(folder / name) as temporary:
-                write(temporary)
+                temporary.write_text(text, encoding="utf-8")
+        with replacing(folder / "sweep.png") as temporary:
+            plot_sweep(report, temporary)
     except OSError as error:
         raise UsageError(f"the adapter is published, but the sweep's report cannot be written: {error}") from error
 
 
+def score(trial: dict[str, Any], select: Select) -> tuple[float, ...]:
+    """What trials are ranked by, the larger, the better; one that failed is the last of all."""
+    failed = trial["status"] == "failed"
+    return (-math.inf,) if failed else Score(trial["val_accuracy"], trial["val_loss"]).rank(select)
+
+
 def report_table(sweep: dict[str, Any], select: Select) -> tuple[list[str], list[list[str]]]:
-    """Header and rows, the best trial first and those that failed last.
-
-    Args:
-        sweep: the ``sweep`` of a report.
-        select: what trials are ranked by.
-    """
-    axes = list(sweep["axes"])
-
-    def rank(trial: dict[str, Any]) -> tuple[float, float]:
-        return Score(trial["val_accuracy"], trial["val_loss"]).rank(select)
-
-    trials = sorted((trial for trial in sweep["trials"] if trial["status"] != "failed"), key=rank, reverse=True)
-    trials += [trial for trial in sweep["trials"] if trial["status"] == "failed"]
+    """Header and rows of the ``sweep`` of a report, the best trial by ``select`` first and those that failed last."""
     rows = []
-    for trial in trials:
-        values = [f"{trial[name]:g}" for name in axes]
-        if trial["status"] == "failed":
-            rows.append([*values, "-", "-", "-", f"{trial['seconds']:.0f}", f"failed: {trial['failure']}"])
-            continue
-        epoch = f"{trial['best_epoch'] + 1} of {trial['epochs']}"
-        accuracy = f"{100 * trial['val_accuracy']:.2f} %"
-        rows.append([*values, accuracy, f"{trial['val_loss']:.4f}", epoch, f"{trial['seconds']:.0f}", trial["status"]])
-    return [*(NAMES[name] for name in axes), "val accuracy", "val loss", "best epoch", "seconds", "trial"], rows
+    for trial in sorted(sweep["trials"], key=lambda trial: score(trial, select), reverse=True):
+        measured = ["-", "-", "-"]
+        if trial["status"] != "failed":
+            epoch = f"{trial['best_epoch'] + 1} of {trial['epochs']}"
+            measured = [f"{100 * trial['val_accuracy']:.2f} %", f"{trial['val_loss']:.4f}", epoch]
+        ending = trial["status"] + (f": {trial['failure']}" if trial["failure"] else "")
+        rows.append([*(f"{trial[name]:g}" for name in sweep["axes"]), *measured, f"{trial['seconds']:.0f}", ending])
+    return [
+        *(NAMES[name] for name in sweep["axes"]),
+        "val accuracy",
+        "val loss",
+        "best epoch",
+        "seconds",
+        "trial",
+    ], rows
 
 
 def report_text(report: dict[str, Any]) -> str:
     """The report in Markdown."""
-    sweep, metrics = report["sweep"], report["metrics"]
-    select: Select = report["recipe"]["select"]
-    judged = "accuracy and then loss" if select == "accuracy" else "loss and then accuracy"
+    sweep, metrics, select = report["sweep"], report["metrics"], report["recipe"]["select"]
     header, rows = report_table(sweep, select)
-    best = sweep["trials"][sweep["best"]]
-    chosen = ", ".join(f"{NAMES[name]} {best[name]:g}" for name in sweep["axes"])
+    chosen = ", ".join(f"{NAMES[name]} {sweep['trials'][sweep['best']][name]:g}" for name in sweep["axes"])
     splits = (("validation", "val_accuracy"), ("test", "test_accuracy"))  # a final fit has no validation images
     accuracies = [f"{100 * metrics[key]:.2f} % on {what} images" for what, key in splits if key in metrics]
-    lines = [
-        f"# Sweep of {report['task']}",
-        "",
-        f"The method `{report['method']}` on `{report['backbone']}`; trials: {len(rows)}, judged by {judged} "
-        f"on {report['data']['val']} validation images. The best, {chosen}, was trained and published as revision "
-        f"`{report['revision']}`: {', '.join(accuracies)}.",
-        "",
-        "![validation accuracy of the trials](sweep.png)",
-        "",
-        *["| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]],
-        "",
-        "## What all trials share",
-        "",
-        "| | |",
-        "|---|---|",
-        *[f"| {key} | {value} |" for key, value in sweep["shared"].items() if key not in sweep["axes"]],
-        "",
-    ]
-    return "\n".join(lines)
+    shared = [[key, str(value)] for key, value in sweep["shared"].items() if key not in sweep["axes"]]
+    return f"""# Sweep of {report["task"]}
+
+The method `{report["method"]}` on `{report["backbone"]}`: {len(rows)} trials, judged by {select} on
+{report["data"]["val"]} validation images. The best, {chosen}, was trained and published as revision
+`{report["revision"]}`: {", ".join(accuracies)}.
+
+![validation accuracy of the trials](sweep.png)
+
+{_table(header, rows)}
+
+## What all trials share
+
+{_table(["", ""], shared)}
+"""
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
 
 
 def plot_sweep(report: dict[str, Any], path: Path) -> None:
-    """Validation accuracy by the first axis that varies, a line for each value of the second, a panel of the third.
+    """Validation accuracy by each field that varies, as a PNG.
 
     Trials that failed are left out; those that were stopped early are hollow; the best one is ringed.
     """
-    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     sweep = report["sweep"]
     varying = [name for name, values in sweep["axes"].items() if len(values) > 1] or ["lr"]
-    across, lines, panels = (*varying, None, None)[:3]
-    columns = sorted(sweep["axes"][panels]) if panels else [None]
-    series = sorted(sweep["axes"][lines]) if lines else [None]
-    colours = [colormaps["viridis"](0.9 * index / max(1, len(series) - 1)) for index in range(len(series))]
-    figure = Figure(figsize=(1.4 + 3.2 * max(len(columns), 1.4), 3.8), layout="constrained")
+    figure = Figure(figsize=(1.4 + 3.2 * len(varying), 3.8), layout="constrained")
     figure.suptitle(f"{report['task']}: {report['method']} on {report['backbone']}")
-    grid = figure.subplots(1, len(columns), sharey=True, squeeze=False)[0]
-    best = sweep["trials"][sweep["best"]]
-    for axes, column in zip(grid, columns, strict=True):
-        trials = [t for t in sweep["trials"] if t["status"] != "failed" and (panels is None or t[panels] == column)]
-        for value, colour in zip(series, colours, strict=True):
-            line = [trial for trial in trials if lines is None or trial[lines] == value]
-            _line(axes, sorted(line, key=lambda trial: float(trial[across])), across, colour, value)
-        if best in trials:
-            axes.plot(best[across], 100 * best["val_accuracy"], "o", color="crimson", ms=12, mfc="none", mew=1.5)
-        if across in LOGARITHMIC and len(sweep["axes"][across]) > 1:
+    best, trials = sweep["trials"][sweep["best"]], [t for t in sweep["trials"] if t["status"] != "failed"]
+    for axes, name in zip(figure.subplots(1, len(varying), sharey=True, squeeze=False)[0], varying, strict=True):
+        for status, colour in (("finished", "C0"), ("stopped", "none")):
+            points = [(trial[name], 100 * trial["val_accuracy"]) for trial in trials if trial["status"] == status]
+            axes.scatter(*zip(*points, strict=True) if points else ([], []), s=18, facecolors=colour, edgecolors="C0")
+        axes.scatter(best[name], 100 * best["val_accuracy"], s=140, facecolors="none", edgecolors="crimson")
+        if name != "gate_init":
             axes.set_xscale("log")
-        values = sorted(sweep["axes"][across])
-        axes.set_xticks(values, [f"{tick:g}" for tick in values], rotation=45)
+        ticks = sorted(sweep["axes"][name])
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], rotation=45)
         axes.minorticks_off()
+        axes.set(xlabel=NAMES[name], ylabel="validation accuracy, %" if name == varying[0] else "")
         axes.grid(color="0.92")
-        axes.set_xlabel(NAMES[across])
-        if panels:
-            axes.set_title(f"{NAMES[panels]} {column:g}", fontsize="medium")
-    grid[0].set_ylabel("validation accuracy, %")
-    if lines:
-        figure.legend(*grid[0].get_legend_handles_labels(), title=NAMES[lines], loc="outside right upper")
     figure.savefig(path, dpi=120, format="png")
-
-
-def _line(axes: "Axes", trials: Sequence[dict[str, Any]], across: str, colour: Any, value: float | None) -> None:
-    places = [trial[across] for trial in trials]
-    heights = [100 * trial["val_accuracy"] for trial in trials]
-    axes.plot(places, heights, color=colour, marker="o", markersize=4, label=None if value is None else f"{value:g}")
-    hollow = [index for index, trial in enumerate(trials) if trial["status"] == "stopped"]
-    axes.plot([places[i] for i in hollow], [heights[i] for i in hollow], "o", ms=4, color=colour, mfc="white", ls="")

@@ -1,28 +1,30 @@
 """Search the hyperparameters of one task: validation images judge the trials, the best one is trained and published.
 
-What is tried is fixed before anything trains; how trials are run (`sweep_ray`) is the caller's choice.
+The trials are fixed before anything trains. They are those of an Optuna study, whose journal lies with the task's
+unfinished runs. This process loads no backbone: all that needs one runs in `workers`.
 """
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import as_completed
+from dataclasses import replace
 from itertools import product
-from pathlib import Path
 from typing import Any, Protocol
 
-from gpt_serve.errors import DataError, UsageError
-from gpt_serve.model.backbone import Backbone
+from optuna import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from gpt_serve.errors import DataError, GPTServeError, UsageError
 from gpt_serve.specs import check_task_name
-from gpt_serve.train.checkpoint import RunCheckpoint, held, run_folder
-from gpt_serve.train.distributed import World
-from gpt_serve.train.fit import prepare, run_identity, train_in_folder
-from gpt_serve.train.job import Job, Reporter
+from gpt_serve.train.checkpoint import held, run_folder
+from gpt_serve.train.fit import prepare
+from gpt_serve.train.job import Reporter
 from gpt_serve.train.methods.prompts import find_method
 from gpt_serve.train.recipes.paper_table import selected_values
 from gpt_serve.train.recipes.recipe import Recipe
-from gpt_serve.train.sweep.report import write_report
-from gpt_serve.train.sweep.trial import BackboneSource, Work
-from gpt_serve.train.sweep.trials import Outcome, Trial, TrialStore, best_trial
+from gpt_serve.train.sweep.report import came_to, described, score, told, write_report
+from gpt_serve.train.sweep.trial import Sweep, open_study, run_trial, train_best
+from gpt_serve.train.sweep.workers import Workers
 
 # Yoo et al., Appendix A.2: the rates that were searched with SGD.
 PAPER_RATES = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
@@ -31,20 +33,7 @@ ADAMW_RATES = tuple(rate / 100 for rate in PAPER_RATES)
 # Of prompts, gates and temperatures alone, beside a head that has a small rate of its own.
 LDA_RATES = tuple(rate / 10 for rate in PAPER_RATES)
 
-Axes = Mapping[str, Sequence[float]]  # field of a recipe -> its values
-
-
-class Runner(Protocol):
-    """Trains recipes, several at a time perhaps."""
-
-    def __call__(
-        self, work: Work, recipes: Sequence[Recipe], finished: Callable[[int, Outcome], object]
-    ) -> dict[int, str]:
-        """Run `run_trial` for each recipe and call ``finished`` with its index when it ends.
-
-        Returns:
-            Reasons of the trials, by index, that crashed without an outcome.
-        """
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 class SweepReporter(Reporter, Protocol):
@@ -76,7 +65,9 @@ def make_axes(recipe: Recipe, given: Mapping[str, Sequence[float] | None]) -> di
     return {name: list(dict.fromkeys(given.get(name) or values)) for name, values in defaults.items()}
 
 
-def make_grid(at_rate: Callable[[float], Recipe], axes: Axes, samples: int | None = None) -> list[Recipe]:
+def make_grid(
+    at_rate: Callable[[float], Recipe], axes: Mapping[str, Sequence[float]], samples: int | None = None
+) -> list[Recipe]:
     """A recipe for every point of the grid, or for ``samples`` of them, drawn by the seed; in the grid's order.
 
     Trials keep validation images apart, whatever a final fit does with them afterwards.
@@ -95,26 +86,7 @@ def make_grid(at_rate: Callable[[float], Recipe], axes: Axes, samples: int | Non
     return [replace(at_rate(setting["lr"]), final_fit=False, **setting) for setting in settings]
 
 
-@dataclass(frozen=True)
-class Sweep:
-    """What to try.
-
-    Attributes:
-        job: what to train and where to put it; ``resume`` continues an interrupted sweep.
-        axes: values of the fields that vary.
-        recipes: the trials, points of the grid.
-        early_stop: whether hopeless trials are stopped before their last epoch.
-    """
-
-    job: Job
-    axes: Axes
-    recipes: Sequence[Recipe]
-    early_stop: bool = False
-
-
-def run_sweep(
-    backbone: Backbone, source: BackboneSource, sweep: Sweep, runner: Runner, reporter: SweepReporter
-) -> dict[str, Any]:
+def run_sweep(sweep: Sweep, workers: Workers, reporter: SweepReporter) -> dict[str, Any]:
     """Run the trials, then train and publish the best recipe as `train_adapter` does, and write the report beside it.
 
     Trials see training and validation images only.
@@ -126,93 +98,109 @@ def run_sweep(
         GPTServeError: settings or data that cannot work, an unfinished sweep in the way, or no trial that succeeded.
         KeyboardInterrupt: interrupted; finished trials are stored for ``resume``.
     """
-    check_task_name(sweep.job.task)
-    with held(run_folder(sweep.job.adapters, sweep.job.task)):
-        return _sweep_in_folder(backbone, source, sweep, runner, reporter)
+    job, journal = sweep.job, sweep.journal
+    if job.resume and not journal.is_file():
+        raise UsageError(f"nothing to resume: {journal} does not exist; sweep without --resume")
+    with held(run_folder(job.adapters, check_task_name(job.task))):
+        if journal.is_file() and not job.resume:
+            raise UsageError(f"{journal} holds an unfinished sweep: add --resume to continue it, or delete the file")
+        digest = prepare(sweep.facts.spec, job, reporter)[1].digest
+        study = open_study(sweep)
+        try:
+            trials = _run(sweep, digest, study, workers, reporter)
+            best = _best(sweep, trials)
+            reporter.notice(f"best: {shown(sweep.values(sweep.recipes[best]))}; training it")
+            winner = replace(sweep.recipes[best], final_fit=job.recipe.final_fit)
+            with workers(1) as submit:
+                summary: dict[str, Any] = submit(train_best, sweep, winner, reporter).result()
+            report = summary | {"sweep": described(sweep, trials, best)}
+            write_report(job.adapters / job.task, report)
+        except KeyboardInterrupt:
+            done = len(_in(study, *FINISHED))
+            reporter.notice(f"{done} of {len(sweep.recipes)} trials are done: add --resume to continue")
+            raise
+        except OSError as error:
+            raise UsageError(f"the trials cannot be written to {journal}: {error.strerror}") from error
+        finally:
+            if not _in(study, *FINISHED):  # nothing is lost by it
+                journal.unlink()
+        journal.unlink()
+        return report
 
 
-def _sweep_in_folder(
-    backbone: Backbone, source: BackboneSource, sweep: Sweep, runner: Runner, reporter: SweepReporter
-) -> dict[str, Any]:
-    job = sweep.job
-    store = TrialStore(job.adapters, job.task)
-    store.check(resume=job.resume)
-    digest = prepare(backbone, job, reporter)[1].digest
-    identities = [run_identity(backbone, replace(job, recipe=recipe), digest) for recipe in sweep.recipes]
-    known = store.load(identities, stopped=sweep.early_stop)
-    checkpoint = RunCheckpoint(job.adapters, job.task)
-    work = Work(source, _anywhere(job), backbone.device.type, backbone.fingerprint, digest)
-    store.prepare()
-    try:
-        trials = _run(sweep, work, known, identities, store, runner, reporter)
-        best = best_trial(trials)
-        if best is None:
-            store.delete()
-            raise DataError(f"all {len(trials)} trials failed; the first: {trials[0].outcome.failure}")
-        reporter.notice(f"best: {describe(best.recipe, sweep.axes)}; training it")
-        winner = replace(job, recipe=replace(best.recipe, final_fit=job.recipe.final_fit))
-        # With all trials known, it may be this training that was interrupted.
-        again = len(known) == len(trials) and checkpoint.holds(run_identity(backbone, winner, digest))
-        summary = train_in_folder(backbone, replace(winner, resume=again), reporter, World())
-    except KeyboardInterrupt:
-        reporter.notice(f"{store.count()} of {len(identities)} trials are done: add --resume to continue")
-        raise
-    assert summary is not None  # a world of one process has no followers
-    report = summary | {"sweep": {"early_stop": sweep.early_stop, **_tried(sweep.axes, trials, best)}}
-    write_report(job.adapters / job.task, report)
-    store.delete()
-    return report
+def _run(sweep: Sweep, digest: str, study: Study, workers: Workers, reporter: SweepReporter) -> list[FrozenTrial]:
+    """Run the trials that are not finished; returns all of them, in the grid's order."""
+    total, identities = len(sweep.recipes), [sweep.identity(recipe, digest) for recipe in sweep.recipes]
+    ended = _finished(sweep, study, identities)
+    if ended:
+        reporter.notice(f"resuming after {len(ended)} of {total} trials")
+    tick = reporter.trials(total, len(ended))
+    for index in sorted(set(range(total)) - set(ended)):
+        study.enqueue_trial(sweep.values(sweep.recipes[index]), {"index": index, "identity": identities[index]})
 
-
-def _run(
-    sweep: Sweep,
-    work: Work,
-    known: dict[int, Outcome],
-    identities: list[dict[str, Any]],
-    store: TrialStore,
-    runner: Runner,
-    reporter: SweepReporter,
-) -> list[Trial]:
-    """The outcome of every trial, in the grid's order; each is stored as soon as it is known."""
-    outcomes, total = dict(known), len(sweep.recipes)
-    pending = [index for index in range(total) if index not in known]
-    if known:
-        reporter.notice(f"resuming after {len(known)} of {total} trials")
-    tick = reporter.trials(total, len(known))
-
-    def finished(position: int, outcome: Outcome) -> None:
-        index = pending[position]
-        outcomes[index] = outcome
-        store.save(identities[index], outcome)
+    def end(trial: FrozenTrial) -> None:
+        ended[trial.user_attrs["index"]] = trial
         tick()
-        reporter.notice(f"trial {len(outcomes)} of {total}: {describe(sweep.recipes[index], sweep.axes)}: {outcome}")
+        reporter.notice(f"trial {len(ended)} of {total}: {shown(trial.params)}: {told(came_to(trial))}")
 
-    if pending:
-        crashed = runner(work, [sweep.recipes[index] for index in pending], finished)
-        outcomes |= {pending[position]: Outcome(failure=reason) for position, reason in crashed.items()}
-    return [Trial(sweep.recipes[index], outcomes[index]) for index in range(total)]
-
-
-def _anywhere(job: Job) -> Job:
-    """The same images, whatever the working folder."""
-    folder = Path(job.data)
-    return replace(job, data=str(folder.resolve()) if folder.exists() else job.data, resume=False)
-
-
-def describe(recipe: Recipe, axes: Axes) -> str:
-    """The fields that vary, with their values."""
-    return ", ".join(f"{name.replace('_', ' ')} {getattr(recipe, name):g}" for name in axes)
+    while waiting := _in(study, TrialState.WAITING):
+        with workers(sweep.jobs) as submit:
+            for future in as_completed([submit(run_trial, sweep) for _ in waiting]):
+                error = future.exception()
+                if isinstance(error, GPTServeError):
+                    raise error
+                if error is None:  # else its process died, and may have taken those beside it along
+                    end(study.trials[future.result()])
+        for trial in _fail(study, TrialState.RUNNING):
+            end(trial)
+        if len(_in(study, TrialState.WAITING)) == len(waiting):
+            raise UsageError(f"no process could begin a trial: {error}")
+    return [ended[index] for index in range(total)]
 
 
-def _tried(axes: Axes, trials: Sequence[Trial], best: Trial) -> dict[str, Any]:
-    """Axes, what all trials share and the trials, as plain JSON values."""
-    recipes = [trial.recipe.to_dict() for trial in trials]
-    return {
-        "axes": {name: list(values) for name, values in axes.items()},
-        "shared": {key: value for key, value in recipes[0].items() if all(r[key] == value for r in recipes)},
-        "best": trials.index(best),
-        "trials": [
-            {name: getattr(trial.recipe, name) for name in axes} | trial.outcome.to_dict(trial.recipe.epochs)
-            for trial in trials
-        ],
-    }
+def _finished(sweep: Sweep, study: Study, identities: Sequence[dict[str, Any]]) -> dict[int, FrozenTrial]:
+    """The finished trials of an interrupted sweep, by index.
+
+    Those that failed are run again, and so are those that were stopped early where none are to be.
+
+    Raises:
+        UsageError: all belong to other settings (they are named).
+    """
+    for state in (TrialState.WAITING, TrialState.RUNNING):  # nobody runs them any more
+        _fail(study, state)
+    found = _in(study, *FINISHED[: 1 + sweep.early_stop])
+    known = {identities.index(each): trial for trial in found if (each := trial.user_attrs["identity"]) in identities}
+    if found and not known:
+        stored = found[-1].user_attrs["identity"]
+        changed = [key for key in stored if all(identity.get(key) != stored[key] for identity in identities)]
+        values = ", ".join(f"{key} was {stored[key]} and is {identities[0].get(key)}" for key in changed)
+        raise UsageError(
+            f"--resume: the unfinished sweep had other settings ({values or 'another choice of trials'}): "
+            f"repeat them, or delete {sweep.journal}"
+        )
+    return known
+
+
+def _in(study: Study, *states: TrialState) -> list[FrozenTrial]:
+    return study.get_trials(deepcopy=False, states=states)
+
+
+def _fail(study: Study, state: TrialState) -> list[FrozenTrial]:
+    """Give up the trials in ``state``; returns them."""
+    numbers = [trial.number for trial in _in(study, state)]
+    for number in numbers:
+        study.tell(study.ask() if state == TrialState.WAITING else number, state=TrialState.FAIL)
+    return [study.trials[number] for number in numbers]
+
+
+def _best(sweep: Sweep, trials: Sequence[FrozenTrial]) -> int:
+    """By the validation score that recipes select epochs by, then by the grid's order."""
+    outcomes, select = [came_to(trial) for trial in trials], sweep.recipes[0].select
+    if all(outcome["failure"] for outcome in outcomes):
+        raise DataError(f"all {len(trials)} trials failed; the first: {outcomes[0]['failure']}")
+    return max(range(len(trials)), key=lambda index: score(outcomes[index], select))
+
+
+def shown(values: Mapping[str, float]) -> str:
+    """The fields that vary, for people."""
+    return ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in values.items())

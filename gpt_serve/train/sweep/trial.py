@@ -1,105 +1,182 @@
-"""One trial of a sweep, in whatever process runs it."""
+"""What the processes of a sweep run: the next trial of its study, and at the end the best one as `train` would."""
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from gpt_serve.errors import DataError, GPTServeError
+import optuna
+import torch
+from optuna.distributions import FloatDistribution, IntDistribution
+from optuna.pruners import NopPruner, SuccessiveHalvingPruner
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+
+from gpt_serve.errors import DataError, GPTServeError, UsageError
 from gpt_serve.model.backbone import Backbone
-from gpt_serve.specs import Pool
-from gpt_serve.train.data.views import Unreadable
+from gpt_serve.specs import BackboneSpec, Family
+from gpt_serve.train.checkpoint import RunCheckpoint, run_folder
 from gpt_serve.train.distributed import World
-from gpt_serve.train.fit import make_deterministic, new_trainer, prepare
-from gpt_serve.train.job import Job, Views
-from gpt_serve.train.loop import EpochRecord, Progress
+from gpt_serve.train.fit import make_deterministic, new_trainer, prepare, run_identity, train_on, with_spec
+from gpt_serve.train.job import Job, Reporter, Silent, Views
 from gpt_serve.train.recipes.recipe import Recipe
-from gpt_serve.train.sweep.trials import Outcome
+
+SPACE = {  # what recipes take, for Optuna's plots: nothing is drawn from it
+    "lr": FloatDistribution(1e-300, 1e4, log=True),
+    "gate_init": FloatDistribution(-100, 100),
+    "prompts": IntDistribution(1, 4096, log=True),
+}
+REDUCTION = 3  # of the trials that come so far, one in so many goes on
+LoadArguments = tuple[tuple[str, Any], ...]  # of `Backbone.load`
 
 
-@dataclass(frozen=True)
-class BackboneSource:
-    """How another process loads the same backbone; see `Backbone.load`."""
+class BackboneFacts(NamedTuple):
+    """What is to be known of a backbone where it is not loaded."""
 
     name: str
-    checkpoint: Path | None = None
-    input_size: int | None = None
-    pool: Pool | None = None
-
-    def load(self, device: str) -> Backbone:
-        """The backbone on ``device``."""
-        return Backbone.load(
-            self.name, checkpoint=self.checkpoint, input_size=self.input_size, pool=self.pool, device=device
-        )
+    family: Family | None
+    spec: BackboneSpec
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a process that runs trials needs besides their recipes: small, and equal for all trials.
+class Sweep:
+    """What to try; all processes get the same.
 
     Attributes:
-        job: where the images are, by absolute path; its recipe is not used but for the split.
-        device: ``cpu`` or ``cuda``.
-        fingerprint: the backbone's.
-        digest: the images'.
+        job: what to train and where to put it, by absolute paths; ``resume`` continues an interrupted sweep.
+        backbone: how it is loaded.
+        facts: what is known of it.
+        axes: the fields of a recipe that vary, with their values.
+        recipes: the trials, points of the grid.
+        early_stop: whether hopeless trials are stopped before their last epoch (ASHA).
+        jobs: trials at a time; None for as many as fit.
     """
 
-    source: BackboneSource
     job: Job
-    device: str
-    fingerprint: str
-    digest: str
+    backbone: LoadArguments
+    facts: BackboneFacts
+    axes: tuple[tuple[str, Sequence[float]], ...]
+    recipes: tuple[Recipe, ...]
+    early_stop: bool = False
+    jobs: int | None = None
+
+    @property
+    def journal(self) -> Path:
+        """The file of its study."""
+        return run_folder(self.job.adapters, self.job.task) / "sweep.jsonl"
+
+    def identity(self, recipe: Recipe, digest: str) -> dict[str, Any]:
+        """What tells a trial from all others, as plain JSON values; ``digest`` is the images'."""
+        return run_identity(self.facts.spec, replace(self.job, recipe=recipe), digest)
+
+    def values(self, recipe: Recipe) -> dict[str, float]:
+        """The fields of ``recipe`` that vary."""
+        return {name: getattr(recipe, name) for name, _ in self.axes}
 
 
-def run_trial(work: Work, recipe: Recipe, report: Callable[[Outcome], object]) -> None:
-    """Train one recipe and ``report`` what it has come to after each epoch; an error of this package is an outcome."""
-    started = time.perf_counter()
+def backbone_facts(backbone: LoadArguments) -> BackboneFacts:
+    """Load a backbone and describe it."""
+    loaded = _load(backbone)
+    return BackboneFacts(loaded.name, loaded.family, loaded.spec)
+
+
+def open_study(sweep: Sweep) -> optuna.Study:
+    """The study that all processes share.
+
+    Raises:
+        UsageError: its journal cannot be made here, or is damaged.
+    """
+    epochs, warmup = sweep.recipes[0].epochs, sweep.recipes[0].warmup
+    grace = min(epochs, warmup + max(1, (epochs - warmup) // REDUCTION**2))  # in warm-up all trials are alike
+    pruner = SuccessiveHalvingPruner(min_resource=grace, reduction_factor=REDUCTION)
+    optuna.logging.set_verbosity(optuna.logging.CRITICAL)
     try:
-        backbone, views = _open(work)
-        trainer = new_trainer(backbone, replace(work.job, recipe=recipe), views, Silent(), World())
-        trainer.fit(Silent().batch, lambda _: report(_outcome(trainer.progress, time.perf_counter() - started)))
-    except GPTServeError as error:
-        report(Outcome(seconds=time.perf_counter() - started, failure=str(error)))
+        return optuna.create_study(
+            storage=JournalStorage(JournalFileBackend(str(sweep.journal))),
+            sampler=optuna.samplers.RandomSampler(),
+            pruner=pruner if sweep.early_stop else NopPruner(),
+            study_name="sweep",
+            direction="maximize",
+            load_if_exists=True,
+        )
+    except OSError as error:
+        raise UsageError(f"{sweep.journal} cannot be opened on every machine: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{sweep.journal} is damaged: delete it, and its trials are run again") from error
+
+
+def run_trial(sweep: Sweep) -> int:
+    """Run the trial that waits longest; returns its number.
+
+    The study then holds what it came to: ``val_accuracy``, ``val_loss`` and ``best_epoch``, or ``failure``.
+    """
+    study = open_study(sweep)
+    trial = study.ask({name: SPACE[name] for name, _ in sweep.axes})
+    try:
+        study.tell(trial, _train(sweep, trial))
+    except optuna.TrialPruned:
+        study.tell(trial, state=TrialState.PRUNED)
+    except Exception as error:  # whatever goes wrong is this trial's alone
+        reason = str(error) if isinstance(error, GPTServeError) else f"{type(error).__name__}: {error}"
+        trial.set_user_attr("failure", " ".join(reason.split()))
+        study.tell(trial, state=TrialState.FAIL)
+    return trial.number
+
+
+def _train(sweep: Sweep, trial: optuna.Trial) -> float:
+    """The score of the trial's best epoch; the larger, the better."""
+    recipe = sweep.recipes[trial.user_attrs["index"]]
+    backbone, views = _open(sweep)
+    if run_identity(backbone.spec, replace(sweep.job, recipe=recipe), views.digest) != trial.user_attrs["identity"]:
+        raise DataError("images or weights on this machine are not those of the machine that runs the sweep")
+    trainer = new_trainer(backbone, replace(sweep.job, recipe=recipe, resume=False), views, Silent(), World())
+
+    def after_epoch(_: object) -> None:
+        best = trainer.progress.best_record
+        if not math.isfinite(best.val_loss):
+            raise DataError(f"the validation loss is not finite in epoch {best.epoch}: lower --lr")
+        for name in ("val_accuracy", "val_loss"):
+            trial.set_user_attr(name, getattr(best, name))
+        trial.set_user_attr("best_epoch", best.epoch)
+        trial.report(best.val.rank(recipe.select)[0], trainer.progress.epoch)
+        if trainer.progress.epoch < recipe.epochs and trial.should_prune():
+            raise optuna.TrialPruned
+
+    return trainer.fit(Silent().batch, after_epoch).best_record.val.rank(recipe.select)[0]
+
+
+def train_best(sweep: Sweep, recipe: Recipe, reporter: Reporter) -> dict[str, Any]:
+    """Train and publish as `train_adapter` does; an interrupted training of the very same recipe goes on.
+
+    Returns:
+        The summary of `train_adapter`.
+    """
+    started = time.perf_counter()
+    backbone, views = _open(sweep)
+    again = RunCheckpoint(sweep.job.adapters, sweep.job.task).holds(sweep.identity(recipe, views.digest))
+    job = replace(sweep.job, recipe=recipe, resume=again)
+    summary = train_on(backbone, job, views, reporter, World(), started)
+    assert summary is not None  # a world of one process has no followers
+    return summary
 
 
 @lru_cache(maxsize=1)
-def _open(work: Work) -> tuple[Backbone, Views]:
+def _load(backbone: LoadArguments) -> Backbone:
+    arguments = dict(backbone)
+    if arguments["device"] == "auto":
+        arguments["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    loaded = Backbone.load(**arguments)
+    make_deterministic(loaded)
+    return loaded
+
+
+@lru_cache(maxsize=1)
+def _open(sweep: Sweep) -> tuple[Backbone, Views]:
     """Backbone and images, once for all trials of a process."""
-    backbone = work.source.load(work.device)
-    make_deterministic(backbone)
-    backbone, views = prepare(backbone, work.job, Silent())
-    for what, same in (("images", views.digest == work.digest), ("weights", backbone.fingerprint == work.fingerprint)):
-        if not same:
-            raise DataError(f"the {what} on this machine are not those of the machine that runs the sweep")
-    return backbone, views
-
-
-def _outcome(progress: Progress, seconds: float) -> Outcome:
-    best = progress.best_record
-    if not math.isfinite(best.val_loss):
-        raise DataError(f"the validation loss is not finite in epoch {best.epoch}: lower --lr")
-    return Outcome(seconds, progress.epoch, best.epoch, best.val_accuracy, best.val_loss)
-
-
-class Silent:
-    """A `Reporter` that says nothing: the machine that runs the sweep has checked the images and counts the trials."""
-
-    def scanning(self, total: int, what: str = "checking images") -> Callable[[], object]:
-        return lambda: None
-
-    def unreadable(self, images: list[Unreadable]) -> None:
-        pass
-
-    def notice(self, text: str) -> None:
-        pass
-
-    def batch(self, epoch: int, loss: float, accuracy: float, images: int) -> None:
-        pass
-
-    def epoch(self, record: EpochRecord) -> None:
-        pass
-
-    def training(self, images: int, first_epoch: int, epochs: int) -> None:
-        pass
+    backbone = _load(sweep.backbone)
+    spec, views = prepare(backbone.spec, replace(sweep.job, recipe=sweep.recipes[0]), Silent())
+    return with_spec(backbone, spec), views

@@ -1,0 +1,120 @@
+"""Where a sweep computes: processes of this machine, or of a Ray cluster. The only file that knows either."""
+
+import logging
+import math
+import multiprocessing
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, suppress
+from multiprocessing.connection import Connection
+from threading import RLock, Thread
+from typing import Any
+
+from gpt_serve.errors import UsageError
+
+CPUS_PER_TRIAL = 4
+Submit = Callable[..., Future[Any]]  # takes a function and its arguments
+Workers = Callable[[int | None], AbstractContextManager[Submit]]  # so many processes at a time, or as many as fit
+
+
+@contextmanager
+def local_workers(device: str, jobs: int | None) -> Iterator[Submit]:
+    """Processes of this machine that share its cores and GPUs: one a GPU by default, or one for every four cores."""
+    import torch
+
+    gpus = 0 if device == "cpu" else torch.cuda.device_count()
+    jobs = jobs or gpus or max(1, (os.cpu_count() or 1) // CPUS_PER_TRIAL)
+    context = multiprocessing.get_context("spawn")
+    lifeline, end = context.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(jobs, context, _set_up, (jobs, gpus, context.Value("i", 0), lifeline))
+    try:
+        yield pool.submit
+        pool.shutdown()
+    finally:  # after a failure or an interrupt nothing is waited for
+        end.close()
+        pool.shutdown(cancel_futures=True)
+
+
+def _set_up(jobs: int, gpus: int, started: Any, lifeline: Connection) -> None:
+    """Give a process its share of the machine, and its end when the pool ends or the command is killed."""
+    import torch
+    from tqdm import tqdm
+
+    def follow() -> None:
+        with suppress(EOFError):
+            lifeline.recv()
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is the command's to handle
+    Thread(target=follow, daemon=True).start()
+    tqdm.set_lock(RLock())  # its own is a semaphore, which a process that is ended leaves behind
+    torch.set_num_threads(max(1, torch.get_num_threads() // jobs))
+    with started.get_lock():
+        started.value += 1
+        if gpus:
+            torch.cuda.set_device(started.value % gpus)
+
+
+@contextmanager
+def ray_workers(address: str, device: str, jobs: int | None) -> Iterator[Submit]:
+    """Processes of a Ray cluster, each with its share of cores and GPUs.
+
+    Args:
+        address: of the cluster as ``ray.init`` has it: ``auto``, or HOST:PORT.
+
+    Raises:
+        UsageError: Ray is not installed, or the cluster cannot be used.
+    """
+    if address.startswith("ray://"):  # this machine would be no part of the cluster, nor would its folders
+        raise UsageError(
+            f"--ray-address {address}: run the command on a machine of the cluster, with auto or HOST:PORT"
+        )
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else it warns of what it will do some day
+    try:
+        import ray
+        from ray.exceptions import RayTaskError
+    except ImportError as error:
+        raise UsageError(f"--ray-address needs Ray ({error}): pip install 'gpt-serve[ray]'") from error
+    host, _, port = address.rpartition(":")
+    try:
+        if port.isdigit():  # Ray itself would try for minutes
+            socket.create_connection((host, int(port)), timeout=10).close()
+        ray.init(address, log_to_driver=False, logging_level=logging.CRITICAL)
+    except (OSError, OverflowError, RuntimeError, ValueError) as error:
+        raise UsageError(f"Ray cannot be used (--ray-address {address}): {' '.join(str(error).split())}") from error
+    try:
+        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        jobs, options = shares(machines, device, jobs)
+        waiting = ThreadPoolExecutor(jobs)  # Ray alone would run as many as there is room for
+
+        def run(function: Callable[..., Any], *args: Any) -> Any:
+            return ray.get(ray.remote(max_retries=0, **options)(function).remote(*args))
+
+        try:
+            yield lambda function, *args: waiting.submit(run, function, *args)
+        finally:
+            waiting.shutdown(wait=False, cancel_futures=True)
+    except RayTaskError as error:
+        raise error.cause from error
+    finally:
+        ray.shutdown()
+
+
+def shares(machines: Sequence[Mapping[str, float]], device: str, jobs: int | None) -> tuple[int, dict[str, float]]:
+    """How many trials run at a time, and what each of them asks Ray for, by what the machines have.
+
+    Raises:
+        UsageError: there is no GPU for ``cuda``.
+    """
+    cores, gpus = (int(sum(machine.get(name, 0) for machine in machines)) for name in ("CPU", "GPU"))
+    if device == "cuda" and not gpus:
+        raise UsageError("--device cuda: Ray sees no GPU: use --device cpu")
+    gpus = 0 if device == "cpu" else gpus
+    jobs = jobs or gpus or max(1, cores // CPUS_PER_TRIAL)
+    # A trial runs on one machine, however large the cluster is.
+    largest = max(int(machine.get("CPU", 1)) for machine in machines)
+    cpus = max(1, min(cores // jobs, largest))
+    return jobs, {"num_cpus": cpus, "num_gpus": 1 / math.ceil(jobs / gpus) if gpus else 0}

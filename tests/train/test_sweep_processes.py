@@ -1,0 +1,127 @@
+"""The command as a user runs it, with processes of its own: of this machine, and of a Ray cluster."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gpt_serve.adapters.store import AdapterStore
+from gpt_serve.model.backbone import Backbone
+from gpt_serve.train.distributed import World
+from gpt_serve.train.fit import train_adapter
+from gpt_serve.train.job import Job
+from gpt_serve.train.recipes.recipe import make_recipe
+from tests.train.conftest import Recorder
+
+pytestmark = pytest.mark.slow
+# The command itself must not need the backbone.
+PROGRAM = """
+import os
+from gpt_serve.cli.main import main
+if __name__ == "__main__":
+    from gpt_serve.model.backbone import Backbone
+    Backbone.load = None
+    main(prog_name="gpt-serve")
+"""
+FLAGS = ["--device", "cpu", "--epochs", "1", "--lr", "0.0001,0.02,0.01", "--gate-init", "5", "--prompts", "2"]
+
+
+def start(folder: Path, data: str, adapters: Path, *args: str, **options: Any) -> subprocess.Popen[str]:
+    program = folder / "sweep.py"
+    program.write_text(PROGRAM)
+    command = [sys.executable, str(program), "sweep", "--task", "colours", "--data", data]
+    return subprocess.Popen(
+        [*command, "--adapters", str(adapters), *FLAGS, *args],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        **options,
+    )
+
+
+def wait_for_a_trial(process: subprocess.Popen[str]) -> None:
+    assert process.stderr is not None
+    assert any(line.startswith("trial 1 of 3: ") for line in process.stderr)
+
+
+def children_of(pid: int) -> list[int]:
+    """Those that train: all but the one that counts semaphores."""
+    found = subprocess.run(["pgrep", "-P", str(pid), "-f", "spawn_main"], capture_output=True, text=True, check=False)
+    return [int(line) for line in found.stdout.split()]
+
+
+def check_it_is_what_train_gives(report: dict[str, Any], backbone: Backbone, data: Path, adapters: Path) -> None:
+    best = report["sweep"]["trials"][report["sweep"]["best"]]
+    recipe = make_recipe("lda", epochs=1, lr=best["lr"], gate_init=5.0, prompts=2)
+    summary = train_adapter(backbone, Job("colours", str(data), adapters / "trained", recipe), Recorder(), World())
+    assert summary is not None and best["val_loss"] == pytest.approx(summary["metrics"]["val_loss"], rel=1e-4)
+    swept, trained = (AdapterStore(folder).load("colours").adapter for folder in (adapters, adapters / "trained"))
+    for name in ("prompt", "gamma", "tau", "head_weight", "head_bias"):
+        assert torch.equal(getattr(swept, name), getattr(trained, name))
+
+
+def test_an_interrupted_sweep_resumes_and_publishes_what_train_would(
+    bundled: Backbone, colours: Path, tmp_path: Path
+) -> None:
+    adapters = tmp_path / "adapters"
+    # Ctrl-C reaches every process of the terminal's group.
+    first = start(tmp_path, str(colours), adapters)
+    wait_for_a_trial(first)
+    os.killpg(first.pid, signal.SIGINT)
+    out, err = first.communicate(timeout=300)
+    assert (first.returncode, out) == (130, "")
+    *_, how, interrupted = err.splitlines()
+    assert how.endswith("of 3 trials are done: add --resume to continue") and interrupted == "gpt-serve: interrupted"
+
+    # From another folder, with a relative path, and in several processes.
+    (tmp_path / "colours").symlink_to(colours)
+    again = start(tmp_path, "colours", adapters, "--resume", "--json", "--jobs", "2", cwd=tmp_path)
+    out, err = again.communicate(timeout=600)
+    assert again.returncode == 0, err
+    assert f"resuming after {how[0]} of 3 trials" in err and "Traceback" not in err and "leaked" not in err
+    report = json.loads(out)
+    assert [trial["status"] for trial in report["sweep"]["trials"]] == ["finished"] * 3
+    assert not (adapters / ".train" / "colours").exists()
+    check_it_is_what_train_gives(report, bundled, colours, adapters)
+
+
+def test_processes_that_are_killed(colours: Path, tmp_path: Path) -> None:
+    """One that trains costs its trial; when it is the command, those that train end with it."""
+    command = start(tmp_path, str(colours), tmp_path / "adapters")
+    wait_for_a_trial(command)
+    (child,) = children_of(command.pid)
+    os.kill(child, signal.SIGKILL)
+    assert command.stderr is not None
+    assert any("failed: its process died: it may have run out of memory" in line for line in command.stderr)
+    while not (left := children_of(command.pid)):
+        assert command.poll() is None
+        time.sleep(0.1)
+    command.kill()
+    command.communicate(timeout=60)
+    for _ in range(600):
+        if not any(Path(f"/proc/{pid}").exists() for pid in left):
+            return
+        time.sleep(0.1)
+    pytest.fail("a process goes on without its command")
+
+
+def test_a_ray_cluster_trains_what_a_machine_does(bundled: Backbone, colours: Path, tmp_path: Path) -> None:
+    utils = pytest.importorskip("ray.cluster_utils")
+    cluster = utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 80 * 2**20})
+    try:
+        adapters = tmp_path / "adapters"
+        command = start(tmp_path, str(colours), adapters, "--json", "--ray-address", cluster.address)
+        out, err = command.communicate(timeout=900)
+    finally:
+        cluster.shutdown()
+    assert command.returncode == 0, err
+    check_it_is_what_train_gives(json.loads(out), bundled, colours, adapters)
