@@ -43,17 +43,15 @@ def train_adapter(backbone: Backbone, job: Job, reporter: Reporter, world: World
         if job.resume:
             RunCheckpoint(job.adapters, job.task).require()
         make_deterministic(backbone)
-        spec, views = prepare(backbone.spec, job, reporter)
-        return train_on(with_spec(backbone, spec), job, views, reporter, world, started)
+        return train_on(*prepare(backbone, job, reporter), job, reporter, world, started)
 
 
 def train_on(
-    backbone: Backbone, job: Job, views: Views, reporter: Reporter, world: World, started: float
+    backbone: Backbone, views: Views, job: Job, reporter: Reporter, world: World, started: float
 ) -> dict[str, Any] | None:
-    """`train_adapter` for one who holds the task's `run_folder` and has the images.
+    """`train_adapter` for one who holds the task's `run_folder` and has what `prepare` gives.
 
     Args:
-        backbone: with the preprocessing of ``views``.
         started: ``time.perf_counter()`` when the run began.
     """
     checkpoint = RunCheckpoint(job.adapters, job.task)
@@ -92,19 +90,33 @@ def make_deterministic(backbone: Backbone) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def prepare(spec: BackboneSpec, job: Job, reporter: Reporter) -> tuple[BackboneSpec, Views]:
-    """The images of the run, and the backbone's spec with the preprocessing that the recipe has for them.
+def prepare(backbone: Backbone, job: Job, reporter: Reporter) -> tuple[Backbone, Views]:
+    """The images of the run, and the backbone with the preprocessing that the recipe has for them.
 
     Raises:
-        DataError: they cannot be trained on.
+        DataError: they cannot be trained on, or an adapter for them could not be stored.
+    """
+    spec, dataset = open_data(backbone.spec, job)
+    backbone = with_spec(backbone, spec)
+    if not find_method(job.recipe.method).full:
+        module = build_module(backbone, job.recipe, len(dataset.labels))
+        assert isinstance(module, AdapterModule)
+        rehearse(backbone, job, dataset.labels, module)
+    return backbone, load_views(dataset, spec.preprocess, job, reporter)
+
+
+def open_data(spec: BackboneSpec, job: Job) -> tuple[BackboneSpec, Dataset]:
+    """The data set of the run, and the backbone's spec with the preprocessing that the recipe has for it.
+
+    Raises:
+        DataError: it cannot be trained on.
     """
     dataset = open_dataset(job.data, job.recipe.seed)
     if job.recipe.final_fit and not dataset.test:
         raise DataError(
             f"--final-fit leaves only test images to report on, and --data {job.data} has none: leave it out"
         )
-    spec = replace(spec, preprocess=prepared(spec.preprocess, job.recipe.preprocess))
-    return spec, load_views(dataset, spec.preprocess, job, reporter)
+    return replace(spec, preprocess=prepared(spec.preprocess, job.recipe.preprocess)), dataset
 
 
 def with_spec(backbone: Backbone, spec: BackboneSpec) -> Backbone:
@@ -117,14 +129,11 @@ def new_trainer(backbone: Backbone, job: Job, views: Views, reporter: Reporter, 
 
     Raises:
         UsageError: there are fewer tokens than prompts.
-        DataError: the adapter could not be stored.
     """
     recipe = job.recipe
     train, val = (joined(views.train, views.val), None) if recipe.final_fit else (views.train, views.val)
     torch.manual_seed(recipe.seed)
     module = build_module(backbone, recipe, len(views.labels)).to(backbone.device)
-    if isinstance(module, AdapterModule):
-        rehearse(backbone, job, views.labels, module)
     if not job.resume:
         start_from_data(backbone, module, job, train, reporter)
     nmi = None

@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 from gpt_serve.errors import DataError, GPTServeError, UsageError
 from gpt_serve.specs import check_task_name
 from gpt_serve.train.checkpoint import held, run_folder
-from gpt_serve.train.fit import prepare
+from gpt_serve.train.fit import load_views, open_data
 from gpt_serve.train.job import Reporter
 from gpt_serve.train.methods.prompts import find_method
 from gpt_serve.train.recipes.paper_table import selected_values
@@ -104,7 +104,8 @@ def run_sweep(sweep: Sweep, workers: Workers, reporter: SweepReporter) -> dict[s
     with held(run_folder(job.adapters, check_task_name(job.task))):
         if journal.is_file() and not job.resume:
             raise UsageError(f"{journal} holds an unfinished sweep: add --resume to continue it, or delete the file")
-        digest = prepare(sweep.facts.spec, job, reporter)[1].digest
+        spec, dataset = open_data(sweep.facts.spec, job)
+        digest = load_views(dataset, spec.preprocess, job, reporter).digest
         study = open_study(sweep)
         try:
             trials = _run(sweep, digest, study, workers, reporter)

@@ -21,7 +21,7 @@ from gpt_serve.model.backbone import Backbone
 from gpt_serve.specs import BackboneSpec, Family
 from gpt_serve.train.checkpoint import RunCheckpoint, run_folder
 from gpt_serve.train.distributed import World
-from gpt_serve.train.fit import make_deterministic, new_trainer, prepare, run_identity, train_on, with_spec
+from gpt_serve.train.fit import make_deterministic, new_trainer, prepare, run_identity, train_on
 from gpt_serve.train.job import Job, Reporter, Silent, Views
 from gpt_serve.train.recipes.recipe import Recipe
 
@@ -159,7 +159,7 @@ def train_best(sweep: Sweep, recipe: Recipe, reporter: Reporter) -> dict[str, An
     backbone, views = _open(sweep)
     again = RunCheckpoint(sweep.job.adapters, sweep.job.task).holds(sweep.identity(recipe, views.digest))
     job = replace(sweep.job, recipe=recipe, resume=again)
-    summary = train_on(backbone, job, views, reporter, World(), started)
+    summary = train_on(backbone, views, job, reporter, World(), started)
     assert summary is not None  # a world of one process has no followers
     return summary
 
@@ -177,6 +177,4 @@ def _load(backbone: LoadArguments) -> Backbone:
 @lru_cache(maxsize=1)
 def _open(sweep: Sweep) -> tuple[Backbone, Views]:
     """Backbone and images, once for all trials of a process."""
-    backbone = _load(sweep.backbone)
-    spec, views = prepare(backbone.spec, replace(sweep.job, recipe=sweep.recipes[0]), Silent())
-    return with_spec(backbone, spec), views
+    return prepare(_load(sweep.backbone), replace(sweep.job, recipe=sweep.recipes[0]), Silent())
