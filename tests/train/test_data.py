@@ -89,7 +89,9 @@ def test_links_are_followed_and_loops_are_not(tmp_path: Path) -> None:
 
 def test_what_is_not_used_is_said(tmp_path: Path) -> None:
     junk = ("train/.git", "train/__MACOSX", "train/a/@eaDir", ".cache")
-    write_images(tmp_path, {"train/a": 2, "train/b": 2, "train": 3, "spare": 2, "test": 1} | dict.fromkeys(junk, 1))
+    write_images(
+        tmp_path, {"train/a": 2, "train/b": 2, "train": 3, "spare": 2, "test": 1, ".": 2} | dict.fromkeys(junk, 1)
+    )
     (tmp_path / "train/a/.hidden.png").write_bytes(b"x")
     (tmp_path / "train/a/Thumbs.db").write_bytes(b"x")
     for name in ("a.txt", "b.txt", "BMW", "heic.HEIC"):
@@ -98,13 +100,20 @@ def test_what_is_not_used_is_said(tmp_path: Path) -> None:
     assert dataset.labels == ("a", "b")
     assert len(dataset.train) + len(dataset.val) == 4
     assert dataset.unused == (
-        "not used: spare/; the splits are test/, train/",
+        "not used: spare/, 2 images in no folder; the splits are test/, train/",
         "not used in train/: files that are no images (.txt 2, without a suffix 1, .heic 1)",
         "not used in train/: 3 images in no class folder",
         "not used in train/: what lies in .git, @eaDir, __MACOSX",
         "not used in test/: 1 image in no class folder",
         "not used: test/, which has no images in class folders",
     )
+
+
+def test_a_class_without_images_is_told_what_it_has_instead(tmp_path: Path) -> None:
+    write_images(tmp_path, {"train/a": 2, "train/b": 0})
+    (tmp_path / "train/b/photo.heic").write_bytes(b"no image that is read")
+    with pytest.raises(DataError, match=r"for class b; not used in train/: files that are no images \(\.heic 1\)$"):
+        open_dataset(str(tmp_path), seed=0)
 
 
 @pytest.mark.parametrize("name", ["validation", "val", "Valid", "dev"])

@@ -70,13 +70,20 @@ def open_folder(root: Path) -> Dataset:
     splits: dict[str, list[Sample]] = {}
     for split, folder in folders.items():
         splits[split], left = _read_split(folder, classes[split], labels)
+        if split == "train":
+            _check_train(folder, splits[split], labels, left)
         unused += left.lines(folder.name)
         if not splits[split]:
             unused.append(f"not used: {folder.name}/, which has no images in class folders")
-    counts = Counter(sample.target for sample in splits["train"])
-    if empty := [label for target, label in enumerate(labels) if not counts[target]]:
-        raise DataError(f"{folders['train']}: no images (.jpg, .png, .webp, .tif, ...) for class {some(empty)}")
     return Dataset(labels, *(splits.get(split, ()) for split in SPLITS), unused=tuple(unused))
+
+
+def _check_train(folder: Path, samples: Sequence[Sample], labels: Sequence[str], left: Leftovers) -> None:
+    """Raise `DataError` if a class has no images; what is there instead may tell why."""
+    counts = Counter(sample.target for sample in samples)
+    if empty := [label for target, label in enumerate(labels) if not counts[target]]:
+        trouble = f"{folder}: no images (.jpg, .png, .webp, .tif, ...) for class {some(empty)}"
+        raise DataError("; ".join([trouble, *left.lines(folder.name)]))
 
 
 def open_test_folder(root: Path, labels: Sequence[str]) -> Dataset:
@@ -97,7 +104,7 @@ def open_test_folder(root: Path, labels: Sequence[str]) -> Dataset:
 
 
 def _split_folders(root: Path) -> tuple[dict[str, Path], list[str]]:
-    """Find the folder of each split, and name all others in a line.
+    """Find the folder of each split, and say what else is there, in lines.
 
     Raises:
         DataError: two folders of the same split.
@@ -105,16 +112,18 @@ def _split_folders(root: Path) -> tuple[dict[str, Path], list[str]]:
     names = {name: split for split, aliases in SPLITS.items() for name in aliases}
     found: dict[str, Path] = {}
     others: list[str] = []
+    loose = 0
     for entry in _entries(root):
         split = names.get(entry.name.lower())
-        if not entry.is_dir() or is_of_system(entry.name):
-            continue
-        if split is None:
-            others.append(f"{entry.name}/")
+        if not entry.is_dir():
+            loose += Path(entry.name).suffix.lower() in SUFFIXES
+        elif split is None:
+            others += [] if is_of_system(entry.name) else [f"{entry.name}/"]
         elif split in found:
             raise DataError(f"--data {root} holds both {found[split].name}/ and {entry.name}/: leave one of them")
         else:
             found[split] = Path(entry.path)
+    others += [f"{counted(loose, 'image')} in no folder"] if loose else []
     unused = f"not used: {some(others)}; the splits are " + ", ".join(f"{path.name}/" for path in found.values())
     return {split: found[split] for split in SPLITS if split in found}, [unused] if others else []
 
