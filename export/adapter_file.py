@@ -184,8 +184,9 @@ def _read_header(data: bytes) -> tuple[dict[str, Any], int]:
     start = 8 + int.from_bytes(data[:8], "little")
     if start - 8 > MAX_HEADER_BYTES:
         raise ParseError(
-            f"not a safetensors file, or a hostile one: it claims a header of {start - 8} bytes, "
-            f"more than the {MAX_HEADER_BYTES} allowed"
+            # Not how many it claims: of any other file, as behind a link to one, these are its first bytes.
+            f"not a safetensors file, or a hostile one: it claims a header of more than the {MAX_HEADER_BYTES} bytes "
+            "allowed"
         )
     if start > len(data):
         raise ParseError("the file is truncated within its header")

@@ -134,13 +134,11 @@ def _files(spec: BackboneSpec) -> Iterator[Hostile]:
     yield Hostile(
         "trailing-bytes", "not a valid safetensors file: ", make_adapter(spec, "trailing-bytes").to_bytes() + b"x"
     )
-    yield Hostile(
-        "header-200-mb", f"a header of {200 * 2**20} bytes", _sparse(201 * 2**20, struct.pack("<Q", 200 * 2**20))
-    )
+    yield Hostile("header-200-mb", "a header of more than the", _sparse(201 * 2**20, struct.pack("<Q", 200 * 2**20)))
     yield Hostile("too-many-bytes", f"file has {MAX_FILE_BYTES + 1} bytes, more than", _sparse(MAX_FILE_BYTES + 1))
     payload = pickle.dumps(Path("harmless"))  # unpickling would call Path: nothing here ever unpickles
-    yield Hostile("pickle", f"a header of {int.from_bytes(payload[:8], 'little')} bytes", payload)
-    yield Hostile("torch-save", f"a header of {int.from_bytes(saved.getvalue()[:8], 'little')} bytes", saved.getvalue())
+    yield Hostile("pickle", "a header of more than the", payload)
+    yield Hostile("torch-save", "a header of more than the", saved.getvalue())
     yield Hostile("folder", "folder.*not a regular file", os.mkdir)
     yield Hostile("fifo", "fifo.*not a regular file", os.mkfifo)
     yield Hostile("device", "device.*not a regular file", lambda path: path.symlink_to("/dev/zero"))

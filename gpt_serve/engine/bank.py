@@ -5,6 +5,7 @@ Whoever takes a resident adapter holds one revision in one slot until it release
 so no answer is computed with anything but what was taken.
 """
 
+import logging
 import threading
 import time
 from collections import Counter, OrderedDict
@@ -19,16 +20,19 @@ from torch import Tensor
 
 from gpt_serve.adapters.store import AdapterStore, Signature, StoredAdapter
 from gpt_serve.engine.slab import Packed, Place, Slab
-from gpt_serve.errors import BankFull, GPTServeError, UsageError
+from gpt_serve.errors import AdapterError, BankFull, GPTServeError, UsageError
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.model.prompted import remember
 from gpt_serve.specs import Preprocess
+
+logger = logging.getLogger("gpt_serve.engine")
 
 DEFAULT_BANK_BYTES = 2**30
 DEFAULT_HOST_BYTES = 2**30
 KV_SHARE = 1 / 8
 """An adapter whose remembered keys and values would take more of the bank goes without them."""
 MAX_REFUSALS = 4096
+SMALLEST = 2  # rows: a head of one class, and its bias
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,6 +154,9 @@ class AdapterBank:
         self.backbone = backbone
         self.store = store
         self._slab = _make_slab(backbone, bank_bytes)
+        if self._slab.capacity < SMALLEST:
+            needed = (SMALLEST + 1) * self._slab.row_bytes
+            raise UsageError(f"a bank of {bank_bytes} bytes holds no adapter: use {needed} or many more --bank-bytes")
         self._host = HostTier(host_bytes)
         self._resident: OrderedDict[str, Resident] = OrderedDict()  # the least recently used first
         self._pins: Counter[Resident] = Counter()
@@ -190,6 +197,9 @@ class AdapterBank:
     def take(self, task: str, timeout: float | None = None) -> Resident:
         """The adapter as it is on disk now, pinned; loaded if need be, once for all who wait for it.
 
+        A file that is refused does not end the service of the revision that it replaced, as long as that is on the
+        device: a broken publication is the publisher's mistake, and for the operator to read in the log.
+
         Args:
             timeout: seconds to wait while everything in the bank is pinned; None for ever.
 
@@ -210,6 +220,9 @@ class AdapterBank:
                 self._loading.add(task)
             try:
                 return self._load(task, signature, deadline)
+            except AdapterError:
+                if not self._outlived(task, signature):
+                    raise
             finally:
                 with self._changed:
                     self._loading.discard(task)
@@ -247,16 +260,22 @@ class AdapterBank:
             raise
 
     def _take_resident(self, task: str, signature: Signature) -> Resident | None:
-        refusal = self._refused.get(task)
-        if refusal is not None and refusal[0] == signature:
-            raise refusal[1].fresh()
-        resident = self._resident.get(task)
-        if resident is None or resident.signature != signature:
+        refusal, resident = self._refused.get(task), self._resident.get(task)
+        refused = refusal is not None and refusal[0] == signature
+        if resident is None or (resident.signature != signature and not refused):
+            if refused and refusal is not None:
+                raise refusal[1].fresh()
             return None
         self._resident.move_to_end(task)
         self._pins[resident] += 1
         self._counts["hits"] += 1
         return resident
+
+    def _outlived(self, task: str, signature: Signature) -> bool:
+        """Whether that version was refused while the one before it is still here, to be served on."""
+        with self._changed:
+            refusal = self._refused.get(task)
+            return refusal is not None and refusal[0] == signature and task in self._resident
 
     def _load(self, task: str, signature: Signature, deadline: float | None) -> Resident:
         """Bring the adapter to the device; the caller is the only one to do so."""
@@ -302,11 +321,13 @@ class AdapterBank:
         if isinstance(error.__cause__, OSError):
             return  # the disk's trouble may pass without a trace in the signature
         with self._changed:
-            self._retire(task)
             self._refused[task] = signature, error.fresh()
             self._counts["refused"] += 1
             if len(self._refused) > MAX_REFUSALS:
                 self._refused.popitem(last=False)
+            resident = self._resident.get(task)
+        if resident is not None:
+            logger.error("%s; revision %s is served on", error, resident.revision)
 
     def _reserve(self, task: str, packed: Packed, deadline: float | None) -> Place:
         """Room in the slab; the least recently used adapters that nobody holds leave for it."""

@@ -14,7 +14,7 @@ from gpt_serve.adapters.store import AdapterStore
 from gpt_serve.engine.bank import DEFAULT_BANK_BYTES, DEFAULT_HOST_BYTES, AdapterBank, Resident
 from gpt_serve.engine.passes import COSTS, PassPlanner
 from gpt_serve.engine.slab import gather, on_device
-from gpt_serve.errors import BankFull, GPTServeError, ImageError, UndecodableImage, UsageError
+from gpt_serve.errors import BankFull, GPTServeError, ImageError, InvalidAdapter, UndecodableImage, UsageError
 from gpt_serve.images.decode import ImageLimits, decode, from_pil
 from gpt_serve.images.preprocess import normalize, preprocess_image
 from gpt_serve.model.backbone import Backbone
@@ -210,16 +210,19 @@ class Engine:
             return error
 
     @torch.inference_mode()
-    def compute(self, rows: Sequence[Row]) -> list[Prediction]:
-        """The answers of rows of any mix, in order; in one thread at a time."""
+    def compute(self, rows: Sequence[Row]) -> list[Answer]:
+        """The answers of rows of any mix, in order; in one thread at a time.
+
+        An adapter whose weights are finite but so large that its probabilities are no numbers gets `InvalidAdapter`.
+        """
         if not rows:
             return []
-        answers: dict[int, Prediction] = {}
+        answers: dict[int, Answer] = {}
         images = [id(row.image) for row in rows]
         for part in self.planner.plan([row.resident.place.layout for row in rows], images):
             chosen = [rows[index] for index in part]
             predictions = classify(self.forward(chosen), [row.resident for row in chosen])
-            answers |= dict(zip(part, predictions, strict=True))
+            answers |= zip(part, map(_checked, predictions), strict=True)
         return [answers[index] for index in range(len(rows))]
 
     def _predict_batch(self, requests: Sequence[tuple[str | Tasks, ImageInput]]) -> list[Answer | list[Answer]]:
@@ -319,6 +322,12 @@ def classify(features: Features, residents: Sequence[Resident]) -> list[Predicti
         Prediction(resident.task, resident.revision, resident.labels, row[: len(resident.labels)])
         for resident, row in zip(residents, scores.unbind(), strict=True)
     ]
+
+
+def _checked(prediction: Prediction) -> Answer:
+    if prediction.probabilities.isfinite().all():
+        return prediction
+    return InvalidAdapter(f"adapter {prediction.task!r} is refused: its probabilities for this image are no numbers")
 
 
 def _pixels(image: ImageInput, limits: ImageLimits, preprocess: Preprocess) -> Tensor:

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 PARSED_IN_THE_LOOP = 64 * 2**10
 """Bodies of up to so many bytes are parsed in the event loop: handing them to a thread costs more than that."""
 
+REFUSAL_SECONDS = 0.25
+"""How long the news that there is no room is held back: clients that ask again at once would keep others waiting."""
+
 Outcome = Answer | GPTServeError
 
 
@@ -52,6 +55,9 @@ class Call:
                 outcomes = await self._outcomes(wanted)
         except ClientLeft:
             return Response(status_code=499)  # nobody hears it; for the log and the metrics
+        except Overloaded as error:
+            await asyncio.sleep(REFUSAL_SECONDS)
+            return problems.problem_of(error)
         except (GPTServeError, HTTPError) as error:
             return problems.problem_of(error)
         self._note(wanted.task, outcomes)

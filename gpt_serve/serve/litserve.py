@@ -23,7 +23,7 @@ from litserve.loops.base import LitLoop
 from litserve.transport.base import MessageTransport
 
 from gpt_serve.engine.malloc import reuse_freed_memory
-from gpt_serve.errors import GPTServeError, InvalidAdapter
+from gpt_serve.errors import GPTServeError
 from gpt_serve.serve.config import ServeConfig
 from gpt_serve.serve.link import Link, take_all
 from gpt_serve.serve.messages import Answer, Answered, Asked, Beat, Failure, Item, Message, Passed, Ready, Stats
@@ -168,15 +168,12 @@ class PredictAPI(LitAPI):
         error = output.exception()
         if error is not None:
             return Failure.of(error)
-        result = output.result()
-        best = [{"label": label, "probability": probability} for label, probability in result.top(top_k)]
-        content = {"task": result.task, "revision": result.revision, "predictions": best}
         try:
-            text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-        except ValueError:
-            return Failure.of(InvalidAdapter(f"adapter {result.task!r} is refused: its probabilities are no numbers"))
-        seconds = getattr(output, "seconds", {})  # a scheduler's, see `gpt_serve.engine.scheduler.jobs.Pending`
-        return Answer(result.task, result.revision, text.encode(), seconds=seconds)
+            seconds = getattr(output, "seconds", {})  # a scheduler's, see `gpt_serve.engine.scheduler.jobs.Pending`
+            return _answer(output.result(), top_k, seconds)
+        except Exception as bug:  # of one answer: the thread that sends them all must go on
+            report(bug)
+            return Failure.of(bug)
 
     def stats(self) -> Stats:
         """The numbers for one message: every pass is in one of them, and only in one."""
@@ -209,6 +206,13 @@ class Launcher:
         self._server.litapi_request_queues[self._api.api_path] = link.requests
         worker: SpawnProcess = self._server.launch_single_inference_worker(self._api, 0)
         return worker
+
+
+def _answer(result: "Prediction", top_k: int, seconds: dict[str, float]) -> Answer:
+    best = [{"label": label, "probability": probability} for label, probability in result.top(top_k)]
+    content = {"task": result.task, "revision": result.revision, "predictions": best}
+    text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return Answer(result.task, result.revision, text.encode(), seconds=seconds)
 
 
 def _load_engine(config: ServeConfig, device: str) -> "Engine":

@@ -161,7 +161,7 @@ def test_limits_are_exact():
     text = json.dumps(header).encode()
     padded = text + b" " * (MAX_HEADER_BYTES - len(text))
     assert Adapter.from_bytes(pack(padded, body)).task == "alpha"
-    with pytest.raises(InvalidAdapter, match="a header of 1048577 bytes"):
+    with pytest.raises(InvalidAdapter, match="a header of more than the 1048576 bytes"):
         Adapter.from_bytes(pack(padded + b" ", body))
     assert MAX_FILE_BYTES == 256 * 2**20
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from gpt_serve.adapters import store as store_module
+from gpt_serve.adapters import folder as folder_module
 from gpt_serve.adapters.adapter import Adapter
 from gpt_serve.adapters.store import FILE_NAME, AdapterStore, StoredAdapter
 from gpt_serve.engine.bank import AdapterBank, Resident
@@ -210,10 +210,27 @@ def test_fixed_file_is_taken(tiny, store):
         get(bank, "alpha")
     revision = store.publish(make_adapter(tiny.spec, "alpha"))
     assert get(bank, "alpha").revision == revision
-    overwrite(store, "alpha", b"broken again")
-    with pytest.raises(InvalidAdapter):
-        get(bank, "alpha")
-    assert store.loads == ["alpha"] * 3
+    assert store.loads == ["alpha"] * 2
+
+
+def test_a_broken_replacement_does_not_end_the_revision_that_is_served(tiny, store, caplog):
+    """Until it is replaced by a good one, or leaves the device: then the task is refused."""
+    good = store.publish(make_adapter(tiny.spec, "alpha"))
+    bank = bank_of(tiny, store)
+    assert get(bank, "alpha").revision == good
+    overwrite(store, "alpha", b"cut off on its way")
+    for _ in range(3):
+        assert get(bank, "alpha").revision == good
+    assert bank.try_take("alpha").revision == good
+    assert store.loads == ["alpha"] * 2, "the broken file is read once"
+    assert bank.stats().refused == 1
+    revision = store.publish(make_adapter(tiny.spec, "alpha", seed=5))
+    assert get(bank, "alpha").revision == revision != good
+
+
+def test_a_bank_that_can_hold_nothing_is_refused(tiny, store):
+    with pytest.raises(UsageError, match="holds no adapter: use [0-9]+ or many more --bank-bytes"):
+        AdapterBank(tiny, store, bank_bytes=1)
 
 
 def test_adapter_of_another_backbone_is_refused_by_name(tiny, store):
@@ -242,7 +259,7 @@ def test_trouble_of_the_disk_is_not_remembered(tiny, store, monkeypatch):
         raise OSError(errno.EMFILE, "Too many open files")
 
     with monkeypatch.context() as patch:
-        patch.setattr(store_module, "_read", fail)
+        patch.setattr(folder_module, "_read", fail)
         with pytest.raises(InvalidAdapter, match="Too many open files"):
             get(bank, "alpha")
     assert get(bank, "alpha").revision == revision

@@ -474,3 +474,17 @@ def test_a_closed_engine_has_no_threads(tiny: Backbone, store: AdapterStore) -> 
         engine.predict([("linear", pixels(1, 20, 20))])
         assert threading.active_count() > before
     assert threading.active_count() == before
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_probabilities_that_are_no_numbers_are_the_adapters_fault(tmp_path: Path) -> None:
+    """Weights may be finite and yet so large that scores overflow; its batch-mates do not notice."""
+    tiny = tiny_backbone()
+    store = AdapterStore(tmp_path, tiny.spec)
+    good, huge = (make_adapter(tiny.spec, task) for task in ("good", "huge"))
+    store.publish(good)
+    store.publish(replace(huge, head_weight=torch.full_like(huge.head_weight, 3e38)))
+    image = torch.randint(0, 256, (3, 40, 40), dtype=torch.uint8)
+    answers = Engine(tiny, store).predict([("good", image), ("huge", image), ("good", image)])
+    assert [type(answer) for answer in answers] == [Prediction, InvalidAdapter, Prediction]
+    assert "'huge'" in str(answers[1])
