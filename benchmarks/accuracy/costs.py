@@ -30,7 +30,7 @@ from gpt_serve.model.backbone import Backbone
 from gpt_serve.model.catalog import TINY
 from gpt_serve.train.data.datasets import open_dataset
 from gpt_serve.train.fit import build_module, load_views
-from gpt_serve.train.job import Job, Silent
+from gpt_serve.train.job import Silent, TrainingJob
 from gpt_serve.train.loop import forward_logits
 from gpt_serve.train.methods.start import start_from_data
 from gpt_serve.train.recipes.recipe import make_recipe
@@ -66,7 +66,7 @@ def training_step(backbone: Backbone, method: str) -> Callable[[], None]:
 def start(backbone: Backbone, settings: dict[str, Any]) -> Callable[[], None]:
     """What is done once before training, on `IMAGES` images."""
     dataset = open_dataset("digits", 0)
-    job = Job("digits", "digits", Path(), make_recipe("adamw", prompts=PROMPTS, **settings), workers=0)
+    job = TrainingJob("digits", "digits", Path(), make_recipe("adamw", prompts=PROMPTS, **settings), workers=0)
     few = replace(dataset, train=dataset.train[:IMAGES], val=dataset.val[:1], test=())
     view = load_views(few, backbone.spec.preprocess, job, Silent()).train
     module = build_module(backbone, job.recipe, len(dataset.labels))

@@ -58,7 +58,7 @@ def sweep(
         raise UsageError(f"sweep needs Optuna ({error}): pip install 'gpt-serve[sweep]'") from error
     from gpt_serve.cli.terminal import Terminal, echo_sweep, echo_trained
     from gpt_serve.train.data.datasets import find_benchmark
-    from gpt_serve.train.job import Job
+    from gpt_serve.train.job import TrainingJob
     from gpt_serve.train.methods.prompts import find_method
     from gpt_serve.train.recipes.choice import choose_recipe
     from gpt_serve.train.recipes.recipe import Recipe
@@ -85,7 +85,7 @@ def sweep(
     recipes = make_grid(lambda rate: choose(rate)[0], axes, samples)
     source = data or task
     source = str(Path(source).resolve()) if Path(source).exists() else source
-    job = Job(task, source, adapters.resolve(), settings, resume, skip_unreadable, workers)
+    job = TrainingJob(task, source, adapters.resolve(), settings, resume, skip_unreadable, workers)
     with closing(Terminal()) as terminal:
         terminal.notice(taken)
         shown = "; ".join(f"{name.replace('_', ' ')} {', '.join(map('{:g}'.format, axes[name]))}" for name in axes)

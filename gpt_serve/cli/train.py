@@ -63,7 +63,7 @@ def train(
     from gpt_serve.train.data.datasets import find_benchmark
     from gpt_serve.train.distributed import join_world
     from gpt_serve.train.fit import train_adapter
-    from gpt_serve.train.job import Job
+    from gpt_serve.train.job import TrainingJob
     from gpt_serve.train.methods.prompts import find_method
     from gpt_serve.train.recipes.choice import choose_recipe
 
@@ -80,7 +80,7 @@ def train(
             raise UsageError("--close-gates decides by validation images, which a final fit trains on: --no-final-fit")
         if nmi and not find_method(settings.method).prompts:
             raise UsageError(f"--nmi: the method {settings.method} has no prompts: leave it out")
-        job = Job(task, data or task, adapters, settings, resume, skip_unreadable, workers, nmi)
+        job = TrainingJob(task, data or task, adapters, settings, resume, skip_unreadable, workers, nmi)
         terminal = Terminal(quiet=not world.leader)
         terminal.notice(taken)
         stack.callback(terminal.close)

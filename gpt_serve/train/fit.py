@@ -16,7 +16,7 @@ from gpt_serve.train.data.counts import count_lines
 from gpt_serve.train.data.datasets import Dataset, Split, digest, open_dataset
 from gpt_serve.train.data.views import CACHE_BYTES, Scan, View, joined, scan
 from gpt_serve.train.distributed import World
-from gpt_serve.train.job import Job, Reporter, Views
+from gpt_serve.train.job import Reporter, TrainingJob, Views
 from gpt_serve.train.loop import EpochRecord, Trainer, predict_all
 from gpt_serve.train.methods.modules import FullModule, TaskModule
 from gpt_serve.train.methods.prompts import AdapterModule, find_method
@@ -26,7 +26,7 @@ from gpt_serve.train.publishing import describe, publish_trained, rehearse
 from gpt_serve.train.recipes.recipe import Recipe, prepared
 
 
-def train_adapter(backbone: Backbone, job: Job, reporter: Reporter, world: World) -> dict[str, Any] | None:
+def train_adapter(backbone: Backbone, job: TrainingJob, reporter: Reporter, world: World) -> dict[str, Any] | None:
     """Train, select the best epoch on validation data, or the last of a final fit; publish the adapter and its card.
 
     Returns:
@@ -47,7 +47,7 @@ def train_adapter(backbone: Backbone, job: Job, reporter: Reporter, world: World
 
 
 def train_on(
-    backbone: Backbone, views: Views, job: Job, reporter: Reporter, world: World, started: float
+    backbone: Backbone, views: Views, job: TrainingJob, reporter: Reporter, world: World, started: float
 ) -> dict[str, Any] | None:
     """`train_adapter` for one who holds the task's `run_folder` and has what `prepare` gives.
 
@@ -90,7 +90,7 @@ def make_deterministic(backbone: Backbone) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def prepare(backbone: Backbone, job: Job, reporter: Reporter) -> tuple[Backbone, Views]:
+def prepare(backbone: Backbone, job: TrainingJob, reporter: Reporter) -> tuple[Backbone, Views]:
     """The images of the run, and the backbone with the preprocessing that the recipe has for them.
 
     Raises:
@@ -105,7 +105,7 @@ def prepare(backbone: Backbone, job: Job, reporter: Reporter) -> tuple[Backbone,
     return backbone, load_views(dataset, spec.preprocess, job, reporter)
 
 
-def open_data(spec: BackboneSpec, job: Job) -> tuple[BackboneSpec, Dataset]:
+def open_data(spec: BackboneSpec, job: TrainingJob) -> tuple[BackboneSpec, Dataset]:
     """The data set of the run, and the backbone's spec with the preprocessing that the recipe has for it.
 
     Raises:
@@ -124,7 +124,7 @@ def with_spec(backbone: Backbone, spec: BackboneSpec) -> Backbone:
     return Backbone(backbone.model, spec, str(backbone.device), backbone.family)
 
 
-def new_trainer(backbone: Backbone, job: Job, views: Views, reporter: Reporter, world: World) -> Trainer:
+def new_trainer(backbone: Backbone, job: TrainingJob, views: Views, reporter: Reporter, world: World) -> Trainer:
     """What the recipe and its seed start from; prompts are left random when a checkpoint is about to replace them.
 
     Raises:
@@ -161,7 +161,7 @@ def build_module(backbone: Backbone, recipe: Recipe, classes: int) -> TaskModule
     )
 
 
-def load_views(dataset: Dataset, preprocess: Preprocess, job: Job, reporter: Reporter) -> Views:
+def load_views(dataset: Dataset, preprocess: Preprocess, job: TrainingJob, reporter: Reporter) -> Views:
     """Check that every image can be read, before anything trains, say what there is of each class, wrap the splits.
 
     Raises:
@@ -211,7 +211,7 @@ def _without(dataset: Dataset, names: set[str]) -> Dataset:
     return kept
 
 
-def run_identity(spec: BackboneSpec, job: Job, data: str) -> dict[str, Any]:
+def run_identity(spec: BackboneSpec, job: TrainingJob, data: str) -> dict[str, Any]:
     """What must be equal for a run to continue, as plain JSON values; ``data`` is the images' digest."""
     identity = {"task": job.task, "backbone": spec.fingerprint, "pool": spec.pool, "data": data}
     return identity | {"input_size": list(spec.preprocess.input_size)} | {"nmi": job.nmi, **job.recipe.to_dict()}

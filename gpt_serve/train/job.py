@@ -45,7 +45,7 @@ class Silent:
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainingJob:
     """What to train and where to put it.
 
     Attributes:

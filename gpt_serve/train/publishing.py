@@ -15,7 +15,7 @@ from gpt_serve.errors import DataError, InvalidAdapter, UsageError
 from gpt_serve.files import replacing
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.train.card import write_card
-from gpt_serve.train.job import Job, Views
+from gpt_serve.train.job import TrainingJob, Views
 from gpt_serve.train.loop import Progress
 from gpt_serve.train.methods.modules import FullModule, TaskModule
 from gpt_serve.train.methods.prompts import AdapterModule
@@ -23,7 +23,7 @@ from gpt_serve.train.methods.prompts import AdapterModule
 OTHER_BYTES = 2**16  # room in an adapter's metadata for digests, metrics and what closing gates records
 
 
-def rehearse(backbone: Backbone, job: Job, labels: tuple[str, ...], module: AdapterModule) -> None:
+def rehearse(backbone: Backbone, job: TrainingJob, labels: tuple[str, ...], module: AdapterModule) -> None:
     """Make the file that training would publish, of an untrained module.
 
     A limit of the format is so met before anything trains, not when all is done.
@@ -45,7 +45,7 @@ def rehearse(backbone: Backbone, job: Job, labels: tuple[str, ...], module: Adap
 
 def publish_trained(
     backbone: Backbone,
-    job: Job,
+    job: TrainingJob,
     views: Views,
     module: TaskModule,
     training: dict[str, Any],
@@ -106,7 +106,7 @@ def publish(adapters: Path, adapter: Adapter, answers: tuple[Tensor, Tensor], sp
     return revision
 
 
-def describe(job: Job, views: Views, module: TaskModule, progress: Progress, seconds: float) -> dict[str, Any]:
+def describe(job: TrainingJob, views: Views, module: TaskModule, progress: Progress, seconds: float) -> dict[str, Any]:
     """What the adapter's metadata and card tell about its training."""
     best = progress.best_record
     nmi = {"nmi": [record.nmi for record in progress.history]} if job.nmi else {}
@@ -130,7 +130,7 @@ def describe(job: Job, views: Views, module: TaskModule, progress: Progress, sec
 
 
 def to_adapter(
-    backbone: Backbone, job: Job, labels: tuple[str, ...], module: AdapterModule, training: dict[str, Any]
+    backbone: Backbone, job: TrainingJob, labels: tuple[str, ...], module: AdapterModule, training: dict[str, Any]
 ) -> Adapter:
     """The module's tensors as a storable adapter."""
     return Adapter(

@@ -9,7 +9,7 @@ from gpt_serve.adapters.store import AdapterStore
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import train_adapter
-from gpt_serve.train.job import Job
+from gpt_serve.train.job import TrainingJob
 from gpt_serve.train.recipes.recipe import make_recipe
 from tests.train.conftest import Recorder, write_colours
 
@@ -28,7 +28,9 @@ def test_the_same_seed_trains_the_same_adapter(backbone: Backbone, colours: Path
     recipe = make_recipe("paper", method=method, prompts=5, epochs=3, warmup=1, lr=0.02, batch_size=8)
     adapters = []
     for name in ("one", "two"):
-        summary = train_adapter(backbone, Job("colours", str(colours), tmp_path / name, recipe), Recorder(), World())
+        summary = train_adapter(
+            backbone, TrainingJob("colours", str(colours), tmp_path / name, recipe), Recorder(), World()
+        )
         assert summary is not None and summary["metrics"]["test_accuracy"] >= 0.75
         adapters.append(AdapterStore(tmp_path / name).load("colours").adapter)
     one, other = adapters

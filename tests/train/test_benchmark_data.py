@@ -23,7 +23,7 @@ from gpt_serve.train.data.sources.published import published
 from gpt_serve.train.data.views import View
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import build_module, train_adapter
-from gpt_serve.train.job import Job
+from gpt_serve.train.job import TrainingJob
 from gpt_serve.train.loop import Trainer
 from gpt_serve.train.recipes.paper_table import find_task, table_tasks
 from gpt_serve.train.recipes.recipe import PROTOCOLS, make_recipe, prepared
@@ -268,8 +268,8 @@ def test_a_final_fit_needs_test_images_and_leaves_none_to_close_gates_by(
     untested = tmp_path / "untested"
     shutil.copytree(colours / "train", untested / "train")
     with pytest.raises(DataError, match="--final-fit leaves only test images"):
-        train_adapter(tiny, Job("colours", str(untested), tmp_path / "a", recipe), Recorder(), World())
-    train_adapter(tiny, Job("colours", str(colours), tmp_path / "a", recipe), Recorder(), World())
+        train_adapter(tiny, TrainingJob("colours", str(untested), tmp_path / "a", recipe), Recorder(), World())
+    train_adapter(tiny, TrainingJob("colours", str(colours), tmp_path / "a", recipe), Recorder(), World())
     with pytest.raises(UsageError, match="validation images, which decide: train it with --no-final-fit"):
         close_gates(tiny, ClosingJob("colours", str(colours), tmp_path / "a"), Recorder())
     code, _, err = run("train", "--task", "x", "--data", str(colours), "--final-fit", "--close-gates")
@@ -278,7 +278,7 @@ def test_a_final_fit_needs_test_images_and_leaves_none_to_close_gates_by(
 
 def final(backbone: Backbone, data: Path, adapters: Path, recorder: Recorder, **changes: bool) -> Adapter:
     recipe = make_recipe("adamw", prompts=2, epochs=3, final_fit=True, augment="none", prompt_dropout=0.0)
-    train_adapter(backbone, Job("colours", str(data), adapters, recipe, **changes), recorder, World())
+    train_adapter(backbone, TrainingJob("colours", str(data), adapters, recipe, **changes), recorder, World())
     return AdapterStore(adapters).load("colours").adapter
 
 
@@ -313,7 +313,7 @@ def test_unreadable_images_may_leave_out_classes_that_never_had_any(
 ) -> None:
     (bad := next((colour_task / "images").glob("train-red-*"))).write_bytes(b"broken")
     recipe = make_recipe("adamw", method="linear", epochs=1, preprocess="vtab")
-    job = Job("kitti", "vtab/kitti", tmp_path / "a", recipe, skip_unreadable=True)
+    job = TrainingJob("kitti", "vtab/kitti", tmp_path / "a", recipe, skip_unreadable=True)
     summary = train_adapter(tiny, job, recorder := Recorder(), World())
     assert summary is not None and summary["data"]["train"] == 23
     assert [image.name for image in recorder.bad] == [str(bad)]
@@ -323,7 +323,7 @@ def test_the_engine_prepares_images_as_the_adapter_was_trained(
     colour_task: Path, tmp_path: Path, tiny: Backbone
 ) -> None:
     recipe = make_recipe("adamw", method="linear", epochs=6, batch_size=8, augment="none", preprocess="vtab", lr=0.05)
-    train_adapter(tiny, Job("kitti", "vtab/kitti", tmp_path / "a", recipe), Recorder(), World())
+    train_adapter(tiny, TrainingJob("kitti", "vtab/kitti", tmp_path / "a", recipe), Recorder(), World())
     assert decode(open_dataset("vtab/kitti", 0).test[0].read()).shape == (3, 20, 200)
     assert tiny.spec.preprocess.crop_mode == "center"
     engine = Engine(tiny, AdapterStore(tmp_path / "a"))

@@ -27,7 +27,7 @@ from gpt_serve.train.data.datasets import open_dataset
 from gpt_serve.train.data.views import View
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import train_adapter
-from gpt_serve.train.job import Job
+from gpt_serve.train.job import TrainingJob
 from gpt_serve.train.loop import Score, Trainer, evaluate, predict_all
 from gpt_serve.train.methods.prompts import AdapterModule
 from gpt_serve.train.recipes.recipe import Optimizer, make_recipe
@@ -57,7 +57,7 @@ def deep_enough() -> Backbone:
 def trained(deep_enough: Backbone, colours: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with one gated adapter for the colours."""
     adapters = tmp_path_factory.mktemp("trained")
-    train_adapter(deep_enough, Job("colours", str(colours), adapters, RECIPE), Recorder(), World())
+    train_adapter(deep_enough, TrainingJob("colours", str(colours), adapters, RECIPE), Recorder(), World())
     return adapters
 
 

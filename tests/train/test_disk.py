@@ -11,7 +11,7 @@ from gpt_serve.errors import UsageError
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import train_adapter
-from gpt_serve.train.job import Job
+from gpt_serve.train.job import TrainingJob
 from gpt_serve.train.methods.modules import FullModule
 from gpt_serve.train.publishing import store_model
 from gpt_serve.train.recipes.recipe import make_recipe
@@ -27,7 +27,7 @@ def test_a_disk_that_is_full_ends_with_one_line_and_the_old_files(
     stored.parent.mkdir(parents=True)
     stored.write_bytes(b"older")
     with file_size_limit(4096), pytest.raises(UsageError, match=r"the checkpoint .* cannot be written: ") as caught:
-        train_adapter(tiny, Job("colours", str(colours), tmp_path, recipe), Recorder(), World())
+        train_adapter(tiny, TrainingJob("colours", str(colours), tmp_path, recipe), Recorder(), World())
     assert "\n" not in str(caught.value)
     assert [path.name for path in stored.parent.iterdir()] == ["checkpoint.pt"] and stored.read_bytes() == b"older"
 

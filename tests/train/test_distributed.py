@@ -21,7 +21,7 @@ def train_as(rank: int, size: int, port: int, data: str, adapters: str) -> None:
     from pathlib import Path
 
     from gpt_serve.train.fit import train_adapter
-    from gpt_serve.train.job import Job
+    from gpt_serve.train.job import TrainingJob
     from tests.tiny_vit import tiny_backbone
     from tests.train.conftest import Recorder
     from tests.train.test_fit import RECIPE
@@ -35,7 +35,9 @@ def train_as(rank: int, size: int, port: int, data: str, adapters: str) -> None:
     recipe = dataclasses.replace(recipe, norm="standard", head_init="lda")
     with join_world("cpu") as (world, device):
         assert device == "cpu"
-        summary = train_adapter(tiny_backbone(), Job("colours", data, Path(adapters), recipe), Recorder(), world)
+        summary = train_adapter(
+            tiny_backbone(), TrainingJob("colours", data, Path(adapters), recipe), Recorder(), world
+        )
         assert (summary is not None) == world.leader
 
 

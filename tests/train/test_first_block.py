@@ -20,7 +20,7 @@ from gpt_serve.train.data.datasets import open_dataset
 from gpt_serve.train.data.views import View
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import build_module, train_adapter
-from gpt_serve.train.job import Job
+from gpt_serve.train.job import TrainingJob
 from gpt_serve.train.methods.gates import sample_gates
 from gpt_serve.train.methods.prompts import AdapterModule
 from gpt_serve.train.methods.start import patch_tokens, prompts_from_tokens
@@ -46,7 +46,7 @@ def recipe(first_block: int = 1, **settings: Any) -> Recipe:
 @pytest.mark.parametrize("name", METHODS)
 def test_what_is_trained_is_what_is_served(tiny: Backbone, colours: Path, tmp_path: Path, name: str) -> None:
     """Answers of the engine, alone and in a batch with prompts that enter the first block, by the plain reference."""
-    train_adapter(tiny, Job("late", str(colours), tmp_path, recipe(**METHODS[name])), Recorder(), World())
+    train_adapter(tiny, TrainingJob("late", str(colours), tmp_path, recipe(**METHODS[name])), Recorder(), World())
     store = AdapterStore(tmp_path)
     store.publish(make_adapter(tiny.spec, "other", prompts=5))
     adapter = store.load("late").adapter

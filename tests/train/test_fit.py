@@ -17,7 +17,7 @@ from gpt_serve.train.data.datasets import Dataset, open_dataset
 from gpt_serve.train.data.views import View, shuffled_batches
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import build_module, load_views, train_adapter
-from gpt_serve.train.job import Job
+from gpt_serve.train.job import TrainingJob
 from gpt_serve.train.loop import Score, Trainer, forward_logits
 from gpt_serve.train.methods.modules import TaskModule
 from gpt_serve.train.methods.prompts import METHODS
@@ -28,11 +28,11 @@ from tests.train.conftest import Recorder
 RECIPE = make_recipe("paper", prompts=3, gate_init=1.0, epochs=8, warmup=1, lr=0.02, batch_size=8)
 
 
-def job(data: Path, adapters: Path, **changes: object) -> Job:
-    return dataclasses.replace(Job("colours", str(data), adapters, RECIPE), **changes)  # type: ignore[arg-type]
+def job(data: Path, adapters: Path, **changes: object) -> TrainingJob:
+    return dataclasses.replace(TrainingJob("colours", str(data), adapters, RECIPE), **changes)  # type: ignore[arg-type]
 
 
-def train(backbone: Backbone, work: Job, recorder: Recorder | None = None) -> dict[str, object]:
+def train(backbone: Backbone, work: TrainingJob, recorder: Recorder | None = None) -> dict[str, object]:
     summary = train_adapter(backbone, work, recorder or Recorder(), World())
     assert summary is not None
     return summary
@@ -341,7 +341,7 @@ def test_what_could_not_be_stored_is_refused_before_images_are_read(
     monkeypatch.setattr("gpt_serve.train.fit.open_dataset", lambda *_: Dataset(labels))
     words = r"could not be stored: its header would have 1\.\d+ MiB, 1\.\d+ of them labels, more than the 1 allowed: "
     with pytest.raises(DataError, match=words):
-        train(tiny, Job("many", "data", tmp_path / "adapters", RECIPE))
+        train(tiny, TrainingJob("many", "data", tmp_path / "adapters", RECIPE))
 
 
 def test_a_record_too_long_to_store_is_refused_before_images_are_read(
@@ -351,4 +351,4 @@ def test_a_record_too_long_to_store_is_refused_before_images_are_read(
     monkeypatch.setattr("gpt_serve.train.fit.open_dataset", lambda *_: Dataset(("a", "b")))
     recipe = make_recipe("adamw", prompts=3, epochs=50_000)
     with pytest.raises(DataError, match="of them training, more than the 1 allowed: take .*, or no --nmi$"):
-        train(tiny, Job("long", "data", tmp_path / "adapters", recipe, nmi=True))
+        train(tiny, TrainingJob("long", "data", tmp_path / "adapters", recipe, nmi=True))

@@ -17,7 +17,7 @@ from gpt_serve.train.data.datasets import open_dataset
 from gpt_serve.train.data.views import View
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import build_module, train_adapter
-from gpt_serve.train.job import Job
+from gpt_serve.train.job import TrainingJob
 from gpt_serve.train.loop import Trainer
 from gpt_serve.train.methods.modules import FullModule
 from gpt_serve.train.recipes.recipe import Recipe, make_recipe
@@ -31,7 +31,7 @@ def recipe(epochs: int = 4, **settings: object) -> Recipe:
 
 def test_it_learns_and_is_stored_but_not_served(tiny: Backbone, colours: Path, tmp_path: Path) -> None:
     before = {name: value.clone() for name, value in tiny.model.state_dict().items()}
-    summary = train_adapter(tiny, Job("colours", str(colours), tmp_path, recipe(8)), Recorder(), World())
+    summary = train_adapter(tiny, TrainingJob("colours", str(colours), tmp_path, recipe(8)), Recorder(), World())
     assert summary is not None
     assert summary["metrics"]["test_accuracy"] >= 0.9
     assert AdapterStore(tmp_path).tasks() == []
@@ -72,11 +72,11 @@ def test_everything_is_trained(tiny: Backbone) -> None:
 
 def test_an_interrupted_run_resumes_to_the_same_weights(tiny: Backbone, colours: Path, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    train_adapter(tiny, Job("colours", str(colours), whole, recipe()), Recorder(), World())
+    train_adapter(tiny, TrainingJob("colours", str(colours), whole, recipe()), Recorder(), World())
     with pytest.raises(KeyboardInterrupt):
-        train_adapter(tiny, Job("colours", str(colours), parts, recipe()), Recorder(interrupt_at=2), World())
+        train_adapter(tiny, TrainingJob("colours", str(colours), parts, recipe()), Recorder(interrupt_at=2), World())
     assert not (parts / ".full").exists()
-    train_adapter(tiny, Job("colours", str(colours), parts, recipe(), resume=True), Recorder(), World())
+    train_adapter(tiny, TrainingJob("colours", str(colours), parts, recipe(), resume=True), Recorder(), World())
     one, other = (load_file(path / ".full" / "colours.safetensors") for path in (whole, parts))
     assert all(torch.equal(one[name], other[name]) for name in one)
 

@@ -20,7 +20,7 @@ from gpt_serve.train.data.datasets import open_dataset
 from gpt_serve.train.data.views import View
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import build_module, train_adapter
-from gpt_serve.train.job import Job
+from gpt_serve.train.job import TrainingJob
 from gpt_serve.train.loop import Trainer
 from gpt_serve.train.methods.gates import gumbel_temperature, harden, sample_gates
 from gpt_serve.train.methods.prompts import AdapterModule
@@ -131,7 +131,7 @@ def test_the_schedule_reaches_the_module(tiny: Backbone) -> None:
 
 def hard_adapter(backbone: Backbone, colours: Path, adapters: Path, **changes: object) -> Adapter:
     recipe = make_recipe("adamw", prompts=3, epochs=4, warmup=1, lr=0.1, batch_size=8, gate="hard", gate_init=0.0)
-    work = Job("colours", str(colours), adapters, dataclasses.replace(recipe, **changes))  # type: ignore[arg-type]
+    work = TrainingJob("colours", str(colours), adapters, dataclasses.replace(recipe, **changes))  # type: ignore[arg-type]
     assert train_adapter(backbone, work, Recorder(), World()) is not None
     return AdapterStore(adapters).load("colours").adapter
 

@@ -11,7 +11,7 @@ from gpt_serve.model.backbone import Backbone
 from gpt_serve.train.data.datasets import open_dataset
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import train_adapter
-from gpt_serve.train.job import Job
+from gpt_serve.train.job import TrainingJob
 from gpt_serve.train.methods import prompts as methods
 from gpt_serve.train.methods.prompts import METHODS
 from gpt_serve.train.recipes.recipe import make_recipe
@@ -39,7 +39,7 @@ def test_the_example_adds_a_method_that_is_trained_and_served(
     (example,) = re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)
     exec(example, {})
     recipe = make_recipe("adamw", method="gated-prototypes", prompts=3, epochs=1, batch_size=8)
-    assert train_adapter(tiny, Job("colours", str(colours), tmp_path, recipe), Recorder(), World()) is not None
+    assert train_adapter(tiny, TrainingJob("colours", str(colours), tmp_path, recipe), Recorder(), World()) is not None
     adapter = AdapterStore(tmp_path).load("colours").adapter
     assert adapter.method == "gated-prototypes" and adapter.gamma is not None and adapter.tau is None
     engine = Engine(tiny, AdapterStore(tmp_path))

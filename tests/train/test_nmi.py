@@ -18,7 +18,7 @@ from gpt_serve.train import fit as fitting
 from gpt_serve.train.data.views import View
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import train_adapter
-from gpt_serve.train.job import Job
+from gpt_serve.train.job import TrainingJob
 from gpt_serve.train.nmi import normalized_mutual_information, plot_nmi, prompt_nmi, recorded_nmi
 from gpt_serve.train.recipes.recipe import make_recipe
 from tests.factories import make_adapter
@@ -95,7 +95,7 @@ def test_prompts_that_only_see_prompts_share_nothing(tiny: Backbone) -> None:
 
 def fit(tiny: Backbone, colours: Path, root: Path, *, nmi: bool, resume: bool = False, **options: Any) -> Any:
 
-    job = Job("colours", str(colours), root, RECIPE, nmi=nmi, resume=resume, workers=0)
+    job = TrainingJob("colours", str(colours), root, RECIPE, nmi=nmi, resume=resume, workers=0)
     train_adapter(tiny, job, Recorder(**options), World())
     return AdapterStore(root).load("colours").adapter
 
@@ -118,7 +118,9 @@ def test_without_validation_images_the_training_images_are_measured_as_they_are(
     probed: list[View] = []
     monkeypatch.setattr(fitting, "nmi_probe", lambda backbone, module, view: probed.append(view))
     recipe = dataclasses.replace(RECIPE, final_fit=True)
-    train_adapter(tiny, Job("colours", str(colours), tmp_path, recipe, nmi=True, workers=0), Recorder(), World())
+    train_adapter(
+        tiny, TrainingJob("colours", str(colours), tmp_path, recipe, nmi=True, workers=0), Recorder(), World()
+    )
     assert [view.augment for view in probed] == ["none"]
 
 

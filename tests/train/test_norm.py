@@ -18,7 +18,7 @@ from gpt_serve.train.data.datasets import open_dataset
 from gpt_serve.train.data.views import View
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import build_module, train_adapter
-from gpt_serve.train.job import Job
+from gpt_serve.train.job import TrainingJob
 from gpt_serve.train.methods.heads import HeadNorm
 from gpt_serve.train.methods.prompts import AdapterModule
 from gpt_serve.train.methods.start import start_from_data
@@ -68,7 +68,7 @@ def test_logits_are_those_of_that_norm(shifted: Backbone, norm: str) -> None:
 
 @pytest.mark.parametrize("norm", RECIPES)
 def test_what_is_stored_answers_alike(shifted: Backbone, colours: Path, tmp_path: Path, norm: str) -> None:
-    summary = train_adapter(shifted, Job("colours", str(colours), tmp_path, RECIPES[norm]), Recorder(), World())
+    summary = train_adapter(shifted, TrainingJob("colours", str(colours), tmp_path, RECIPES[norm]), Recorder(), World())
     assert summary is not None and summary["recipe"]["norm"] == norm
     samples = open_dataset(str(colours), 0).test
     answers = Engine(shifted, AdapterStore(tmp_path)).predict([("colours", sample.read()) for sample in samples])
@@ -102,7 +102,7 @@ def test_standard_features_are_those_of_the_training_images(tiny: Backbone, colo
     module = build_module(tiny, recipe, 3)
     assert isinstance(module, AdapterModule) and module.head_norm is not None
     view = View(open_dataset(str(colours), 0).train, PREPROCESS, None, "crop-flip", 0)
-    job = Job("colours", str(colours), tmp_path, recipe, workers=0)
+    job = TrainingJob("colours", str(colours), tmp_path, recipe, workers=0)
     start_from_data(tiny, module, job, view, Recorder())
     plain = View(view.samples, PREPROCESS, None, "none", 0)
     mean, std = torch.tensor(PREPROCESS.mean), torch.tensor(PREPROCESS.std)
@@ -123,10 +123,12 @@ def test_a_feature_that_never_varies_stays_finite() -> None:
 def test_resuming_keeps_what_training_started_from(tiny: Backbone, colours: Path, tmp_path: Path) -> None:
     """What is standard, and the head."""
     recipe = dataclasses.replace(RECIPES["standard"], head_init="lda")
-    train_adapter(tiny, Job("colours", str(colours), tmp_path / "whole", recipe), Recorder(), World())
+    train_adapter(tiny, TrainingJob("colours", str(colours), tmp_path / "whole", recipe), Recorder(), World())
     with pytest.raises(KeyboardInterrupt):
-        train_adapter(tiny, Job("colours", str(colours), tmp_path / "parts", recipe), Recorder(3), World())
-    train_adapter(tiny, Job("colours", str(colours), tmp_path / "parts", recipe, resume=True), Recorder(), World())
+        train_adapter(tiny, TrainingJob("colours", str(colours), tmp_path / "parts", recipe), Recorder(3), World())
+    train_adapter(
+        tiny, TrainingJob("colours", str(colours), tmp_path / "parts", recipe, resume=True), Recorder(), World()
+    )
     one, other = (AdapterStore(tmp_path / name).load("colours").adapter for name in ("whole", "parts"))
     assert torch.equal(one.head_weight, other.head_weight) and torch.equal(one.head_bias, other.head_bias)
 

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from gpt_serve.specs import Family
-from gpt_serve.train.recipes.paper_table import Row, _plain, find_row, table_tasks
+from gpt_serve.train.recipes.paper_table import PaperRow, _plain, find_row, table_tasks
 
 ROW = re.compile(r"(\S.*?) (\d+) (\d+) ([\d.]+) (\d+) (\d+) (\d+) ([\d.]+) (\d+)$", re.MULTILINE)
 FAMILIES: tuple[Family, Family] = ("mae", "mocov3")
 
 
-def rows(family: Family) -> list[Row]:
+def rows(family: Family) -> list[PaperRow]:
     found = [find_row(task, family) for task in table_tasks()]
     return [row for row in found if row is not None]
 
@@ -83,5 +83,5 @@ def test_other_names_have_no_row(name: str) -> None:
 
 
 def test_a_row_by_family() -> None:
-    assert find_row("flowers", "mae") == Row("flowers", "Flowers", "mae", 64, 100, 0.1, 15.0)
+    assert find_row("flowers", "mae") == PaperRow("flowers", "Flowers", "mae", 64, 100, 0.1, 15.0)
     assert str(find_row("flowers", "mocov3")) == "Flowers, MoCo v3: batch size 64, prompts 100, lr 1, gate init 10"

@@ -14,7 +14,7 @@ from gpt_serve.errors import UsageError
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import train_adapter
-from gpt_serve.train.job import Job
+from gpt_serve.train.job import TrainingJob
 from gpt_serve.train.loop import EpochRecord
 from gpt_serve.train.recipes.recipe import make_recipe
 from tests.tiny_vit import tiny_backbone
@@ -50,7 +50,7 @@ class Meanwhile(Recorder):
 def train(
     backbone: Backbone, task: str, data: Path, adapters: Path, reporter: Recorder | None = None, resume: bool = False
 ) -> None:
-    job = Job(task, str(data), adapters, RECIPE, resume=resume)
+    job = TrainingJob(task, str(data), adapters, RECIPE, resume=resume)
     assert train_adapter(backbone, job, reporter or Recorder(), World()) is not None
 
 

@@ -17,7 +17,7 @@ from gpt_serve.train.data.datasets import open_dataset
 from gpt_serve.train.data.views import View
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import build_module, train_adapter
-from gpt_serve.train.job import Job
+from gpt_serve.train.job import TrainingJob
 from gpt_serve.train.methods.prompts import AdapterModule, PromptInit
 from gpt_serve.train.methods.start import (
     POOLS,
@@ -180,7 +180,7 @@ def test_every_initialisation_goes_with_shallow_and_deep_prompts(
     assert module.prompt is not None
     head, random = module.head.weight.clone(), module.prompt.clone()
     assert isinstance(module, AdapterModule)
-    start_from_data(tiny, module, Job("t", "", tmp_path, recipe, workers=0), view, Recorder())
+    start_from_data(tiny, module, TrainingJob("t", "", tmp_path, recipe, workers=0), view, Recorder())
     assert module.prompt.requires_grad and not torch.equal(module.prompt, random)
     assert torch.equal(module.head.weight, head)
     # Pooled tokens lie within the range of their own layer's tokens.
@@ -225,7 +225,7 @@ def test_a_recipe_uses_its_methods_own_start_unless_told_otherwise() -> None:
 
 def test_training_starts_from_tokens_and_resumes(tiny: Backbone, colours: Path, tmp_path: Path) -> None:
     recipe = make_recipe("spt", method="spt-deep", prompts=4, epochs=3, warmup=1, batch_size=8, prompt_init="kmeans")
-    work = Job("colours", str(colours), tmp_path / "whole", recipe)
+    work = TrainingJob("colours", str(colours), tmp_path / "whole", recipe)
     train_adapter(tiny, work, Recorder(), World())
     parts = dataclasses.replace(work, adapters=tmp_path / "parts")
     with pytest.raises(KeyboardInterrupt):

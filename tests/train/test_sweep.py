@@ -23,7 +23,7 @@ from gpt_serve.errors import DataError, GPTServeError, UsageError
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import train_adapter
-from gpt_serve.train.job import Job
+from gpt_serve.train.job import TrainingJob
 from gpt_serve.train.recipes.recipe import Recipe, Select, make_recipe
 from gpt_serve.train.sweep import trial as module
 from gpt_serve.train.sweep.report import plot_sweep, report_table
@@ -77,7 +77,9 @@ def plan(
     recipe, axes = dataclasses.replace(RECIPE, **changes), axes or AXES
     facts = BackboneFacts("tiny", None, backbone.spec)
     fixed = tuple((name, tuple(values)) for name, values in axes.items())
-    return Sweep(Job("colours", str(data), adapters, recipe), (), facts, fixed, tuple(make_grid(rates(recipe), axes)))
+    return Sweep(
+        TrainingJob("colours", str(data), adapters, recipe), (), facts, fixed, tuple(make_grid(rates(recipe), axes))
+    )
 
 
 def rates(recipe: Recipe) -> Callable[[float], Recipe]:
@@ -206,7 +208,7 @@ def test_the_published_adapter_is_what_train_gives_with_the_best_recipe(
     )
 
     recipe = make_recipe("adamw", **{**report["recipe"]})
-    train_adapter(tiny, Job("colours", str(colours), tmp_path / "trained", recipe), Recorder(), World())
+    train_adapter(tiny, TrainingJob("colours", str(colours), tmp_path / "trained", recipe), Recorder(), World())
     swept, trained = (AdapterStore(tmp_path / name).load("colours").adapter for name in ("swept", "trained"))
     for name in ("prompt", "gamma", "tau", "head_weight", "head_bias"):
         assert torch.equal(getattr(swept, name), getattr(trained, name))
@@ -288,7 +290,7 @@ def test_an_interrupted_training_of_other_settings_is_not_continued(
     what = plan(tiny, colours, tmp_path)
     with pytest.raises(KeyboardInterrupt):
         sweep(what, None, Recorder(interrupt_at=1))
-    other = Job("colours", str(colours), tmp_path, dataclasses.replace(RECIPE, lr=0.3))
+    other = TrainingJob("colours", str(colours), tmp_path, dataclasses.replace(RECIPE, lr=0.3))
     with pytest.raises(KeyboardInterrupt):
         train_adapter(tiny, other, Recorder(interrupt_at=1), World())
     recorder = Recorder()

@@ -16,7 +16,7 @@ from gpt_serve.adapters.store import AdapterStore
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import train_adapter
-from gpt_serve.train.job import Job
+from gpt_serve.train.job import TrainingJob
 from gpt_serve.train.recipes.recipe import make_recipe
 from tests.train.conftest import Recorder
 
@@ -62,7 +62,9 @@ def children_of(pid: int) -> list[int]:
 def check_it_is_what_train_gives(report: dict[str, Any], backbone: Backbone, data: Path, adapters: Path) -> None:
     best = report["sweep"]["trials"][report["sweep"]["best"]]
     recipe = make_recipe("lda", epochs=1, lr=best["lr"], gate_init=5.0, prompts=2)
-    summary = train_adapter(backbone, Job("colours", str(data), adapters / "trained", recipe), Recorder(), World())
+    summary = train_adapter(
+        backbone, TrainingJob("colours", str(data), adapters / "trained", recipe), Recorder(), World()
+    )
     assert summary is not None and best["val_loss"] == pytest.approx(summary["metrics"]["val_loss"], rel=1e-4)
     swept, trained = (AdapterStore(folder).load("colours").adapter for folder in (adapters, adapters / "trained"))
     for name in ("prompt", "gamma", "tau", "head_weight", "head_bias"):

@@ -18,7 +18,7 @@ from gpt_serve.train.data.datasets import open_dataset
 from gpt_serve.train.data.views import View, shuffled_batches
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import build_module
-from gpt_serve.train.job import Job
+from gpt_serve.train.job import TrainingJob
 from gpt_serve.train.loop import Trainer
 from gpt_serve.train.methods.prompts import AdapterModule
 from gpt_serve.train.methods.start import start_from_data
@@ -91,7 +91,7 @@ def test_training_follows_plain_sgd_through_the_reference(
     view = View(open_dataset(str(colours), 0).train[::3], PREPROCESS, None, "none", 0)
     module = build_module(backbone, recipe, 3)
     assert isinstance(module, AdapterModule)
-    start_from_data(backbone, module, Job("t", "", tmp_path, recipe, workers=0), view, Recorder())
+    start_from_data(backbone, module, TrainingJob("t", "", tmp_path, recipe, workers=0), view, Recorder())
     start = copies(module)
 
     draws: list[Tensor] = []

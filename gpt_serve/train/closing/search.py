@@ -9,7 +9,7 @@ import torch
 from gpt_serve.adapters.adapter import Adapter
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.train.distributed import World
-from gpt_serve.train.job import Job, Reporter, Views
+from gpt_serve.train.job import Reporter, TrainingJob, Views
 from gpt_serve.train.loop import Score, Trainer, evaluate
 from gpt_serve.train.methods.prompts import AdapterModule
 
@@ -45,7 +45,9 @@ class GateSearch:
         work: the recipe of a fine-tune.
     """
 
-    def __init__(self, backbone: Backbone, adapter: Adapter, work: Job, views: Views, reporter: Reporter) -> None:
+    def __init__(
+        self, backbone: Backbone, adapter: Adapter, work: TrainingJob, views: Views, reporter: Reporter
+    ) -> None:
         assert adapter.gamma is not None
         self.backbone = backbone
         self.adapter = adapter

@@ -20,7 +20,7 @@ from gpt_serve.errors import UsageError
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.model.prompted import block, embed
 from gpt_serve.train.data.views import View, ordered_batches, thinned
-from gpt_serve.train.job import Job, Reporter
+from gpt_serve.train.job import Reporter, TrainingJob
 from gpt_serve.train.loop import features_of, normalized
 from gpt_serve.train.methods.heads import lda_head
 from gpt_serve.train.methods.modules import TaskModule
@@ -33,7 +33,7 @@ LEAST_MINI_BATCH = 1024  # tokens, scikit-learn's own default
 SHARE = 0.3  # of the training images that mean, max and kmeans read
 
 
-def start_from_data(backbone: Backbone, module: TaskModule, job: Job, view: View, reporter: Reporter) -> None:
+def start_from_data(backbone: Backbone, module: TaskModule, job: TrainingJob, view: View, reporter: Reporter) -> None:
     """Set what the recipe takes from the training images: prompts and what is standard, not augmented, then the head.
 
     Raises:
@@ -50,7 +50,7 @@ def start_from_data(backbone: Backbone, module: TaskModule, job: Job, view: View
         module.head_norm.set_standard(features_of(backbone, module, plain, job.workers, tick))
 
 
-def _start_head(backbone: Backbone, module: TaskModule, job: Job, view: View, reporter: Reporter) -> None:
+def _start_head(backbone: Backbone, module: TaskModule, job: TrainingJob, view: View, reporter: Reporter) -> None:
     """By each image as it is and, where training augments, by as many others of its views as `AUGMENTED`."""
     recipe = job.recipe
     others = 0 if recipe.augment == "none" else AUGMENTED
@@ -69,7 +69,9 @@ def _start_head(backbone: Backbone, module: TaskModule, job: Job, view: View, re
         module.head.bias.copy_(bias)
 
 
-def _start_prompts(backbone: Backbone, prompts: nn.Parameter, job: Job, plain: View, reporter: Reporter) -> None:
+def _start_prompts(
+    backbone: Backbone, prompts: nn.Parameter, job: TrainingJob, plain: View, reporter: Reporter
+) -> None:
     recipe = job.recipe
     total = images_to_read(len(plain), backbone.model.patch_embed.num_patches, recipe.initialisation, recipe.prompts)
     tokens = prompts_from_tokens(
@@ -86,7 +88,7 @@ def _start_prompts(backbone: Backbone, prompts: nn.Parameter, job: Job, plain: V
         prompts.copy_(tokens)
 
 
-class Pool(Protocol):
+class TokenPool(Protocol):
     """What is kept of a stream of tokens."""
 
     def add(self, tokens: Tensor) -> None:
@@ -171,7 +173,7 @@ class Centres:
         return torch.from_numpy(self.kmeans.cluster_centers_).float()
 
 
-POOLS: dict[PromptInit, Callable[[int, int, tuple[int, int]], Pool]] = {
+POOLS: dict[PromptInit, Callable[[int, int, tuple[int, int]], TokenPool]] = {
     "tokens": Drawn,
     "kmeans": Centres,
     "mean": Windows,

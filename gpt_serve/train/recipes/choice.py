@@ -7,7 +7,7 @@ from gpt_serve.model.catalog import BUNDLED
 from gpt_serve.specs import Family
 from gpt_serve.train.data.datasets import Benchmark
 from gpt_serve.train.methods.prompts import find_method
-from gpt_serve.train.recipes.paper_table import Row, find_row
+from gpt_serve.train.recipes.paper_table import PaperRow, find_row
 from gpt_serve.train.recipes.recipe import PROTOCOLS, Recipe, make_recipe
 
 
@@ -71,7 +71,7 @@ def choose_recipe(
     return recipe, f"recipe {name}{why}"
 
 
-def _of_method(method: str | None, row: Row | None, backbone: Pretrained) -> str:
+def _of_method(method: str | None, row: PaperRow | None, backbone: Pretrained) -> str:
     """What ``auto`` means."""
     published = backbone.name not in BUNDLED
     if method in (None, "gated"):
@@ -81,13 +81,13 @@ def _of_method(method: str | None, row: Row | None, backbone: Pretrained) -> str
     return "full" if method == "full" else "adamw"
 
 
-def _why_not(row: Row | None, task: str, backbone: Pretrained) -> str:
+def _why_not(row: PaperRow | None, task: str, backbone: Pretrained) -> str:
     """What follows ``recipe lda`` when nothing else was asked for."""
     if row is None:
         return f" (Table 5 has no row for task {task!r} on {backbone.name})"
     return f", the default with {backbone.name} (--recipe paper takes Table 5's row {row})"
 
 
-def _taken(row: Row, overrides: dict[str, Any]) -> str:
+def _taken(row: PaperRow, overrides: dict[str, Any]) -> str:
     given = [f"{key.replace('_', ' ')} {overrides[key]:g}" for key in row.settings() if overrides.get(key) is not None]
     return f" with Table 5's row {row}" + (f"; given instead: {', '.join(given)}" if given else "")

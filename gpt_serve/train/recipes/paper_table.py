@@ -13,7 +13,7 @@ FAMILY_NAMES: dict[Family, str] = {"mae": "MAE", "mocov3": "MoCo v3"}
 
 
 @dataclass(frozen=True)
-class Row:
+class PaperRow:
     """A task's settings for one family of backbones.
 
     Attributes:
@@ -39,7 +39,7 @@ class Row:
         return f"{self.printed}, {FAMILY_NAMES[self.family]}: {values}"
 
 
-def find_row(task: str, family: Family) -> Row | None:
+def find_row(task: str, family: Family) -> PaperRow | None:
     """The row of ``task``, by its name or an alias of it; None when the table has none."""
     tasks, names = _table()
     name = names.get(_plain(task))
@@ -47,7 +47,7 @@ def find_row(task: str, family: Family) -> Row | None:
         return None
     entry = tasks[name]
     batch_size, prompts, lr, gate_init = entry[family]
-    return Row(name, entry["printed"], family, batch_size, prompts, float(lr), float(gate_init))
+    return PaperRow(name, entry["printed"], family, batch_size, prompts, float(lr), float(gate_init))
 
 
 def find_task(name: str) -> tuple[str, str] | None:
@@ -63,7 +63,7 @@ def table_tasks() -> list[str]:
 
 
 def selected_values(column: str) -> list[float]:
-    """What the table has in a column of a `Row`, over all tasks and both families, in order."""
+    """What the table has in a column of a `PaperRow`, over all tasks and both families, in order."""
     rows = [find_row(task, family) for task in table_tasks() for family in FAMILY_NAMES]
     return sorted({getattr(row, column) for row in rows})
 

@@ -142,4 +142,5 @@ def plot_sweep(report: dict[str, Any], path: Path) -> None:
         axes.minorticks_off()
         axes.set(xlabel=NAMES[name], ylabel="validation accuracy, %" if name == varying[0] else "")
         axes.grid(color="0.92")
+        axes.set_axisbelow(True)
     figure.savefig(path, dpi=120, format="png")

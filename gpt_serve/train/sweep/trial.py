@@ -22,7 +22,7 @@ from gpt_serve.specs import BackboneSpec, Family
 from gpt_serve.train.checkpoint import RunCheckpoint, run_folder
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import make_deterministic, new_trainer, prepare, run_identity, train_on
-from gpt_serve.train.job import Job, Reporter, Silent, Views
+from gpt_serve.train.job import Reporter, Silent, TrainingJob, Views
 from gpt_serve.train.recipes.recipe import Recipe
 
 SPACE = {  # what recipes take, for Optuna's plots: nothing is drawn from it
@@ -56,7 +56,7 @@ class Sweep:
         jobs: trials at a time; None for as many as fit.
     """
 
-    job: Job
+    job: TrainingJob
     backbone: LoadArguments
     facts: BackboneFacts
     axes: tuple[tuple[str, Sequence[float]], ...]
