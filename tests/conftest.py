@@ -20,6 +20,20 @@ if TYPE_CHECKING:  # boto3 takes seconds to import
 torch.set_num_threads(1)
 
 
+SLOW = {"server", "shipped_server", "flowers_graph", "shipped_graph", "all_threads"}
+"""Fixtures that take seconds, so that what uses them is marked ``slow``."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what is slow, and begin with the files that hold it: at the end one process would wait for the other."""
+    for item in items:
+        if SLOW & set(getattr(item, "fixturenames", ())):
+            item.add_marker("slow")
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 Once = Callable[[str, Callable[[Path], object]], Path]
 
 

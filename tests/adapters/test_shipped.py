@@ -31,6 +31,7 @@ def test_an_adapter_fits_the_bundled_backbone_and_its_card(bundled: Backbone, ta
     assert f"{100 * stored.adapter.training['metrics']['test_accuracy']:.2f} %" in card
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("task", "folder"), [("digits", None), ("flowers", "flowers12")])
 def test_the_recorded_test_accuracy_is_measured_again(
     engine: Engine, request: pytest.FixtureRequest, task: str, folder: str | None

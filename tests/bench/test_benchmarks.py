@@ -123,6 +123,7 @@ def test_mixed(setting: Setting) -> None:
         assert [row.variant for row in rows[start : start + 4]] == variants
 
 
+@pytest.mark.slow
 def test_engines(setting: Setting) -> None:
     rows = bench_engines(setting)
     cases = ["batch 1, one task", "batch 1, one task, vpt-deep, P = 100"]

@@ -222,17 +222,6 @@ def test_half_precision_rounds_the_same_answers(tiny: Backbone, store: AdapterSt
         assert 0 < (one.probabilities - other.probabilities).abs().max() < 0.1
 
 
-@pytest.mark.slow
-def test_a_compiled_block_answers_alike(tiny: Backbone, store: AdapterStore) -> None:
-    requests: list[Request] = [("gated", pixels(seed, 16, 16)) for seed in range(3)]
-    compiled = Engine(tiny, store, forward=TorchForward(tiny, compiled=True))
-    assert compiled.forward.run_block is not TorchForward(tiny).run_block  # type: ignore[attr-defined]
-    for one, other in zip(
-        answers(compiled.predict(requests)), answers(Engine(tiny, store).predict(requests)), strict=True
-    ):
-        check_same(one, other)
-
-
 # Images
 
 

@@ -160,7 +160,10 @@ def bank_of(adapters: list[Adapter], backbone: Backbone, graph: Graph) -> dict[s
     return bank_inputs(tensors, [(adapter.head_weight, adapter.head_bias) for adapter in adapters], graph)
 
 
-@pytest.mark.parametrize(("deep", "pool"), [(False, "mean"), (False, "cls"), (True, None)])
+@pytest.mark.parametrize(
+    ("deep", "pool"),
+    [(False, "mean"), *(pytest.param(*form, marks=pytest.mark.slow) for form in [(False, "cls"), (True, None)])],
+)
 def test_many_tasks_in_one_batch_equal_the_reference(
     deep: bool, pool: Pool | None, exporter: Exporter, shallow: Graph, tmp_path: Path
 ) -> None:

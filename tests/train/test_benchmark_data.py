@@ -219,6 +219,7 @@ def run(*arguments: str) -> tuple[int, dict[str, object] | None, str]:
     return result.exit_code, found, result.stderr
 
 
+@pytest.mark.slow
 def test_train_follows_the_protocol_of_vtab(colour_task: Path, tmp_path: Path) -> None:
     adapters = str(tmp_path / "adapters")
     common = ["--adapters", adapters, "--device", "cpu"]
