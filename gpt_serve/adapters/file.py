@@ -86,8 +86,8 @@ def _check_text(metadata: Mapping[str, str]) -> None:
         check_task_name(metadata["task"])
     except InvalidTaskName as error:
         raise InvalidAdapter(str(error)) from error
-    if not re.fullmatch(r"[a-z0-9-]{1,32}", metadata["method"]):
-        raise InvalidAdapter(f"method {short(metadata['method'])} is not 1 to 32 of a-z 0-9 -")
+    if not re.fullmatch(r"[a-z0-9+-]{1,32}", metadata["method"]):
+        raise InvalidAdapter(f"method {short(metadata['method'])} is not 1 to 32 of a-z 0-9 + -")
     if not metadata["backbone"].isprintable() or not 1 <= len(metadata["backbone"]) <= 200:
         raise InvalidAdapter("backbone is not 1 to 200 printable characters")
     if not re.fullmatch(r"[0-9a-f]{64}", metadata["backbone_sha256"]):

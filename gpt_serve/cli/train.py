@@ -32,6 +32,11 @@ if TYPE_CHECKING:
 @training_options
 @reading_options
 @click.option("--close-gates", "closing", is_flag=True, help="Then close gates, as gpt-serve close-gates does.")
+@click.option(
+    "--instant/--no-instant",
+    default=True,
+    help="Publish what a new task starts from at once, where that is an answer already, then train on.  [--instant]",
+)
 @click.option("--nmi", is_flag=True, help="Record what prompts and patch tokens share after each epoch, for inspect.")
 @adapters_folder_option
 @json_option
@@ -47,6 +52,7 @@ def train(
     skip_unreadable: bool,
     workers: int,
     closing: bool,
+    instant: bool,
     nmi: bool,
     adapters: Path,
     as_json: bool,
@@ -80,7 +86,7 @@ def train(
             raise UsageError("--close-gates decides by validation images, which a final fit trains on: --no-final-fit")
         if nmi and not find_method(settings.method).prompts:
             raise UsageError(f"--nmi: the method {settings.method} has no prompts: leave it out")
-        job = TrainingJob(task, data or task, adapters, settings, resume, skip_unreadable, workers, nmi)
+        job = TrainingJob(task, data or task, adapters, settings, resume, skip_unreadable, workers, nmi, instant)
         terminal = Terminal(quiet=not world.leader)
         terminal.notice(taken)
         stack.callback(terminal.close)

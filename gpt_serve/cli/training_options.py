@@ -21,21 +21,22 @@ class Values(click.ParamType[tuple[Any, ...]]):
         return tuple(self.kind.convert(item.strip(), param, ctx) for item in str(value).split(","))
 
 
+PROMPTED = ("gated", "gated-deep", "vpt-shallow", "vpt-deep", "spt-shallow", "spt-deep")
 _method_options = option_group(
     click.option("--pool", type=click.Choice(get_args(Pool)), help="Pooling; the pretraining's own by default."),
     click.option(
         "--method",
-        type=click.Choice(
-            ["gated", "gated-deep", "vpt-shallow", "vpt-deep", "spt-shallow", "spt-deep", "linear", "full"],
-        ),
-        help="What is learned besides the head; full: the whole backbone, which is not served.  [gated; spt: spt-deep]",
+        type=click.Choice([*PROMPTED, *(f"{name}+shift" for name in PROMPTED), "linear", "bias", "full"]),
+        help="What is learned besides the head; +shift: vectors that the blocks add, too, which is all that biases can "
+        "do; bias: these alone; full: the whole backbone, which is not served.  [gated; spt: spt-deep]",
     ),
     click.option(
         "--recipe",
-        type=click.Choice(["auto", "lda", "adamw", "full", "paper", "spt"]),
+        type=click.Choice(["auto", "lda", "instant", "adamw", "full", "paper", "spt"]),
         default="auto",
         show_default=True,
-        help="Where the options below come from unless they are given. paper: SGD, with the row of the paper's Table 5 "
+        help="Where the options below come from unless they are given. instant: taps and head in closed form, without "
+        "training; paper: SGD, with the row of the paper's Table 5 "
         "for task and backbone; auto: that row for --method gated, lda where there is none or the backbone is bundled; "
         "full for --method full; spt for spt-* on published backbones; adamw for other methods.",
     ),
@@ -49,6 +50,11 @@ _recipe_options = option_group(
     ),
     click.option("--prompt-dropout", type=float, help="Dropout on the prompts.  [0.1; spt: 0]"),
     click.option("--first-block", type=int, help="Block that prompts enter, counted from 0.  [0]"),
+    click.option(
+        "--taps",
+        help="What the head reads: last block, auto (chosen on validation images), or e.g. 11:cls,9:patches.  "
+        "[lda, instant: auto; last]",
+    ),
     click.option(
         "--norm",
         type=click.Choice(["pretrained", "fresh", "standard"]),

@@ -1,5 +1,6 @@
 """From a dataset to a published adapter."""
 
+import math
 import os
 import time
 from contextlib import nullcontext
@@ -8,9 +9,10 @@ from typing import Any
 
 import torch
 
+from gpt_serve.adapters.store import AdapterStore
 from gpt_serve.errors import DataError
 from gpt_serve.model.backbone import Backbone
-from gpt_serve.specs import BackboneSpec, Preprocess, check_task_name
+from gpt_serve.specs import BackboneSpec, Preprocess, Tap, check_task_name
 from gpt_serve.train.checkpoint import RunCheckpoint, held, run_folder
 from gpt_serve.train.data.counts import count_lines
 from gpt_serve.train.data.datasets import Dataset, Split, digest, open_dataset
@@ -21,8 +23,9 @@ from gpt_serve.train.loop import EpochRecord, Trainer, predict_all
 from gpt_serve.train.methods.modules import FullModule, TaskModule
 from gpt_serve.train.methods.prompts import AdapterModule, find_method
 from gpt_serve.train.methods.start import start_from_data
+from gpt_serve.train.methods.taps import AUTO, choose_taps, images_read, parse_taps
 from gpt_serve.train.nmi import nmi_probe
-from gpt_serve.train.publishing import describe, publish_trained, rehearse
+from gpt_serve.train.publishing import describe, publish_trained, rehearse, to_adapter
 from gpt_serve.train.recipes.recipe import Recipe, prepared
 
 
@@ -69,6 +72,9 @@ def train_on(
             checkpoint.save(identity, trainer.state())
         reporter.epoch(record)
 
+    started_from = trainer.score_start().start
+    if job.instant and started_from is not None and job.recipe.epochs and world.leader:
+        _publish_start(backbone, job, views, trainer, reporter, time.perf_counter() - started)
     reporter.training(len(trainer.train_view), trainer.progress.epoch, job.recipe.epochs)
     progress = trainer.fit(reporter.batch, store_epoch)
     if not world.leader:
@@ -81,6 +87,20 @@ def train_on(
     summary = publish_trained(backbone, job, views, module, training, (predictions, targets))
     checkpoint.delete()
     return summary
+
+
+def _publish_start(
+    backbone: Backbone, job: TrainingJob, views: Views, trainer: Trainer, reporter: Reporter, seconds: float
+) -> None:
+    """A new task answers with what its training starts from; an adapter that is there already stays until the end."""
+    store = AdapterStore(job.adapters)
+    if not isinstance(trainer.module, AdapterModule) or job.task in store.tasks():
+        return
+    training = describe(job, views, trainer.module, trainer.progress, seconds)
+    revision = store.publish(to_adapter(backbone, job, views.labels, trainer.module, training))
+    accuracy = trainer.progress.best_record.val_accuracy
+    shown = "" if math.isnan(accuracy) else f", validation accuracy {100 * accuracy:.1f} %"
+    reporter.notice(f"published {job.task!r} as it starts ({revision}{shown}, {seconds:.0f} s); training goes on")
 
 
 def make_deterministic(backbone: Backbone) -> None:
@@ -133,7 +153,8 @@ def new_trainer(backbone: Backbone, job: TrainingJob, views: Views, reporter: Re
     recipe = job.recipe
     train, val = (joined(views.train, views.val), None) if recipe.final_fit else (views.train, views.val)
     torch.manual_seed(recipe.seed)
-    module = build_module(backbone, recipe, len(views.labels)).to(backbone.device)
+    taps = _taps(backbone, job, views, reporter)
+    module = build_module(backbone, recipe, len(views.labels), taps).to(backbone.device)
     if not job.resume:
         start_from_data(backbone, module, job, train, reporter)
     nmi = None
@@ -142,7 +163,18 @@ def new_trainer(backbone: Backbone, job: TrainingJob, views: Views, reporter: Re
     return Trainer(backbone, module, recipe, train=train, val=val, world=world, workers=job.workers, nmi=nmi)
 
 
-def build_module(backbone: Backbone, recipe: Recipe, classes: int) -> TaskModule:
+def _taps(backbone: Backbone, job: TrainingJob, views: Views, reporter: Reporter) -> tuple[Tap, ...]:
+    """What the recipe's head reads; chosen on validation images where it leaves that open."""
+    if job.recipe.taps != AUTO:
+        return parse_taps(job.recipe.taps, backbone.spec)
+    tick = reporter.scanning(images_read(views.train, views.val), "choosing what the head reads")
+    taps = choose_taps(backbone, views.train, views.val, len(views.labels), job.workers, tick)
+    shown = ", ".join(f"{tap.pool} after block {tap.block}" for tap in taps)
+    reporter.notice(f"the head reads {shown}" if taps else "the head reads the last block alone")
+    return taps
+
+
+def build_module(backbone: Backbone, recipe: Recipe, classes: int, taps: tuple[Tap, ...] = ()) -> TaskModule:
     """What the recipe trains, untrained, for ``classes`` classes."""
     if find_method(recipe.method).full:
         return FullModule(backbone, classes, recipe.head_init)
@@ -158,6 +190,7 @@ def build_module(backbone: Backbone, recipe: Recipe, classes: int) -> TaskModule
         tempered=recipe.tempered,
         first_block=recipe.first_block,
         norm=recipe.norm,
+        taps=taps,
     )
 
 

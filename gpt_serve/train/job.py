@@ -57,6 +57,7 @@ class TrainingJob:
         skip_unreadable: train without the images that cannot be read instead of stopping.
         workers: processes that decode when the images exceed the cache.
         nmi: record the mutual information between prompts and patch tokens after each epoch.
+        instant: publish what a new task starts from, where that is an answer already, before the first epoch.
     """
 
     task: str
@@ -67,6 +68,7 @@ class TrainingJob:
     skip_unreadable: bool = False
     workers: int = 2
     nmi: bool = False
+    instant: bool = False
 
 
 @dataclass(frozen=True)

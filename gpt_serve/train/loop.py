@@ -19,7 +19,10 @@ from gpt_serve.train.methods.modules import TaskModule
 from gpt_serve.train.recipes.recipe import Recipe, Select, learning_rate
 
 EVAL_BATCH = 128
+SHIFT_SCALE = 0.1  # the rate of shifts as a multiple of the prompts': they are added to every token of every block
 ALONE = World()
+START = -1
+"""In place of an epoch: what training starts from, where that is an answer already, as a discriminant head is."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +61,18 @@ class Progress:
     """Everything that resuming needs; what a checkpoint holds."""
 
     epoch: int = 0
-    best_epoch: int = -1
+    best_epoch: int = START
     best: dict[str, Tensor] = field(default_factory=dict)
     history: list[EpochRecord] = field(default_factory=list)
+    start: EpochRecord | None = None
 
     @property
     def best_record(self) -> EpochRecord:
-        return self.history[self.best_epoch]
+        """Of the epoch whose tensors are kept, or of the start where no epoch was better."""
+        if self.best_epoch != START:
+            return self.history[self.best_epoch]
+        assert self.start is not None
+        return self.start
 
 
 OnBatch = Callable[[int, float, float, int], object]  # epoch, running loss, running accuracy, images
@@ -104,22 +112,38 @@ class Trainer:
         Raises:
             DataError: the loss is no longer finite.
         """
+        self.score_start()
         for epoch in range(self.progress.epoch, self.recipe.epochs):
             record = self._epoch(epoch, on_batch)
-            history = self.progress.history
-            history.append(record)
+            self.progress.history.append(record)
+            select = self.recipe.select
             if (
                 self.val_view is None
-                or self.progress.best_epoch < 0
-                or record.val.rank(self.recipe.select) > self.progress.best_record.val.rank(self.recipe.select)
+                or not self.progress.best
+                or record.val.rank(select) > self.progress.best_record.val.rank(select)
             ):
-                self.progress.best_epoch = epoch
-                self.progress.best = {
-                    key: value.detach().cpu().clone() for key, value in self.module.state_dict().items()
-                }
+                self._keep(epoch)
             self.progress.epoch = epoch + 1
             on_epoch(record)
         return self.progress
+
+    def score_start(self) -> Progress:
+        """Keep and score what training starts from like an epoch, where its head is an answer already."""
+        if self.recipe.head_init == "lda" and not self.progress.epoch and self.progress.start is None:
+            val = self._validate()
+            unknown = math.nan
+            self.progress.start = EpochRecord(START, 0.0, unknown, unknown, val.loss, val.accuracy, unknown)
+            self._keep(START)
+        return self.progress
+
+    def _keep(self, epoch: int) -> None:
+        self.progress.best_epoch = epoch
+        self.progress.best = {key: value.detach().cpu().clone() for key, value in self.module.state_dict().items()}
+
+    def _validate(self) -> Score:
+        if self.val_view is None:
+            return Score(math.nan, math.nan)
+        return evaluate(self.backbone, self.module, self.val_view, self.workers, self.world)
 
     def _epoch(self, epoch: int, on_batch: OnBatch) -> EpochRecord:
         # Dropout is drawn anew from (seed, epoch, rank), so that a resumed run draws the same.
@@ -145,9 +169,7 @@ class Trainer:
             on_batch(epoch, float(totals[0]) / seen, float(totals[1]) / seen, len(batch))
         loss, correct, count = self.world.sum(totals.to(self.backbone.device)).tolist()
         seconds = time.perf_counter() - started
-        val = Score(math.nan, math.nan)
-        if self.val_view is not None:
-            val = evaluate(self.backbone, self.module, self.val_view, self.workers, self.world)
+        val = self._validate()
         rate = learning_rate(self.recipe, epoch)
         nmi = None if self.nmi is None else self.nmi()
         return EpochRecord(epoch, rate, loss / count, correct / count, val.loss, val.accuracy, count / seconds, nmi)
@@ -180,6 +202,7 @@ class Trainer:
             "best_epoch": self.progress.best_epoch,
             "best": self.progress.best,
             "history": [asdict(record) for record in self.progress.history],
+            "start": None if self.progress.start is None else asdict(self.progress.start),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -187,14 +210,18 @@ class Trainer:
         self.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
         history = [EpochRecord(**record) for record in state["history"]]
-        self.progress = Progress(state["epoch"], state["best_epoch"], state["best"], history)
+        start = None if state["start"] is None else EpochRecord(**state["start"])
+        self.progress = Progress(state["epoch"], state["best_epoch"], state["best"], history, start)
 
 
 def _optimizer(module: TaskModule, recipe: Recipe) -> torch.optim.Optimizer:
-    """Two groups: the head, and everything that steers the backbone; ``scale`` multiplies the epoch's rate."""
+    """Three groups: the head, shifts, everything else that steers the backbone; ``scale`` multiplies the rate."""
     decay = recipe.weight_decay if recipe.head_weight_decay is None else recipe.head_weight_decay
     groups = [{"params": list(module.head.parameters()), "scale": recipe.head_lr_scale, "weight_decay": decay}]
-    if steering := module.steering():
+    shifts = [value for name, value in module.named_parameters() if name == "shift"]
+    if shifts:
+        groups.append({"params": shifts, "scale": SHIFT_SCALE})
+    if steering := [value for value in module.steering() if all(value is not shift for shift in shifts)]:
         groups.append({"params": steering, "scale": 1.0})
     if recipe.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=recipe.lr, weight_decay=recipe.weight_decay)

@@ -1,6 +1,7 @@
 """What a finished run leaves: a published adapter with its card, or a fine-tuned model."""
 
 import json
+import math
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,7 @@ def describe(job: TrainingJob, views: Views, module: TaskModule, progress: Progr
         },
         "metrics": {
             **({} if job.recipe.final_fit else {"val_accuracy": best.val_accuracy, "val_loss": best.val_loss}),
-            "train_accuracy": best.train_accuracy,
+            **({} if math.isnan(best.train_accuracy) else {"train_accuracy": best.train_accuracy}),
             "best_epoch": best.epoch,
             "seconds": round(seconds, 1),
         },

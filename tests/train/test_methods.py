@@ -46,6 +46,7 @@ PUBLISHED = {  # of ViT-B and ViT-L with P prompts and C classes
     "spt-shallow": (lambda p, c: 768 * p + 769 * c, lambda p, c: 1024 * p + 1025 * c),
     "spt-deep": (lambda p, c: 12 * 768 * p + 769 * c, lambda p, c: 24 * 1024 * p + 1025 * c),
     "linear": (lambda p, c: 769 * c, lambda p, c: 1025 * c),
+    "bias": (lambda p, c: 12 * 3 * 768 + 769 * c, lambda p, c: 24 * 3 * 1024 + 1025 * c),
 }
 
 
@@ -55,7 +56,17 @@ def test_parameters_of_published_backbones(method: str, size: str) -> None:
     module = initial(size, method, prompts=7, classes=30)
     expected = PUBLISHED[method][list(SIZES).index(size)](7, 30)
     assert sum(parameter.numel() for parameter in module.parameters()) == expected
-    assert {*PUBLISHED, "full"} == set(METHODS)
+    plain = {name for name in METHODS if not name.endswith("+shift")}
+    assert {*PUBLISHED, "full"} == plain
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name.endswith("+shift")])
+def test_shifts_are_three_vectors_a_block_more(method: str) -> None:
+    counts = [
+        sum(parameter.numel() for parameter in initial("base", name, prompts=7, classes=30).parameters())
+        for name in (method.removesuffix("+shift"), method)
+    ]
+    assert counts[1] - counts[0] == 12 * 3 * 768
 
 
 def test_the_large_model_has_23_gates_and_24_temperatures() -> None:

@@ -102,8 +102,9 @@ class HeadNorm(nn.Module):
             raise BackboneError("--norm fresh: the backbone has no final LayerNorm: leave it out")
         if norm.weight.eq(0).any():
             raise BackboneError("--norm fresh: the backbone's final norm has weights of 0: leave it out")
-        self.shift.copy_(norm.bias)
-        self.scale.copy_(1 / norm.weight)
+        taps = len(self.shift) // len(norm.weight)
+        self.shift.copy_(norm.bias.repeat(taps))
+        self.scale.copy_((1 / norm.weight).repeat(taps))
 
     @torch.no_grad()
     def set_standard(self, batches: Iterable[Tensor]) -> None:

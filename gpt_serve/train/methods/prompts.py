@@ -14,7 +14,7 @@ from gpt_serve.errors import UsageError
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.model.batch import AdapterBatch
 from gpt_serve.model.prompted import TAU_MAX, TAU_MIN, embed, prompted_features
-from gpt_serve.specs import BackboneSpec
+from gpt_serve.specs import BackboneSpec, Tap
 from gpt_serve.train.methods.gates import gumbel_temperature, harden, sample_gates
 from gpt_serve.train.methods.heads import HeadInit, HeadNorm, Norm, make_head
 from gpt_serve.train.methods.modules import TaskModule
@@ -32,6 +32,7 @@ class Method:
         deep: fresh tokens for every block instead of one set that is carried on.
         gated: learns gate priors.
         tempered: learns attention temperatures, unless a recipe says otherwise.
+        shifted: learns three vectors that each block adds: all that learned biases can do.
         prompt_init: how its prompts start, unless a recipe says otherwise.
         full: trains the backbone itself, see `FullModule`; no adapter comes out.
     """
@@ -40,18 +41,24 @@ class Method:
     deep: bool = False
     gated: bool = False
     tempered: bool = False
+    shifted: bool = False
     prompt_init: PromptInit = "random"
     full: bool = False
 
 
-METHODS = {
+_PROMPTED = {
     "gated": Method(gated=True, tempered=True),
     "gated-deep": Method(deep=True, gated=True, tempered=True),
     "vpt-shallow": Method(),
     "vpt-deep": Method(deep=True),
     "spt-shallow": Method(prompt_init="tokens"),
     "spt-deep": Method(deep=True, prompt_init="tokens"),
+}
+METHODS = {
+    **_PROMPTED,
+    **{f"{name}+shift": dataclasses.replace(method, shifted=True) for name, method in _PROMPTED.items()},
     "linear": Method(prompts=False),
+    "bias": Method(prompts=False, shifted=True),
     "full": Method(prompts=False, full=True),
 }
 
@@ -70,11 +77,13 @@ class AdapterModule(TaskModule):
 
     Args:
         spec: the backbone's.
-        head: (C, D) and (C,).
+        head: (C, K*D) and (C,).
         prompt: (1 or L - first_block, P, D); None without prompts.
         gamma: (L - 1 - first_block,) gate priors; None when gates are not learned. Infinite ones stay as they are.
         tau: (L,); None when temperatures are not learned.
+        shift: (L, 3, D); None when shifts are not learned.
         first_block: the block that prompts enter.
+        taps: what the head reads; none for the last block with the backbone's pooling.
         head_norm: between the backbone's norm and the head; None for the pretrained norm alone.
         prompt_dropout: share of the prompts' values that is dropped in training mode.
         hard: gates are sampled, 0 or 1 for each image, in training mode, and 0 or 1 by their prior otherwise.
@@ -95,7 +104,9 @@ class AdapterModule(TaskModule):
         prompt: Tensor | None = None,
         gamma: Tensor | None = None,
         tau: Tensor | None = None,
+        shift: Tensor | None = None,
         first_block: int = 0,
+        taps: tuple[Tap, ...] = (),
         head_norm: HeadNorm | None = None,
         prompt_dropout: float = 0.0,
         hard: bool = False,
@@ -103,6 +114,7 @@ class AdapterModule(TaskModule):
         super().__init__()
         self.spec = spec
         self.first_block = first_block
+        self.taps = taps
         self.head_norm = head_norm
         self.prompt_dropout = prompt_dropout
         self.hard = hard
@@ -110,6 +122,7 @@ class AdapterModule(TaskModule):
         self.head = head
         self.prompt = None if prompt is None else nn.Parameter(prompt)
         self.tau = None if tau is None else nn.Parameter(tau)
+        self.shift = None if shift is None else nn.Parameter(shift)
         self.gamma: nn.Parameter | None = None
         self.closed: tuple[bool, ...] | None = None
         if gamma is not None:
@@ -135,16 +148,18 @@ class AdapterModule(TaskModule):
         tempered: bool | None = None,
         first_block: int = 0,
         norm: Norm = "pretrained",
+        taps: tuple[Tap, ...] = (),
     ) -> "AdapterModule":
         """Untrained tensors, as in the authors' code.
 
-        Prompts are uniform in +-sqrt(6 / (3 * patch^2 + D)), gamma is ``-gate_init``, tau is 1. The head is as in the
-        authors' code (``kaiming``), or, with std 0.02 (``small``) or 0.01 (``tiny``), as Self-Prompt Tuning has it for
-        MAE and MoCo v3; see `make_head`.
+        Prompts are uniform in +-sqrt(6 / (3 * patch^2 + D)), gamma is ``-gate_init``, tau is 1, shifts are 0. The head
+        is as in the authors' code (``kaiming``), or, with std 0.02 (``small``) or 0.01 (``tiny``), as Self-Prompt
+        Tuning has it for MAE and MoCo v3; see `make_head`.
 
         Args:
             tempered: whether temperatures are learned; None for the method's own choice.
             first_block: the block that prompts enter.
+            taps: what the head reads; none for the last block with the backbone's pooling.
             norm: the backbone's own before the head, or that and a `HeadNorm`, which learns what is standard later.
 
         Raises:
@@ -155,7 +170,8 @@ class AdapterModule(TaskModule):
         if first_block >= spec.depth:
             raise UsageError(f"--first-block {first_block}: the backbone's last block is {spec.depth - 1}")
         blocks = spec.depth - first_block
-        head_norm = None if norm == "pretrained" else HeadNorm(spec.width)
+        read = spec.width * max(1, len(taps))
+        head_norm = None if norm == "pretrained" else HeadNorm(read)
         if head_norm is not None and norm == "fresh":
             head_norm.set_fresh(backbone.model)
         prompt = None
@@ -165,10 +181,12 @@ class AdapterModule(TaskModule):
             prompt = torch.empty(blocks if kind.deep else 1, prompts, spec.width).uniform_(-bound, bound)
         return cls(
             spec,
-            make_head(spec.width, classes, head_init),
+            make_head(read, classes, head_init),
             prompt=prompt,
             gamma=torch.full((blocks - 1,), -float(gate_init)) if kind.gated else None,
+            shift=torch.zeros(spec.depth, 3, spec.width) if kind.shifted else None,
             first_block=first_block,
+            taps=taps,
             head_norm=head_norm,
             tau=torch.ones(spec.depth) if (kind.tempered if tempered is None else tempered) else None,
             prompt_dropout=prompt_dropout,
@@ -178,14 +196,23 @@ class AdapterModule(TaskModule):
     @classmethod
     def of(cls, adapter: Adapter, spec: BackboneSpec, prompt_dropout: float) -> "AdapterModule":
         """A copy of a stored adapter's tensors; it must agree with ``spec``."""
-        head = nn.Linear(spec.width, len(adapter.labels))
+        head = nn.Linear(adapter.head_weight.shape[1], len(adapter.labels))
         with torch.no_grad():
             head.weight.copy_(adapter.head_weight)
             head.bias.copy_(adapter.head_bias)
-        tensors = (adapter.prompt, adapter.gamma, adapter.tau)
-        prompt, gamma, tau = (None if tensor is None else tensor.clone() for tensor in tensors)
-        first = adapter.first_block
-        return cls(spec, head, prompt=prompt, gamma=gamma, tau=tau, first_block=first, prompt_dropout=prompt_dropout)
+        tensors = (adapter.prompt, adapter.gamma, adapter.tau, adapter.shift)
+        prompt, gamma, tau, shift = (None if tensor is None else tensor.clone() for tensor in tensors)
+        return cls(
+            spec,
+            head,
+            prompt=prompt,
+            gamma=gamma,
+            tau=tau,
+            shift=shift,
+            first_block=adapter.first_block,
+            taps=adapter.taps,
+            prompt_dropout=prompt_dropout,
+        )
 
     def anneal(self, progress: float) -> None:
         """Set the temperature of sampled gates; ``progress`` is the share of the epochs that are done, in [0, 1]."""
@@ -214,9 +241,11 @@ class AdapterModule(TaskModule):
             pool=self.spec.pool,
             prompt=self.prompt,
             gamma=gamma,
-            tau=self.tau,
+            tau=self._from_first_block(self.tau, 1.0),
+            shift=self._from_first_block(self.shift, 0.0),
             closed=closed,
             first_block=self.first_block,
+            taps=self.taps,
             device=self.head.weight.device,
         )
         if sampled and gamma is not None:
@@ -227,8 +256,14 @@ class AdapterModule(TaskModule):
             adapter = dataclasses.replace(adapter, prompt=F.dropout(prompt, self.prompt_dropout))
         return adapter
 
+    def _from_first_block(self, learned: Tensor | None, neutral: float) -> Tensor | None:
+        """``learned`` (L, ...) from the first block on; ``neutral`` before it, where tasks share what they compute."""
+        if learned is None or not self.first_block:
+            return learned
+        return torch.cat([torch.full_like(learned[: self.first_block], neutral), learned[self.first_block :]])
+
     def features(self, model: nn.Module, images: Tensor) -> Tensor:
-        """Normalised images (B, 3, H, W) to what the backbone's norm puts out, (B, D)."""
+        """Normalised images (B, 3, H, W) to what the backbone's norm puts out, (B, K*D)."""
         with torch.no_grad():
             tokens = embed(model, images)
         return prompted_features(model, tokens, self.batch(len(tokens)))
@@ -236,10 +271,12 @@ class AdapterModule(TaskModule):
     def stored(self) -> dict[str, Any]:
         """The tensors as fields of an `Adapter`: float32 copies on the CPU."""
         head = (self.head.weight, self.head.bias) if self.head_norm is None else self.head_norm.folded(self.head)
-        tensors = {"prompt": self.prompt, "gamma": self.final_priors(), "tau": self.tau}
+        tensors = {"prompt": self.prompt, "gamma": self.final_priors()}
+        tensors |= {"tau": self._from_first_block(self.tau, 1.0), "shift": self._from_first_block(self.shift, 0.0)}
         tensors |= {"head_weight": head[0], "head_bias": head[1]}
         stored = {name: tensor.detach().float().cpu() for name, tensor in tensors.items() if tensor is not None}
-        return {name: tensor.clone() for name, tensor in stored.items()} | {"first_block": self.first_block}
+        rest = {"first_block": self.first_block, "taps": self.taps}
+        return {name: tensor.clone() for name, tensor in stored.items()} | rest
 
     @torch.no_grad()
     def clamp(self) -> None:

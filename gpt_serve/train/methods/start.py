@@ -54,7 +54,8 @@ def _start_head(backbone: Backbone, module: TaskModule, job: TrainingJob, view: 
     """By each image as it is and, where training augments, by as many others of its views as `AUGMENTED`."""
     recipe = job.recipe
     others = 0 if recipe.augment == "none" else AUGMENTED
-    some = thinned(view, MOST_FEATURES // (1 + others))
+    wider = module.head.in_features // backbone.spec.width
+    some = thinned(view, MOST_FEATURES // (1 + others) // wider)
     # Epochs that training does not come to.
     views = [some.drawn("none"), *(some.drawn(recipe.augment, recipe.epochs + index) for index in range(others))]
     tick = reporter.scanning(len(some) * len(views), "fitting the head")

@@ -30,6 +30,8 @@ class Recipe:
         temperature: whether attention temperatures are learned; None for the method's own choice.
         prompt_dropout: dropout on the prompt tokens at the input.
         first_block: the block that prompts enter, from 0.
+        taps: what the head reads: ``last`` for the last block with the backbone's pooling, ``auto`` for what validation
+            images prefer, or blocks with a pooling, see `parse_taps`.
         norm: before the head the backbone's own, a fresh, frozen one as VPT has it for MAE, or the backbone's own and
             features standardised over the training images.
         epochs: passes over the training images.
@@ -59,6 +61,7 @@ class Recipe:
     temperature: bool | None = None
     prompt_dropout: float = 0.1
     first_block: int = 0
+    taps: str = "last"
     norm: Norm = "pretrained"
     epochs: int = 20
     warmup: int = 2
@@ -86,12 +89,12 @@ class Recipe:
             raise UsageError(f"--prompt-init {self.prompt_init}: the method {self.method} has no prompts: leave it out")
         if self.first_block and not method.prompts:
             raise UsageError(f"--first-block {self.first_block}: the method {self.method} has no prompts: leave it out")
-        if method.full and (self.norm != "pretrained" or self.tempered):
-            raise UsageError("--method full: leave --norm and --temperature out, the whole backbone is trained")
+        if method.full and (self.norm != "pretrained" or self.tempered or self.taps != "last"):
+            raise UsageError("--method full: leave --norm, --taps and --temperature out, the whole backbone is trained")
         limits: list[tuple[str, float, float]] = [
             ("prompts", 1, 4096),
             ("first_block", 0, 9999),
-            ("epochs", 1, 100_000),
+            ("epochs", 0 if self.head_init == "lda" else 1, 100_000),
             ("warmup", 0, 100_000),
             ("batch_size", 1, 65_536),
             ("prompt_dropout", 0.0, 0.99),
@@ -138,6 +141,7 @@ RECIPES = {
     # starts where discriminant analysis ends, it has a small rate and the prompts have a large one.
     "lda": Recipe(
         prompt_init="tokens",
+        taps="auto",
         norm="standard",
         head_init="lda",
         lr=0.05,
@@ -145,6 +149,8 @@ RECIPES = {
         schedule="step",
         select="loss",
     ),
+    # No gradient at all: taps and head in closed form.
+    "instant": Recipe(method="linear", taps="auto", norm="standard", head_init="lda", epochs=0, select="loss"),
     # Full fine-tuning: one small rate for everything.
     "full": Recipe(method="full", lr=3e-4, head_lr_scale=1.0, weight_decay=0.05),
     # Yoo et al., Table 5: 100 prompts, batch 64 and the middle of the rates and gate priors of FGVC with MAE.
