@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from gpt_serve import __version__
+from gpt_serve.cli.backbones import backbones
 from gpt_serve.cli.exchange import pull, push
 from gpt_serve.cli.exits import EXIT_INTERRUPTED, EXIT_MISTAKE, escape_what_cannot_be_shown, say
 from gpt_serve.cli.insight import inspect, reconstruct
@@ -94,6 +95,7 @@ main.add_command(reconstruct)
 main.add_command(push)
 main.add_command(pull)
 main.add_command(keys)
+main.add_command(backbones)
 
 
 @main.command()

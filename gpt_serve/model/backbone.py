@@ -106,7 +106,7 @@ class Backbone:
             family = file.family or family
         if family is not None:  # timm's plain names have the mean and standard deviation of Google's weights
             preprocess = replace(preprocess, mean=IMAGENET_MEAN, std=IMAGENET_STD)
-        pool = pool or (_default_pool(model) if family is None else POOL_OF[family])
+        pool = pool or (default_pool(model) if family is None else POOL_OF[family])
         return cls.from_model(model, name, preprocess, pool, input_size=size, device=device, family=family)
 
     @classmethod
@@ -267,7 +267,7 @@ def _preprocess(config: Mapping[str, Any], size: tuple[int, int]) -> Preprocess:
     )
 
 
-def _default_pool(model: Any) -> Pool:
+def default_pool(model: Any) -> Pool:
     """timm's."""
     if model.attn_pool is not None:
         return "attention"

@@ -644,3 +644,16 @@ def test_without_a_command_help_is_shown():
 
 def test_version():
     assert run("--version").stdout == f"gpt-serve, version {__version__}\n"
+
+
+def test_backbones_are_listed() -> None:
+    listed = run_json("backbones")["backbones"]
+    assert [(entry["name"], entry["bundled"]) for entry in listed[:3]] == [
+        ("vit-small-14", True),
+        ("mae-vit-tiny-32", True),
+        ("vit_small_patch14_reg4_dinov2.lvd142m", False),
+    ]
+    lines = run("backbones").stdout.splitlines()
+    assert len(lines) == 1 + len(listed)
+    for line, entry in zip(lines[1:], listed, strict=True):
+        assert line.startswith(entry["name"]) and entry["licence"] in line and entry["pool"] in line
