@@ -25,7 +25,7 @@ class Folder:
         return str(self.root)
 
     def names(self) -> list[str]:
-        """Of everything in the folder."""
+        """Return the names of everything in the folder."""
         try:
             with os.scandir(self.root) as entries:
                 return [entry.name for entry in entries]
@@ -35,7 +35,7 @@ class Folder:
             raise UsageError(f"the adapter folder {self.root} cannot be read: {error.strerror}") from error
 
     def signature(self, task: str) -> Signature:
-        """For the cost of one ``stat``."""
+        """Return the current version of the task's file, for the cost of one ``stat``."""
         return Signature.of(os.stat(self._path(task)))
 
     def read(self, task: str) -> tuple[bytes, Signature]:

@@ -64,7 +64,7 @@ class Mirror:
 
     @classmethod
     def of(cls, address: str, poll_seconds: float) -> "Mirror":
-        """Of an address, with its place in the user's cache."""
+        """Open the mirror of an address, with its place in the user's cache."""
         bucket = Bucket(address)
         try:
             folder = cache_folder() / "adapters" / hashlib.sha256(bucket.address.encode()).hexdigest()[:16]
@@ -84,11 +84,11 @@ class Mirror:
         self._ended.set()
 
     def names(self) -> list[str]:
-        """Of the tasks in the last listing."""
+        """Return the names of the tasks in the last listing."""
         return list(self._current)
 
     def signature(self, task: str) -> Signature:
-        """From the last listing: no call leaves the process."""
+        """Return the version in the last listing: no call leaves the process."""
         self._watch()
         listed = self._listed(task)
         return Signature(listed.size, listed.version)

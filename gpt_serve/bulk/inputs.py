@@ -87,7 +87,7 @@ class FolderImages:
         return len(self._names)
 
     def identity(self) -> str:
-        """Of names and sizes."""
+        """Return the digest of the files' names and sizes."""
         return _digest(self._sizes)
 
     def read(self, start: int, stop: int, size: int) -> Iterator[list[Entry]]:
@@ -122,7 +122,7 @@ class TableImages:
         return self._ends[-1]
 
     def identity(self) -> str:
-        """Of names, sizes and numbers of rows."""
+        """Return the digest of the tables' names, sizes and numbers of rows."""
         return _digest(
             [self._column, [(p, self._files.size(p), n) for p, n in zip(self._paths, self._rows, strict=True)]]
         )

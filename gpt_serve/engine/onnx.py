@@ -127,7 +127,7 @@ def serving_graph(backbone: Backbone, device: str = "cpu", folder: Path | None =
 
 
 def file_name(spec: BackboneSpec) -> str:
-    """Of the graph: what it was made from and by."""
+    """Return the graph's file name, which says from what it was made and by which versions."""
     height, width = spec.preprocess.input_size
     made_by = f"{__version__}-torch-{torch.__version__}-onnxruntime-{ort.__version__}"
     return f"{spec.fingerprint[:16]}-{height}x{width}-gpt-serve-{made_by}.onnx"

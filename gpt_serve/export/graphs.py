@@ -49,7 +49,7 @@ class Form:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of weights and activations."""
+        """The type of weights and activations."""
         return torch.float16 if self.half else torch.float32
 
     @property

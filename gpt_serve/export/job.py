@@ -58,7 +58,7 @@ class ExportOptions:
 
     @property
     def form(self) -> Form:
-        """Of the graph before quantization."""
+        """The form of the graph before quantization."""
         return Form(self.input, self.logits, self.precision == "fp16")
 
     def check(self, adapters: Sequence[Adapter]) -> None:

@@ -64,7 +64,7 @@ class Backbone:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """The type of the weights, in which activations are computed."""
         dtype: torch.dtype = self.model.patch_embed.proj.weight.dtype
         return dtype
 

@@ -70,7 +70,7 @@ SMALL = Bundled(
 )
 
 BUNDLED = {backbone.name: backbone for backbone in (TINY, SMALL)}
-"""By name."""
+"""The bundled backbones by their names."""
 
 DEFAULT_BACKBONE = TINY.name
 """What commands use when ``--backbone`` is not given."""

@@ -177,7 +177,7 @@ def _is_standard(blk: Any) -> bool:
 
 
 def _rotations(model: Any) -> list[Rotation | None]:
-    """For each block its rotary embedding at the model's input size."""
+    """Return the rotary embedding of each block at the model's input size."""
     rope = getattr(model, "rope", None)
     if rope is None:
         return [None] * len(model.blocks)

@@ -52,7 +52,7 @@ class EpochRecord:
 
     @property
     def val(self) -> Score:
-        """On the validation images."""
+        """The score on the validation images."""
         return Score(self.val_accuracy, self.val_loss)
 
 

@@ -149,5 +149,5 @@ def to_adapter(
 
 
 def utc_now() -> str:
-    """As adapters store it."""
+    """Return the time now as adapters store it: UTC, ISO 8601, in seconds."""
     return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
