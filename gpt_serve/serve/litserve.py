@@ -201,9 +201,9 @@ class Launcher:
 
     def start(self, link: Link) -> SpawnProcess:
         """Spawn a worker at the other end of ``link``; call `Link.start` next."""
-        transport = PipeTransport(link.messages)
+        transport = PipeTransport(link.worker)
         self._api.transport = self._server._transport = transport
-        self._server.litapi_request_queues[self._api.api_path] = link.requests
+        self._server.litapi_request_queues[self._api.api_path] = link.worker
         worker: SpawnProcess = self._server.launch_single_inference_worker(self._api, 0)
         return worker
 

@@ -45,20 +45,19 @@ class Server:
         self._link: Link
         self._drained: asyncio.Event
 
-    def start_worker(self) -> SpawnProcess:
-        """Spawn a worker with a link of its own."""
+    async def start_worker(self) -> SpawnProcess:
+        """Spawn a worker with a link of its own. Raises `OSError` where that cannot be had just now."""
         self._link = link = Link()
         self.worker_ready, self.worker_error = False, None
         self._drained = asyncio.Event()
         with holding_signals():
             worker = self._launch(link)
-        loop = asyncio.get_running_loop()
-        link.start(partial(_call, loop, self._receive), partial(_call, loop, self._drained.set))
+        await link.start(self._receive, self._drained.set)
         return worker
 
     async def drained(self) -> None:
         """Wait until all that a dead worker sent was received."""
-        with suppress(TimeoutError):  # a child of its own may keep the pipe open
+        with suppress(TimeoutError):  # a child of its own may keep the socket open
             await asyncio.wait_for(self._drained.wait(), 5)
         self._link.close()
 
@@ -84,7 +83,6 @@ class Server:
     def close(self, worker: SpawnProcess | None) -> None:
         """End the worker. It holds nothing that must be saved, so it is killed rather than asked."""
         if worker is not None:
-            self._link.close()
             worker.kill()
             worker.join()
 
@@ -116,9 +114,3 @@ class Server:
                 future.set_exception(reply.error())
             else:
                 future.set_result(reply)
-
-
-def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *arguments: object) -> None:
-    """Have the event loop's thread call ``function``, if there still is a loop."""
-    with suppress(RuntimeError):  # it is closed
-        loop.call_soon_threadsafe(function, *arguments)

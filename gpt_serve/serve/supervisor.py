@@ -40,7 +40,7 @@ class Supervisor:
         deaths: list[float] = []
         while state.fatal is None:
             try:
-                self.worker = self.server.start_worker()
+                self.worker = await self.server.start_worker()
             except OSError as error:  # too many files or processes just now
                 logger.error("a worker cannot be started: %s; trying again", error.strerror)
                 await asyncio.sleep(RETRY)

@@ -1,5 +1,6 @@
 """The worker's verbs and its loop, in process."""
 
+import asyncio
 import json
 import os
 import time
@@ -7,6 +8,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from multiprocessing import Pipe
 from queue import SimpleQueue
 from threading import Thread
 from types import SimpleNamespace
@@ -23,7 +25,7 @@ from gpt_serve.engine.engine import Prediction, Row
 from gpt_serve.engine.scheduler import Scheduler
 from gpt_serve.errors import CheckpointError, GPTServeError, UndecodableImage, UnknownTask
 from gpt_serve.serve import ServeConfig, litserve
-from gpt_serve.serve.link import Link, take_all
+from gpt_serve.serve.link import _LONG, Link, _frame, take_all
 from gpt_serve.serve.litserve import CONSUMER, PipeTransport, PredictAPI, report
 from gpt_serve.serve.messages import Answer, Answered, Asked, Failure, Item, Ready
 
@@ -208,38 +210,58 @@ def test_a_lost_device_ends_the_worker_and_nothing_else_does(ending: None, caplo
 # The link
 
 
-def test_a_link_carries_requests_and_messages_in_order() -> None:
-    link = Link()
-    requests, replies = link.requests, link.messages
-    worker = [type(end)(os.dup(end.fileno())) for end in (requests, replies)]  # as a spawned one has them
-    received: SimpleQueue[Any] = SimpleQueue()
-    link.start(received.put, lambda: received.put("ended"))
-    for number in range(100):
-        link.send((number, b"x" * 50_000))
-    got: list[Any] = []
-    while len(got) < 100:
-        got += worker[0].recv()
-    assert [number for number, _ in got] == list(range(100))
-    transport = PipeTransport(worker[1])
-    for number in range(3):
-        transport.send(number, CONSUMER)
-    for end in worker:  # the worker dies
-        end.close()
-    assert [received.get(timeout=30) for _ in range(4)] == [0, 1, 2, "ended"]
-    link.send((100, b"nobody reads it"))
-    link.close()
+def test_a_link_carries_items_and_messages_in_order() -> None:
+    """From one megabyte to nothing, in as many pieces as the socket makes of them."""
+
+    async def main() -> None:
+        link, received = Link(), list[Any]()
+        worker = type(link.worker)(os.dup(link.worker.fileno()))  # as a spawned one has it
+        ended = asyncio.Event()
+        await link.start(received.append, ended.set)
+        for number in range(100):
+            link.send((number, b"x" * 50_000))
+        got: list[Any] = []
+        while len(got) < 100:
+            got += await asyncio.to_thread(worker.recv)
+        assert [number for number, _ in got] == list(range(100))
+        transport = PipeTransport(worker)
+        for size in (0, 1, 1_000_000, 3):
+            await asyncio.to_thread(transport.send, b"x" * size, CONSUMER)
+        worker.close()  # the worker dies
+        await asyncio.wait_for(ended.wait(), 30)
+        assert [len(message) for message in received] == [0, 1, 1_000_000, 3]
+        link.send((100, b"nobody reads it"))
+        await asyncio.sleep(0)
+        link.close()
+
+    asyncio.run(main())
 
 
 def test_a_link_whose_worker_does_not_read_holds_nobody_up() -> None:
-    link = Link()
-    worker = type(link.requests)(os.dup(link.requests.fileno()))
-    link.start(lambda message: None, lambda: None)
-    sender = Thread(target=lambda: [link.send(b"x" * 1_000_000) for _ in range(50)], daemon=True)
-    sender.start()
-    sender.join(30)
-    assert not sender.is_alive()
-    worker.close()
-    link.close()
+    async def main() -> None:
+        link = Link()
+        worker = type(link.worker)(os.dup(link.worker.fileno()))
+        await link.start(lambda message: None, lambda: None)
+        for _ in range(50):
+            link.send(b"x" * 1_000_000)
+            await asyncio.sleep(0)
+        assert sum(map(len, await asyncio.to_thread(worker.recv))) >= 1_000_000, "later it may"
+        worker.close()
+        link.close()
+        await asyncio.sleep(0)
+
+    asyncio.run(main())
+
+
+def test_frames_are_those_of_multiprocessing() -> None:
+    """Also those of two gigabytes and more, which have a longer head."""
+    ours, theirs = Pipe()
+    ours.send_bytes(b"abc")
+    data = bytearray(os.read(theirs.fileno(), 100))
+    assert _frame(data) == (4, 7) and _frame(data[:6]) is None and _frame(data[:3]) is None
+    assert _frame(bytearray(_LONG.pack(-1, 3)) + b"abcd") == (12, 15) and _frame(bytearray(_LONG.pack(-1, 3))) is None
+    for end in (ours, theirs):
+        end.close()
 
 
 def test_take_all_waits_for_the_first_only() -> None:

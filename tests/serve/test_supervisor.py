@@ -28,7 +28,7 @@ class FakeServer:
         self.worker_ready = loads
         self.worker_error = CheckpointError("the file is damaged")
 
-    def start_worker(self) -> Any:
+    async def start_worker(self) -> Any:
         self.started += 1
         process = get_context("fork").Process(target=_worker, args=(self.mortal,), daemon=True)
         process.start()
@@ -97,11 +97,11 @@ def test_too_many_open_files_do_not_end_the_supervisor(monkeypatch: pytest.Monke
     server = FakeServer(loads=False, mortal=True)
     start, attempts = server.start_worker, iter([OSError(24, "Too many open files"), None])
 
-    def start_worker() -> Any:
+    async def start_worker() -> Any:
         error = next(attempts)
         if error is not None:
             raise error
-        return start()
+        return await start()
 
     server.start_worker = start_worker  # type: ignore[method-assign]
     supervise(server)
