@@ -6,7 +6,7 @@ from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager
 from threading import Lock
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.routing import APIRoute
@@ -134,7 +134,10 @@ def _add_predictions(app: FastAPI, door: Door) -> None:
     from gpt_serve.serve.call import Call
 
     async def predict(request: Request) -> Response:
-        """Classify one image, or several, with the adapter of one task."""
+        """Classify one image, or several, with the adapter of one task.
+
+        `task` and `top_k` may be query parameters instead of fields.
+        """
         return await Call(door, request).response()
 
     async def predict_task(request: Request) -> Response:
@@ -156,8 +159,9 @@ def _add_tasks(app: FastAPI, door: Door) -> None:
         return Response(text, media_type="application/json")
 
     @app.get("/tasks/{task}", dependencies=guarded, **schema.TASK)
-    async def task(task: Annotated[str, schema.TASK_IN_PATH], request: Request) -> Response:
+    async def task(request: Request) -> Response:
         """Describe one adapter, with its labels."""
+        task = request.path_params["task"]
         door.keeper.check_task(door.tenant(request), check_task_name(task))
         summary = await door.read(lambda: door.store.summary(task))
         return JSONResponse(summary.to_dict() | {"labels": list(summary.labels)})

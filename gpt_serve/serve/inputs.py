@@ -246,6 +246,8 @@ def _top_k(value: Any) -> int:
     """``value`` as a number of labels; forms and queries carry it as text."""
     if isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) <= 4:
         value = int(value)
+    if isinstance(value, float) and value.is_integer():  # 5.0 is a whole number, to JSON
+        value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_TOP_K:
         raise InvalidRequest(f"top_k must be a whole number from 1 to {MAX_TOP_K}")
     return value

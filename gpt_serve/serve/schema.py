@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from fastapi import Path
 from pydantic import BaseModel
 
 from gpt_serve.serve.inputs import DEFAULT_TOP_K, MAX_IMAGES, MAX_TOP_K
@@ -78,28 +77,27 @@ def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"description": _MEANING[status], "content": {MEDIA_TYPE: _PROBLEM}} for status in statuses}
 
 
+# Parameters are described here and read by the routes themselves: FastAPI's own checks would answer otherwise.
 _NAME = {"type": "string", "pattern": f"^{TASK_PATTERN.pattern}$"}
+_IN_PATH = {"name": "task", "in": "path", "required": True, "schema": _NAME}
 _TOP_K = {"type": "integer", "minimum": 1, "maximum": MAX_TOP_K, "default": DEFAULT_TOP_K}
 
 
 def _body(image: dict[str, Any]) -> dict[str, Any]:
     fields = {"task": _NAME, "image": image, "top_k": _TOP_K}
-    return {"schema": {"type": "object", "required": ["task", "image"], "properties": fields}}
+    schema = {"type": "object", "required": ["task", "image"], "properties": fields, "additionalProperties": False}
+    return {"schema": schema}
 
 
-def _query(name: str, schema: dict[str, Any]) -> dict[str, Any]:
-    return {"name": name, "in": "query", "description": f"instead of {name} in the body", "schema": schema}
+def _list_of(image: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": image, "minItems": 1, "maxItems": MAX_IMAGES}
 
 
-def _one_or_more(image: dict[str, Any]) -> dict[str, Any]:
-    return {"anyOf": [image, {"type": "array", "items": image, "minItems": 1, "maxItems": MAX_IMAGES}]}
-
-
-_FILE = {"type": "string", "format": "binary", "description": "JPEG, PNG or WebP file"}
-_BASE64 = {"type": "string", "format": "byte", "description": "the file in base64, or as a data: URI"}
+_FILE = {"type": "string", "format": "binary", "minLength": 1, "description": "JPEG, PNG or WebP file"}
+_BASE64 = {"type": "string", "format": "byte", "minLength": 1, "description": "the file in base64, or as a data: URI"}
 _CONTENT = {
-    "multipart/form-data": _body(_one_or_more(_FILE)),
-    "application/json": _body(_one_or_more(_BASE64)),
+    "multipart/form-data": _body(_list_of(_FILE)),  # in a form, one file is a list of one
+    "application/json": _body({"anyOf": [_BASE64, _list_of(_BASE64)]}),
 }
 _PREDICT_PROBLEMS = _problems(400, 401, 403, 404, 408, 413, 415, 422, 429, 503, 504)
 
@@ -108,23 +106,25 @@ PREDICT: dict[str, Any] = {
     "responses": _PREDICT_PROBLEMS,
     "openapi_extra": {
         "requestBody": {"required": True, "content": _CONTENT},
-        "parameters": [_query("task", _NAME), _query("top_k", _TOP_K)],
     },
 }
 PREDICT_TASK: dict[str, Any] = {
     "response_model": PredictAnswer | list[PredictAnswer | Problem],
     "responses": _PREDICT_PROBLEMS,
     "openapi_extra": {
-        "requestBody": {"required": True, "content": {"image/*": {"schema": _FILE}}},
-        "parameters": [
-            {"name": "task", "in": "path", "required": True, "schema": _NAME},
-            _query("top_k", _TOP_K),
-        ],
+        "requestBody": {
+            "required": True,
+            "content": {f"image/{kind}": {"schema": _FILE} for kind in ("jpeg", "png", "webp")},
+        },
+        "parameters": [_IN_PATH, {"name": "top_k", "in": "query", "schema": _TOP_K}],
     },
 }
-TASK_IN_PATH = Path(json_schema_extra={"pattern": _NAME["pattern"]})  # described here, checked by `check_task_name`
 TASKS: dict[str, Any] = {"response_model": TaskList, "responses": _problems(401, 503)}
-TASK: dict[str, Any] = {"response_model": TaskDetail, "responses": _problems(400, 401, 403, 404, 503)}
+TASK: dict[str, Any] = {
+    "response_model": TaskDetail,
+    "responses": _problems(400, 401, 403, 404, 503),
+    "openapi_extra": {"parameters": [_IN_PATH]},
+}
 HEALTH: dict[str, Any] = {"response_model": Alive}
 READY: dict[str, Any] = {"response_model": Ready, "responses": _problems(503)}
 METRICS: dict[str, Any] = {"responses": {200: {"content": {"text/plain": {}}}} | _problems(401, 403)}

@@ -76,5 +76,6 @@ def test_a_raw_body_needs_its_task_in_the_path() -> None:
         parse({"content-type": "image/png"}, (), b"x")
     assert parse({"content-type": "image/png"}, (), b"x", "birds").images == (b"x",)
     assert parse({}, [("top_k", "2")], b"x", "birds").top_k == 2
+    assert parse(JSON, (), b'{"image": "eA==", "top_k": 2.0}', "birds").top_k == 2
     wanted = parse(JSON, (), json.dumps({"image": ["eA==", "eQ=="]}).encode(), "birds")
     assert wanted.images == (b"x", b"y") and wanted.several
