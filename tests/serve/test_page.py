@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from gpt_serve.serve.keyfile import add_key
 from gpt_serve.train.data.datasets import open_dataset
 from tests.browser import FLAGS, chromium, missing
 from tests.serve.harness import ServerProcess, serving
@@ -18,7 +19,6 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 AXE = ROOT / "export" / "browser" / "node_modules" / "axe-core" / "axe.min.js"
-KEY = "open-sesame"
 # A mask of 2x1 pixels, classes 0 and 1; palette: 0 red, 1 blue.
 MASK = (
     "iVBORw0KGgoAAAANSUhEUgAAAAIAAAABAQMAAADO7O3JAAAABlBMVEX/AAAAAP9sof2OAAAACklEQVR4nGNwAAAAQgBBKTf07wAA"
@@ -246,20 +246,24 @@ def test_thousands_of_tasks_are_found_by_name(page: Any) -> None:
     assert page.get_by_role("checkbox", name="task-2999").is_checked()  # what is chosen stays in sight
 
 
-def test_a_server_that_wants_a_key_gets_it(browser: Any, digit: Path) -> None:
-    for guarded in serving(ROOT / "adapters", engine="torch", api_key=KEY):
+def test_a_server_that_wants_a_key_gets_it(browser: Any, digit: Path, tmp_path: Path) -> None:
+    """The key opens one task, and so not the metrics."""
+    key, _ = add_key(tmp_path / "keys.json", "acme", tasks=("digits",))
+    for guarded in serving(ROOT / "adapters", engine="torch", keys=str(tmp_path / "keys.json")):
         page = browser.new_page()
         page.goto(guarded.url + "/")
         page.get_by_text("401 Unauthorized").wait_for()
         page.get_by_text("Key", exact=True).click()
-        page.get_by_label("Key for this server").fill(KEY)
+        page.get_by_label("Key for this server").fill(key)
         page.get_by_label("Key for this server").press("Tab")
-        page.get_by_role("checkbox", name="digits").wait_for()
+        page.get_by_text("Ready.").wait_for()
+        assert page.get_by_role("checkbox").count() == 1
+        assert page.locator("#server dt").all_text_contents() == ["Tasks", "Backbone"]
         page.set_input_files("#file", digit)
         choose(page, "digits")
         assert ask(page).locator(".label").first.text_content() == "5"
         command = page.locator("#curl").text_content()
-        assert KEY not in command and "X-API-Key: $GPT_SERVE_KEY" in shlex.split(command)
+        assert key not in command and "X-API-Key: $GPT_SERVE_KEY" in shlex.split(command)
         page.close()
 
 

@@ -1,6 +1,11 @@
 // What the page asks the server, and how a refusal becomes one sentence.
 
-export class Refusal extends Error {}
+export class Refusal extends Error {
+  constructor(sentence, status) {
+    super(sentence);
+    this.status = status; // of HTTP; undefined when there was no answer
+  }
+}
 
 /** The response to `path`, with the key that the visitor gave. Throws a `Refusal` that says why there is none. */
 export async function ask(path, options = {}) {
@@ -12,7 +17,7 @@ export async function ask(path, options = {}) {
   } catch {
     throw new Refusal("The server cannot be reached.");
   }
-  if (!response.ok) throw new Refusal(await reason(response));
+  if (!response.ok) throw new Refusal(await reason(response), response.status);
   return response;
 }
 
@@ -42,10 +47,20 @@ const FACTS = [
   ["gpt_serve_worker_restarts", "Restarts of the worker", (value) => value],
 ];
 
+/** The metrics as text; empty for a key that does not open them. */
+async function metrics() {
+  try {
+    return await (await ask("metrics")).text();
+  } catch (refusal) {
+    if (refusal.status === 403) return "";
+    throw refusal;
+  }
+}
+
 /** The state of the server as pairs of what and how much. */
 export async function state() {
   const ready = await (await ask("ready")).json();
-  const text = await (await ask("metrics")).text();
+  const text = await metrics();
   const values = new Map([...text.matchAll(/^(\w+) (\S+)$/gm)].map(([, name, value]) => [name, Number(value)]));
   const known = FACTS.filter(([name]) => values.has(name));
   return [["Backbone", ready.backbone], ...known.map(([name, what, show]) => [what, show(values.get(name))])];
