@@ -52,11 +52,11 @@ def port_of(process: "subprocess.Popen[bytes]") -> int:
 def _port(process: "subprocess.Popen[bytes]", log: Path) -> int:
     end = time.monotonic() + START_SECONDS
     while process.poll() is None and time.monotonic() < end:
-        _, found, rest = log.read_text().partition("ready on http://127.0.0.1:")
+        _, found, rest = log.read_text(encoding="utf-8").partition("ready on http://127.0.0.1:")
         if found and ":" in rest:
             return int(rest.partition(":")[0])
         time.sleep(0.1)
-    raise SystemExit(f"the server did not start: {log.read_text()[-500:]}")
+    raise SystemExit(f"the server did not start: {log.read_text(encoding='utf-8')[-500:]}")
 
 
 @dataclass

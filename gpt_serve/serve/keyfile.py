@@ -160,7 +160,7 @@ def _changing(path: Path, *, new: bool = False) -> Iterator[dict[str, Tenant]]:
             tenants = {} if new and not path.exists() else dict(load_tenants(path))
             yield tenants
             with replacing(path) as temporary:
-                temporary.write_text(json.dumps(_content(tenants.values()), indent=1) + "\n")
+                temporary.write_text(json.dumps(_content(tenants.values()), indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror}") from error
 
