@@ -37,6 +37,7 @@ def device_ids(home: Path) -> list[Path]:
     return list(home.rglob("deviceid"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_no_device_id_is_kept(entry: str, tmp_path: Path) -> None:
     run(ENTRIES[entry], tmp_path)
@@ -65,6 +66,7 @@ def test_no_name_is_looked_up(program: str, looked_up: bool, tmp_path: Path) -> 
     assert bool(asked) is looked_up, asked
 
 
+@pytest.mark.slow
 def test_every_dependency_reads_what_the_package_sets(tmp_path: Path) -> None:
     pytest.importorskip("ray")
     pytest.importorskip("datasets")

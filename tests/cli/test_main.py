@@ -357,6 +357,7 @@ def test_inspect_method_without_gates(folder, tmp_path):
     assert "This method learns no gates and no temperatures." in result.stdout
 
 
+@pytest.mark.slow
 def test_inspect_with_an_image(folder, tmp_path):
     value = run_json("inspect", "--task", "alpha", "--plot", str(tmp_path / "x.png"), "--image", "one.png")["attention"]
     assert (value["image"], value["query"], value["blocks"]) == ("one.png", "mean", [3, 7, 12])
@@ -384,6 +385,7 @@ def test_inspect_nmi(folder, bundled, tmp_path):
 # reconstruct
 
 
+@pytest.mark.slow
 def test_reconstruct(folder, tmp_path):
     path = tmp_path / "r.png"
     common = ("reconstruct", "--image", "one.png", "--steps", "2", "--output", str(path))
@@ -600,6 +602,7 @@ def test_broken_pipe_is_silent(folder, args):
     assert (code, stderr) == (1, "")
 
 
+@pytest.mark.slow
 def test_mistake_in_a_process(folder):
     """Nothing that is imported on the way adds a warning of its own."""
     with process("predict", "--task", "alpha", "--device", "cuda:99", "one.png", stdout=subprocess.PIPE) as running:

@@ -156,7 +156,7 @@ def test_mixed_batch_equals_the_reference(engine: Engine, traffic: str) -> None:
         check_reference(result, engine.backbone, adapter, image)
 
 
-@pytest.mark.parametrize("forward", [TorchForward, faster])
+@pytest.mark.parametrize("forward", [TorchForward, pytest.param(faster, marks=pytest.mark.slow)])
 def test_bundled_backbone_equals_the_reference(
     bundled: Backbone, tmp_path: Path, forward: Callable[[Backbone], Forward]
 ) -> None:

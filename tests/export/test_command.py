@@ -76,6 +76,7 @@ def test_a_mistake_gets_one_line(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_missing_package_is_named(tmp_path: Path) -> None:
     """A finder that knows no onnxscript."""
     script = """

@@ -108,6 +108,7 @@ def test_images_in_flight_are_counted_whole(make: Make, path: Path) -> None:
         assert response.status_code == status
 
 
+@pytest.mark.slow
 def test_a_real_server_follows_the_file(adapters: Path, image: bytes, path: Path, tmp_path: Path) -> None:
     first, _ = add_key(path, "acme")
     log = tmp_path / "access.jsonl"
@@ -143,6 +144,7 @@ def test_other_hosts_need_one(host: str) -> None:
     assert not _is_loopback(host)
 
 
+@pytest.mark.slow
 def test_the_warning_is_there_when_anybody_may_ask(tmp_path: Path, path: Path) -> None:
     add_key(path, "acme")
     for options, warned in (({"host": "0.0.0.0"}, True), ({"host": "0.0.0.0", "keys": str(path)}, False), ({}, False)):

@@ -84,6 +84,7 @@ def test_a_flood_for_two_tasks_leaves_a_third_its_slots(stub: ServerProcess, ima
     until(lambda: stub.in_flight() == 0)
 
 
+@pytest.mark.slow
 def test_bodies_that_do_not_come_hold_no_slots(stub: ServerProcess, image: bytes) -> None:
     """A slot for the price of a header would let a few slow senders turn all others away."""
     head = b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{"

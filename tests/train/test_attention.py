@@ -131,6 +131,7 @@ def test_early_middle_and_last(depth: int, blocks: list[int]) -> None:
     assert shown_blocks(depth) == blocks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heads", [False, True])
 def test_plot(tiny: Backbone, tmp_path: Path, heads: bool) -> None:
     rows = {"without": maps_of(tiny, "linear")[0], "with": maps_of(tiny, "gated")[0]}

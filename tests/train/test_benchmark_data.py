@@ -253,6 +253,7 @@ def test_flags_override_the_protocol(colour_task: Path, tmp_path: Path) -> None:
     assert "val_accuracy" in summary["metrics"]  # type: ignore[operator]
 
 
+@pytest.mark.slow
 def test_a_fully_fine_tuned_model_follows_the_protocol_too(colour_task: Path, tmp_path: Path) -> None:
     result = CliRunner().invoke(
         main, ["train", "--task", "kitti", "--method", "full", "--epochs", "1", "--adapters", str(tmp_path / "a")]

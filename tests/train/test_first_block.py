@@ -129,6 +129,7 @@ def test_inspection_counts_from_the_first_block(tiny: Backbone) -> None:
     assert found.temperatures is not None and len(found.temperatures) == 3
 
 
+@pytest.mark.slow
 def test_a_graph_of_its_own_but_no_place_in_a_shared_one(tiny: Backbone, tmp_path: Path) -> None:
     store = AdapterStore(tmp_path / "adapters")
     fields = {"gamma": None, "tau": None} | random_tensors("gated", 3, 24, first_block=2)

@@ -120,6 +120,7 @@ def test_a_feature_that_never_varies_stays_finite() -> None:
     assert norm(torch.tensor([[1.0, 3.0]])).tolist() == [[0.0, 0.0]] and norm.scale.isfinite().all()
 
 
+@pytest.mark.slow
 def test_resuming_keeps_what_training_started_from(tiny: Backbone, colours: Path, tmp_path: Path) -> None:
     """What is standard, and the head."""
     recipe = dataclasses.replace(RECIPES["standard"], head_init="lda")

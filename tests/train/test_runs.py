@@ -103,6 +103,7 @@ def busy(colours: Path, tmp_path: Path) -> Iterator[tuple[multiprocessing.proces
     process.join()
 
 
+@pytest.mark.slow
 def test_processes_that_train_side_by_side(
     tiny: Backbone, colours: Path, tmp_path: Path, busy: tuple[multiprocessing.process.BaseProcess, Event]
 ) -> None:
@@ -115,6 +116,7 @@ def test_processes_that_train_side_by_side(
     assert process.exitcode == 0 and AdapterStore(tmp_path).tasks() == ["colours", "short"]
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_leaves_its_run_to_be_resumed(
     tiny: Backbone, colours: Path, tmp_path: Path, busy: tuple[multiprocessing.process.BaseProcess, Event]
 ) -> None:

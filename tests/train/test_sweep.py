@@ -238,6 +238,7 @@ def test_a_final_fit_is_the_winners_alone(tiny: Backbone, colours: Path, tmp_pat
     assert all(trial["val_accuracy"] > 0 for trial in report["sweep"]["trials"])
 
 
+@pytest.mark.slow
 def test_test_images_play_no_part(tiny: Backbone, colours: Path, tmp_path: Path) -> None:
     """With their labels exchanged, or without them, the same trial wins with the same figures."""
     wrong, without = tmp_path / "wrong", tmp_path / "without"
