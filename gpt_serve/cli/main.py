@@ -13,6 +13,7 @@ import click
 
 from gpt_serve import __version__
 from gpt_serve.cli.backbones import backbones
+from gpt_serve.cli.deploy import deploy
 from gpt_serve.cli.exchange import pull, push
 from gpt_serve.cli.exits import EXIT_INTERRUPTED, EXIT_MISTAKE, escape_what_cannot_be_shown, say
 from gpt_serve.cli.insight import inspect, reconstruct
@@ -92,6 +93,7 @@ main.add_command(sweep)
 main.add_command(close_gates)
 main.add_command(inspect)
 main.add_command(reconstruct)
+main.add_command(deploy)
 main.add_command(push)
 main.add_command(pull)
 main.add_command(keys)

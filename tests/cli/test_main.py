@@ -25,7 +25,7 @@ from tests.factories import make_adapter
 LABELS = ("ant", "bee", "cow")
 COMMANDS = (
     *("train", "sweep", "close-gates", "eval", "predict", "serve"),
-    *("tasks", "inspect", "reconstruct", "bench", "export", "push", "pull"),
+    *("tasks", "inspect", "reconstruct", "bench", "export", "push", "pull", "deploy"),
 )
 
 

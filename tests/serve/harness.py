@@ -151,6 +151,12 @@ def until(condition: Any, seconds: float = 20) -> None:
         time.sleep(0.02)
 
 
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
 def children(pid: int) -> list[int]:
     """The direct children of a process, all of its threads' included."""
     found: list[int] = []

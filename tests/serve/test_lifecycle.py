@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +12,16 @@ import pytest
 from gpt_serve.adapters.store import AdapterStore
 from gpt_serve.specs import BackboneSpec
 from tests.factories import make_adapter
-from tests.serve.harness import START_SECONDS, ServerProcess, check_problem, children, is_alive, port_is_free, until
+from tests.serve.harness import (
+    START_SECONDS,
+    ServerProcess,
+    check_problem,
+    children,
+    free_port,
+    is_alive,
+    port_is_free,
+    until,
+)
 
 
 @pytest.mark.slow
@@ -94,9 +102,3 @@ def test_the_worker_is_spawned_before_torch_is_imported() -> None:
     """The parent needs torch for the store only, and imports it while the worker loads."""
     code = "import sys, gpt_serve.serve.runner; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])

@@ -1,17 +1,10 @@
-import socket
-
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 
 from gpt_serve.errors import UsageError
 from gpt_serve.train.distributed import World, join_world
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+from tests.serve.harness import free_port
 
 
 def train_as(rank: int, size: int, port: int, data: str, adapters: str) -> None:

@@ -1,0 +1,179 @@
+"""What runs on Ray, without a cluster: routing, asking again, health, files."""
+
+import asyncio
+import time
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+from click.testing import CliRunner
+from ray.exceptions import ActorDiedError, RayTaskError
+from ray.serve.schema import ServeDeploySchema
+
+from gpt_serve.cli.main import main
+from gpt_serve.cluster.app import ClusterConfig, engine_options, from_args, to_args
+from gpt_serve.cluster.front import Replicas
+from gpt_serve.cluster.manifest import IMPORT_PATH, write
+from gpt_serve.cluster.replica import EngineReplica
+from gpt_serve.cluster.routing import order
+from gpt_serve.errors import DeadlineExceeded, NotReady, UnknownTask, UsageError
+from gpt_serve.serve.config import ServeConfig
+from gpt_serve.serve.messages import Answer, Failure, Item
+
+TASKS = [f"task-{number}" for number in range(600)]
+
+
+def item(seconds: float = 5) -> Item:
+    return Item("birds", b"image", 5, time.monotonic() + seconds)
+
+
+# routing
+
+
+def first(task: str, names: list[str]) -> str:
+    return order(task, dict.fromkeys(names, 0), 8)[0]
+
+
+def test_each_replica_gets_its_share_of_the_tasks() -> None:
+    names = [f"r{number}" for number in range(6)]
+    counts = Counter(first(task, names) for task in TASKS)
+    assert set(counts) == set(names) and max(counts.values()) < 150 and min(counts.values()) > 60
+
+
+def test_when_a_replica_goes_only_its_tasks_move() -> None:
+    names = [f"r{number}" for number in range(6)]
+    for task in TASKS:
+        before = first(task, names)
+        if before != "r3":
+            assert first(task, [name for name in names if name != "r3"]) == before
+
+
+def test_a_busy_replica_is_passed_over_and_the_least_busy_is_next_when_all_are() -> None:
+    best, second, third = order("birds", {"a": 0, "b": 0, "c": 0}, 8)
+    assert order("birds", {best: 7, second: 0, third: 0}, 8)[0] == best
+    assert order("birds", {best: 8, second: 0, third: 0}, 8) == [second, third, best]
+    assert order("birds", {best: 12, second: 11, third: 9}, 8) == [third, second, best]
+
+
+# asking again
+
+
+class Handle:
+    """A deployment's handle whose replies are given; an exception is raised."""
+
+    def __init__(self, *replies: Any) -> None:
+        self.replies = list(replies)
+        self.answer = SimpleNamespace(remote=self.remote)
+        self.left: list[float] = []
+
+    async def remote(self, asked: Item, left: float) -> Any:
+        self.left.append(left)
+        reply = self.replies.pop(0)
+        if isinstance(reply, BaseException):
+            raise reply
+        return reply
+
+
+GOOD = Answer("birds", "0123456789ab", b"{}")
+LOST = ActorDiedError()
+
+
+def ask(handle: Handle, seconds: float = 5) -> Any:
+    async def run() -> Any:
+        return await Replicas(handle).ask(item(seconds))
+
+    return asyncio.run(run())
+
+
+def test_a_dead_replica_loses_no_answer() -> None:
+    handle = Handle(LOST, Failure.of(NotReady("the scheduler is closed")), LOST, GOOD)
+    assert ask(handle) is GOOD
+    assert handle.left == sorted(handle.left, reverse=True), "the deadline is one for all attempts"
+
+
+def test_what_the_request_did_wrong_is_not_asked_again() -> None:
+    handle = Handle(Failure.of(UnknownTask("unknown task 'birds'")))
+    with pytest.raises(UnknownTask, match="unknown task 'birds'"):
+        ask(handle)
+    with pytest.raises(RayTaskError):
+        ask(Handle(RayTaskError("answer", "Traceback", ValueError("a bug"))))
+
+
+def test_asking_again_ends_with_the_deadline() -> None:
+    began = time.monotonic()
+    with pytest.raises(DeadlineExceeded):
+        ask(Handle(*[LOST] * 100), seconds=0.5)
+    assert time.monotonic() - began < 5
+
+
+# health
+
+
+def test_a_replica_whose_engine_hangs_is_unhealthy() -> None:
+    replica = EngineReplica.__new__(EngineReplica)
+    replica.patience, replica._asked = 10.0, {}
+    replica.check_health()
+    replica._asked[0] = time.monotonic() - 9
+    replica.check_health()
+    replica._asked[0] = time.monotonic() - 11
+    with pytest.raises(RuntimeError, match="has not answered for 10 s"):
+        replica.check_health()
+
+
+# configuration
+
+
+def test_a_replica_may_hold_two_batches() -> None:
+    options = engine_options(ServeConfig(max_batch_size=24), ClusterConfig(max_replicas=3))
+    assert options["max_ongoing_requests"] == 48
+    assert options["autoscaling_config"].max_replicas == 3
+
+
+@pytest.mark.parametrize("values", [{"min_replicas": 3}, {"min_replicas": 0}, {"fronts": 0}, {"gpus": -1}])
+def test_what_no_cluster_can_be(values: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        ClusterConfig(**values)
+
+
+def test_the_files_hold_the_application_and_not_the_key(tmp_path: Path) -> None:
+    config = ServeConfig(
+        adapters="s3://models/team", checkpoint=Path("/w.pth"), keys=Path("/k"), deadline=9, api_key="secret"
+    )
+    cluster = ClusterConfig(min_replicas=2, max_replicas=4, gpus=1)
+    written = [path.read_text() for path in write(tmp_path, config, cluster)]
+    assert "secret" not in "".join(written)
+    serve, service = map(yaml.safe_load, written)
+    ServeDeploySchema.model_validate(serve)
+    (application,) = serve["applications"]
+    assert application["import_path"] == IMPORT_PATH
+    assert application["args"] == to_args(config, cluster)
+    inside = yaml.safe_load(service["spec"]["serveConfigV2"])
+    assert inside["applications"] == serve["applications"] and inside["http_options"]["host"] == "0.0.0.0"
+    (group,) = service["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    assert (group["minReplicas"], group["maxReplicas"]) == (2, 4)
+    assert group["template"]["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    (engine,) = from_args(application["args"])._bound_deployment.init_args
+    (restored,) = engine._bound_deployment.init_args
+    assert (restored.checkpoint, restored.keys, restored.deadline) == (Path("/w.pth"), Path("/k"), 9)
+
+
+def test_only_what_was_changed_is_written() -> None:
+    assert to_args(ServeConfig(), ClusterConfig())["serve"] == {}
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (["--min-replicas", "3"], "3 to 1 replicas cannot be: use 1 or more, the smaller first"),
+        (["--adapters", "s3://"], "s3:// is no address of adapters"),
+        (["--address", "127.0.0.1:1"], "there is no Ray cluster at 127.0.0.1:1: start one, or use --local"),
+        (["--yaml", "/proc/nowhere"], "--yaml /proc/nowhere cannot be written: No such file or directory"),
+    ],
+)
+def test_mistakes_are_one_line(args: list[str], line: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["deploy", "--adapters", str(tmp_path), *args])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert f"gpt-serve: {line}" in result.stderr
