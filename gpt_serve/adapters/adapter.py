@@ -179,6 +179,11 @@ def gate_values(
     return F.pad(gate, (first_block, 0))
 
 
+def closed_gates(gamma: Tensor) -> Tensor:
+    """Whether each gate of the priors ``gamma`` (L - 1 - first_block,) is exactly 0, and so never written through."""
+    return torch.sigmoid(gamma) == 0
+
+
 def taps_of(taps: Sequence[Tap], pool: Pool, *, depth: int, prompts: int) -> tuple[Tap, ...]:
     """``taps``, or the last block with ``pool``; without prompts a mean over them and the patches is one of patches."""
     chosen = tuple(taps) or (Tap(depth - 1, pool),)

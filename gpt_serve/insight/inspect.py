@@ -1,12 +1,12 @@
 """What an adapter has learned: gates, temperatures and the selection ratio of each block."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from gpt_serve.adapters.adapter import Adapter
 from gpt_serve.insight.figures import save_figure
@@ -25,11 +25,15 @@ class Inspection:
         temperatures: tau of blocks 1..L.
         selection_ratio: influence of blocks 1..L-1 on the last block's prompts (Eq. 11); sums to 1. None when
             every gate is closed: then no block has any.
+        shifts: the Euclidean norm of the three vectors that blocks 1..L add.
+        taps: what the head reads, [block, pooling] each; None for the last block alone.
     """
 
     gates: list[float] | None
     temperatures: list[float] | None
     selection_ratio: list[float] | None
+    shifts: list[float] | None = None
+    taps: list[list[int | str]] | None = None
 
 
 def selection_ratio(gates: Tensor) -> Tensor | None:
@@ -48,13 +52,18 @@ def selection_ratio(gates: Tensor) -> Tensor | None:
 
 
 def inspect_adapter(adapter: Adapter) -> Inspection:
-    """Gates, temperatures and selection ratio of a stored adapter."""
-    gates = None if adapter.gamma is None else F.pad(adapter.gamma.double().sigmoid(), (adapter.first_block, 0))
+    """What a stored adapter has learned besides its head, and what its head reads."""
+    gates = None
+    if adapter.gamma is not None:
+        depth = len(adapter.gamma) + 1 + adapter.first_block
+        gates = dataclasses.replace(adapter, gamma=adapter.gamma.double()).gates(depth)
     ratio = None if gates is None or adapter.deep or not len(gates) else selection_ratio(gates)
     return Inspection(
         gates=None if gates is None else gates.tolist(),
         temperatures=None if adapter.tau is None else adapter.tau.clamp(TAU_MIN, TAU_MAX).tolist(),
         selection_ratio=None if ratio is None else ratio.tolist(),
+        shifts=None if adapter.shift is None else adapter.shift.flatten(1).norm(dim=1).tolist(),
+        taps=[[tap.block + 1, tap.pool] for tap in adapter.taps] or None,
     )
 
 

@@ -178,12 +178,18 @@ def _name(key: str) -> str:
 
 
 def block_table(inspection: Inspection) -> list[str]:
-    """A Markdown table of gates, temperatures and selection ratio, a row per block."""
+    """What the head reads, and a Markdown table of gates, temperatures, selection ratio and shifts, a row per block."""
     columns = [inspection.gates, inspection.temperatures, inspection.selection_ratio]
+    names = ["gate", "temperature", "selection ratio"]
+    if inspection.shifts is not None:
+        columns.append(inspection.shifts)
+        names.append("norm of shifts")
+    read = [f"{pool} after block {block}" for block, pool in inspection.taps or []]
+    lines = [f"The head reads {', '.join(read)}.", ""] if read else []
     depth = max((len(column) for column in columns if column is not None), default=0)
     if depth == 0:
-        return ["This method learns no gates and no temperatures."]
-    rows = ["| block | gate | temperature | selection ratio |", "|---|---|---|---|"]
+        return [*lines, "This method learns no gates and no temperatures."]
+    rows = [*lines, f"| block | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
     for index in range(depth):
         values = ["-" if column is None or index >= len(column) else f"{column[index]:.4f}" for column in columns]
         if inspection.gates is not None and inspection.gates[index : index + 1] == [0]:

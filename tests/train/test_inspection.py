@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from gpt_serve.insight.inspect import Inspection, inspect_adapter, plot_inspection, selection_ratio
+from gpt_serve.specs import Tap
 from gpt_serve.train.card import block_table
 from tests import reference
 from tests.factories import TINY_SPEC, make_adapter
@@ -80,3 +81,14 @@ def test_table_has_a_row_per_block() -> None:
 def test_plot_is_a_png(tmp_path, method: str) -> None:
     plot_inspection(inspect_adapter(make_adapter(method=method)), "alpha", tmp_path / "gates.png")
     assert (tmp_path / "gates.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_shifts_and_taps_are_shown() -> None:
+    shift = torch.zeros(3, 3, 16)
+    shift[1, 0, 0], shift[1, 2, 5] = 3.0, 4.0
+    inspection = inspect_adapter(make_adapter(method="linear", shift=shift, taps=(Tap(2, "cls"), Tap(0, "patches"))))
+    assert inspection.shifts == [0, 5, 0] and inspection.taps == [[3, "cls"], [1, "patches"]]
+    table = block_table(inspection)
+    assert table[0] == "The head reads cls after block 3, patches after block 1."
+    assert table[2] == "| block | gate | temperature | selection ratio | norm of shifts |"
+    assert table[5] == "| 2 | - | - | - | 5.0000 |"

@@ -6,10 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from gpt_serve.adapters.adapter import Adapter
+from gpt_serve.adapters.adapter import Adapter, closed_gates
 from gpt_serve.adapters.store import AdapterStore
 from gpt_serve.errors import DataError, UsageError
 from gpt_serve.insight.inspect import inspect_adapter
@@ -139,7 +138,7 @@ def _check(adapter: Adapter, job: ClosingJob) -> tuple[Recipe, str]:
     """
     if adapter.gamma is None:
         raise UsageError(f"adapter {job.task!r} learns no gates (method {adapter.method}): there is nothing to close")
-    if not (torch.sigmoid(adapter.gamma) > 0).any():
+    if closed_gates(adapter.gamma).all():
         raise UsageError(f"all gates of adapter {job.task!r} are closed already")
     try:
         recipe = Recipe(**adapter.training["recipe"])

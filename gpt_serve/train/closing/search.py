@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from gpt_serve.adapters.adapter import Adapter
+from gpt_serve.adapters.adapter import Adapter, closed_gates
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.train.distributed import World
 from gpt_serve.train.job import Reporter, TrainingJob, Views
@@ -54,7 +54,7 @@ class GateSearch:
         self.work = work
         self.views = views
         self.reporter = reporter
-        self.open = (torch.sigmoid(adapter.gamma) > 0).nonzero()[:, 0].tolist()
+        self.open = (~closed_gates(adapter.gamma)).nonzero()[:, 0].tolist()
         self.before = self.untrained(()).val
         self.tried: list[Candidate] = []
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gpt_serve.adapters.adapter import Adapter
+from gpt_serve.adapters.adapter import Adapter, closed_gates
 from gpt_serve.errors import UsageError
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.model.batch import AdapterBatch
@@ -126,7 +126,7 @@ class AdapterModule(TaskModule):
         self.gamma: nn.Parameter | None = None
         self.closed: tuple[bool, ...] | None = None
         if gamma is not None:
-            closed = torch.sigmoid(gamma) == 0
+            closed = closed_gates(gamma)
             learned = gamma.isfinite() & ~closed
             self.closed = tuple(closed.tolist())
             self.gamma = nn.Parameter(gamma[learned])
