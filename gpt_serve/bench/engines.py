@@ -40,7 +40,7 @@ def bench_engines(setting: Setting) -> list[Row]:
 
 
 def onnx_engine(backbone: Backbone, store: AdapterStore, max_batch: int) -> Engine:
-    """Make an engine on onnxruntime where that is faster than torch, as ``gpt-serve serve --engine onnx`` has it.
+    """Make an engine that computes with onnxruntime where it is faster, as ``gpt-serve serve --engine onnx`` does.
 
     Graphs of random weights, which nobody needs again, are kept beside the store, where a server finds them that has
     this folder for its ``XDG_CACHE_HOME``.

@@ -40,7 +40,7 @@ def draw(records: Sequence[Record], folder: Path) -> None:
 
 
 def _peers(axis: Axes, rows: Sequence[Row]) -> None:
-    """Throughput of the first case, by the bare backbone's."""
+    """Draw the throughput of the first case by the bare backbone's."""
     shown = [row for row in rows if row.case == rows[0].case][::-1]
     values = [1 / row.extra["by bare"] for row in shown]
     colours = ["tab:blue" if row.variant.startswith("engine") else "tab:gray" for row in shown]
@@ -62,7 +62,7 @@ def _tasks(axis: Axes, rows: Sequence[Row]) -> None:
 
 
 def _prompts(axis: Axes, rows: Sequence[Row]) -> None:
-    """Of the largest batch."""
+    """Draw the times of the largest batch."""
     case = rows[-1].case
     shown = [row for row in rows if row.case == case and re.fullmatch(r"\w+, \d+", row.variant)]
     start = next(row for row in shown if row.variant == "open, 0")
@@ -105,7 +105,7 @@ def _soak(axis: Axes, rows: Sequence[Row]) -> None:
 
 
 def _line(axis: Axes, label: str, rows: Sequence[Row], colour: str = "", throughput: bool = False) -> None:
-    """Medians, with a band between the quartiles."""
+    """Draw the medians, with a band between the quartiles."""
     points = [_number(row) for row in rows]
     median, low, high = ([getattr(row.ratio, name) for row in rows] for name in ("median", "q1", "q3"))
     if throughput:

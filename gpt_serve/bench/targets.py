@@ -32,7 +32,7 @@ def _time(row: Row) -> Ratio:
 
 
 def _speed(row: Row) -> Ratio:
-    """Throughput by the base's, where the row has the time by the base's."""
+    """Return the throughput by the base's, where the row has the time by the base's."""
     return Ratio(1 / row.ratio.median, 1 / row.ratio.q3, 1 / row.ratio.q1)
 
 
@@ -42,7 +42,7 @@ def _by_flops(row: Row) -> Ratio:
 
 
 def _own_share(row: Row) -> Ratio:
-    """Measured within the calls if it could be, else what the engine takes beyond the forward pass, in percent."""
+    """Return what was measured within the calls, or else the engine's time beyond the forward pass, in percent."""
     if "own share, %" in row.extra:
         return Ratio(*3 * (row.extra["own share, %"],))
     return Ratio(*(100 * (1 - 1 / value) for value in (row.ratio.median, row.ratio.q1, row.ratio.q3)))

@@ -36,7 +36,7 @@ class Ratio:
 
     @classmethod
     def of(cls, times: Sequence[float], base: Sequence[float]) -> "Ratio":
-        """From seconds of each round, in the same order."""
+        """Compute it from the seconds of each round, in the same order."""
         if len(times) != len(base):
             raise ValueError(f"{len(times)} and {len(base)} rounds cannot be compared")
         q1, median, q3 = np.quantile(np.divide(times, base), [0.25, 0.5, 0.75]).tolist()
@@ -66,7 +66,7 @@ class Row:
 
 
 def interleave(variants: Mapping[str, Callable[[], object]], plan: Plan) -> dict[str, list[float]]:
-    """Seconds per call of each variant in each round.
+    """Measure the seconds per call of each variant in each round.
 
     Every other round runs in reverse (A B C, C B A), so that steady drift favours nobody. Each variant is called once
     before the first round.
@@ -101,7 +101,7 @@ def to_rows(
     times: Mapping[str, Sequence[float]],
     extra: Mapping[str, Mapping[str, float]] | None = None,
 ) -> list[Row]:
-    """What `interleave` measured, as rows; the first variant is the base.
+    """Make rows of what `interleave` measured; the first variant is the base.
 
     Args:
         images: per call.

@@ -103,8 +103,9 @@ def _outputs(depth: int) -> dict[Tap, int]:
 def serving_graph(backbone: Backbone, device: str = "cpu", folder: Path | None = None) -> Graph:
     """The backbone's serving graph, open on ``device``; built the first time, which takes seconds.
 
-    A kept graph is used only if it answers as torch does here and now; a damaged or outdated one is built again.
-    Several processes may ask at the same time.
+    A kept graph is used only if it answers on the CPU as torch does, which is tried each time; a damaged or outdated
+    one is built again. What another device computes with it is not compared: of a session for CUDA only its placement
+    is checked. Several processes may ask at the same time.
 
     Args:
         backbone: on the CPU.
@@ -112,7 +113,7 @@ def serving_graph(backbone: Backbone, device: str = "cpu", folder: Path | None =
         folder: where graphs are kept; None for the user's cache.
 
     Raises:
-        ExportError: the graph does not answer as torch does, or would not run on ``device``.
+        ExportError: the graph does not answer on the CPU as torch does, or would not run on ``device``.
     """
     try:
         return _from(folder or cache_folder(), backbone, device)

@@ -103,7 +103,7 @@ def _name_companions(graph: Path) -> list[str]:
 
 
 def _companions(graph: Path) -> list[Path]:
-    """What belongs to the export at ``graph`` beside it; nothing where there is none, or a file of somebody else."""
+    """Return what belongs to the export at ``graph`` beside it; nothing where there is none, or another's file."""
     try:
         model = onnx.load(graph, load_external_data=False)
     except (FileNotFoundError, DecodeError):
@@ -117,7 +117,7 @@ def _companions(graph: Path) -> list[Path]:
 
 
 def _locations(model: onnx.ModelProto) -> Iterator[onnx.StringStringEntryProto]:
-    """Where the graph says that its external weights lie, once for each tensor."""
+    """Yield where the graph says that its external weights lie, once for each tensor."""
     for tensor in model.graph.initializer:
         yield from (entry for entry in tensor.external_data if entry.key == "location")
 
@@ -143,7 +143,7 @@ def save(model: ir.Model, path: Path, metadata: Mapping[str, str], external_byte
 
 
 def count_nodes(path: Path) -> int:
-    """Operators in the graph."""
+    """Return the number of operators in the graph at ``path``."""
     return len(onnx.load(path, load_external_data=False).graph.node)
 
 

@@ -17,7 +17,7 @@ from gpt_serve.specs import Preprocess
 
 @torch.no_grad()
 def fold_backbone(model: ViT) -> ViT:
-    """A copy of ``model`` with LayerScale in the weights, ``qkv`` apart, and positions in the prefix tokens."""
+    """Copy ``model``, with LayerScale in the weights, ``qkv`` as three layers and positions in the prefix tokens."""
     folded = copy.deepcopy(model)
     blocks: Any = folded.blocks
     for blk in blocks:
@@ -86,7 +86,7 @@ def _fold_layer_scale(blk: Any) -> None:
 
 
 def _split_projection(attn: Any) -> None:
-    """Three projections, without the biases that attention does not need.
+    """Replace ``qkv`` by three projections, without the biases that attention does not need.
 
     A bias of the keys adds the same to all scores of a query, which the softmax cancels, unless keys are normed or
     rotated after it. A bias of the values adds itself to every mix of values, as weights sum to 1, and so goes through

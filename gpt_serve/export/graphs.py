@@ -1,4 +1,4 @@
-"""The two graphs: one task folded in, or one backbone for a bank of tasks. Both call the one forward pass.
+"""The graphs: one task folded in, or one backbone for a bank of tasks. All of them call the one forward pass.
 
 Shapes: batch ``B``, image ``h`` x ``w``, tasks ``T``, blocks ``L``, width ``D``, prompts ``P``, classes ``C``.
 """
@@ -64,7 +64,7 @@ class Form:
 
 
 class _Graph(nn.Module):
-    """What both graphs share: pixels in, scores out."""
+    """What the graphs of one and of many tasks share: they take pixels and give scores."""
 
     def __init__(self, model: ViT, form: Form) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class _Graph(nn.Module):
         self.form = form
 
     def embed(self, images: Tensor) -> Tensor:
-        """Images as the form takes them to tokens (B, prefix + N, D)."""
+        """Turn images as the form takes them into tokens (B, prefix + N, D)."""
         x = images.to(self.form.dtype)
         if self.form.input == "uint8":
             x = x.permute(0, 3, 1, 2)
@@ -81,13 +81,13 @@ class _Graph(nn.Module):
         return embed(self.model, x)
 
     def scores(self, logits: Tensor) -> Tensor:
-        """(B, C) in float32."""
+        """Return the scores (B, C) in float32."""
         logits = logits.float()
         return logits if self.form.logits else logits.softmax(dim=-1)
 
 
 class SingleTask(_Graph):
-    """``images`` to the scores of one adapter, everything that does not depend on the images folded in."""
+    """Turns ``images`` into the scores of one adapter; everything that does not depend on the images is folded in."""
 
     def __init__(self, backbone: Backbone, adapter: Adapter, form: Form) -> None:
         model = fold_backbone(backbone.model)
@@ -105,13 +105,13 @@ class SingleTask(_Graph):
         self.head_bias = nn.Buffer(adapter.head_bias.to(form.dtype))
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, h, w, 3) or (B, 3, h, w) to (B, C)."""
+        """Turn images, (B, h, w, 3) or (B, 3, h, w), into scores (B, C)."""
         features = prompted_features(self.model, self.embed(images), self.adapter)
         return self.scores(linear(features, self.head_weight, self.head_bias))
 
 
 class MultiTask(_Graph):
-    """``images`` and the row of each one's task in the bank to scores; the bank's tensors are inputs.
+    """Turns ``images`` and the row of each one's task in the bank into scores; the bank's tensors are inputs.
 
     Args:
         pool: of all tasks; None makes it an input.
@@ -140,7 +140,7 @@ class MultiTask(_Graph):
         is_deep: Tensor | None = None,
         mean_pool: Tensor | None = None,
     ) -> Tensor:
-        """Scores (B, C).
+        """Return the scores (B, C).
 
         Args:
             images: (B, h, w, 3) uint8, or (B, 3, h, w) normalised, as the form says.
@@ -163,14 +163,14 @@ class MultiTask(_Graph):
 
 
 class Features(_Graph):
-    """``images`` and each one's prompts, gates and temperatures to features, for servers with a bank of their own."""
+    """Turns ``images`` and each one's prompts, gates and temperatures into features, for a server's own bank."""
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__(fold_backbone(backbone.model), Form(input="float"))
         self.layout = _open_layout(backbone, serving_taps(backbone.spec.depth), deep=False)
 
     def forward(self, images: Tensor, prompt: Tensor, counts: Tensor, gate: Tensor, tau: Tensor) -> Tensor:
-        """Features (B, T, D) of the `serving_taps`, in their order.
+        """Return the features (B, T, D) of the `serving_taps`, in their order.
 
         Args:
             images: (B, 3, h, w) normalised.
@@ -184,7 +184,7 @@ class Features(_Graph):
 
 
 def serving_taps(depth: int) -> tuple[Tap, ...]:
-    """All that a linear head may read of a backbone with ``depth`` blocks: what a serving graph puts out."""
+    """Return all that a linear head may read of a backbone with ``depth`` blocks: what a serving graph puts out."""
     return (
         *(Tap(block, "cls") for block in range(depth)),
         *(Tap(block, "patches") for block in range(depth)),
@@ -193,13 +193,13 @@ def serving_taps(depth: int) -> tuple[Tap, ...]:
 
 
 def _open_layout(backbone: Backbone, taps: tuple[Tap, ...], deep: bool) -> Layout:
-    """Nothing known of any row: every gate may be open, every temperature another one."""
+    """Return the layout that assumes nothing of any row: each gate may be open, each temperature another one."""
     depth = backbone.spec.depth
     return Layout((False,) * (depth - 1), taps, layers=depth if deep else 1, prompts=1, tempered=True)
 
 
 def _rows(bank: AdapterBatch, index: Tensor) -> AdapterBatch:
-    """Rows ``index`` (B,) of a bank without keys and values, so that ``A`` becomes ``B``."""
+    """Take rows ``index`` (B,) of a bank without keys and values, so that ``A`` becomes ``B``."""
     return replace(
         bank,
         prompt=bank.prompt[index],
@@ -211,7 +211,7 @@ def _rows(bank: AdapterBatch, index: Tensor) -> AdapterBatch:
 
 
 def features_graph(backbone: Backbone) -> ir.Model:
-    """The graph of a server, see `Features`."""
+    """Make the graph of a server, see `Features`."""
     spec, prompts = backbone.spec, 4
     example = {
         "images": _example_images(backbone, Form(input="float")),
@@ -227,14 +227,14 @@ def features_graph(backbone: Backbone) -> ir.Model:
 
 
 def single_graph(backbone: Backbone, adapter: Adapter, form: Form) -> ir.Model:
-    """The folded graph of one task: ``images`` to ``probabilities`` or ``logits``."""
+    """Make the folded graph of one task, which turns ``images`` into ``probabilities`` or ``logits``."""
     graph = SingleTask(backbone, adapter, form)
     example = {"images": _example_images(backbone, form)}
     return to_onnx(graph, example, form.output, {"images": {0: torch.export.Dim("batch")}})
 
 
 def multi_graph(backbone: Backbone, pool: Pool | None, deep: bool, form: Form) -> ir.Model:
-    """The graph that serves every task of a bank, see `MultiTask`."""
+    """Make the graph that serves every task of a bank, see `MultiTask`."""
     graph = MultiTask(backbone, pool, deep, form)
     spec, tasks, prompts, classes = backbone.spec, 3, 4, 5
     example = {
@@ -281,7 +281,7 @@ def to_onnx(module: nn.Module, example: Mapping[str, Tensor], output: str, dynam
 
 
 def _check_dynamic(model: ir.Model, dynamic: Dynamic) -> None:
-    """torch falls back to the example's sizes, without a word, where the code depends on one."""
+    """Refuse a graph of fixed size: where code depends on a size, torch takes the example's without a word."""
     for value in model.graph.inputs:
         assert value.name is not None and value.shape is not None
         fixed = [axis for axis in dynamic.get(value.name, {}) if isinstance(value.shape[axis], int)]
@@ -309,7 +309,7 @@ def _example_images(backbone: Backbone, form: Form) -> Tensor:
 
 
 def _to(adapter: AdapterBatch, dtype: torch.dtype) -> AdapterBatch:
-    """The adapter's tensors in the type of the graph."""
+    """Return the adapter's tensors in the type of the graph."""
     return replace(
         adapter,
         prompt=adapter.prompt.to(dtype),

@@ -212,7 +212,7 @@ def _metadata(backbone: Backbone, kind: str, options: ExportOptions) -> dict[str
 
 
 def _finish(path: Path, options: ExportOptions) -> int:
-    """Quantize the graph if it is to be; returns its number of nodes."""
+    """Quantize the graph if the options say so; return its number of nodes."""
     if options.precision == "int8":
         quantize(path, options.external_bytes)
     return count_nodes(path)
@@ -229,7 +229,7 @@ def _verify(backbone: Backbone, adapter: Adapter, answer: Answer, options: Expor
 def _verify_bank(
     backbone: Backbone, graph: Graph, adapters: Mapping[str, Adapter], options: ExportOptions
 ) -> dict[str, Tally]:
-    """Each task in batches that it shares with all of the others."""
+    """Verify each task in batches that it shares with the next one of the bank."""
     tensors = [AdapterBatch.of(adapter, backbone.spec, "cpu") for adapter in adapters.values()]
     heads = [(adapter.head_weight, adapter.head_bias) for adapter in adapters.values()]
     bank = bank_inputs(tensors, heads, graph)
@@ -251,7 +251,7 @@ def _single_answer(graph: Graph, adapter: Adapter) -> Answer:
 
 
 def _mixed_answer(graph: Graph, bank: Mapping[str, Array], row: int, classes: int) -> Answer:
-    """The answers of task ``row`` when every image is followed by the same one for the next task of the bank."""
+    """Answer for task ``row`` while every image is followed by the same one for the next task of the bank."""
     neighbour = (row + 1) % len(bank["counts"])
 
     def answer(images: Tensor) -> Array:
@@ -263,7 +263,7 @@ def _mixed_answer(graph: Graph, bank: Mapping[str, Array], row: int, classes: in
 
 
 def _check_shared(adapter: Adapter, backbone: Backbone, pool: str) -> None:
-    """What all tasks of a graph have in common."""
+    """Raise `ExportError` unless the adapter has what all tasks of a graph must have in common."""
     own, shared = adapter.preprocess, backbone.spec.preprocess
     if (own.mean, own.std) != (shared.mean, shared.std):
         raise ExportError(f"{adapter.task!r} is normalised with other values than its backbone: export it alone")

@@ -1,4 +1,4 @@
-"""Exported graphs in onnxruntime: open, check, run."""
+"""Exported graphs in onnxruntime: they are opened, checked and run here."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -46,7 +46,7 @@ class Graph:
         self._output = self._session.get_outputs()[0].name
 
     def place(self, inputs: Mapping[str, Array]) -> dict[str, ort.OrtValue]:
-        """``inputs`` on the graph's device, for more than one run."""
+        """Put ``inputs`` on the graph's device, for more than one run."""
         kind, _, number = self.device.partition(":")
         return {
             name: ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), kind, int(number or 0))
@@ -54,14 +54,14 @@ class Graph:
         }
 
     def probabilities(self, inputs: Mapping[str, Array | ort.OrtValue]) -> Array:
-        """`run`, with logits turned into probabilities. Returns (B, C) float32."""
+        """Run the graph as `run` does and return probabilities, also of a graph that gives logits: (B, C) float32."""
         scores = self.run(inputs)
         if self.metadata["output"] == "logits":
             return torch.from_numpy(scores).softmax(dim=1).numpy()
         return scores
 
     def run(self, inputs: Mapping[str, Array | ort.OrtValue]) -> Array:
-        """The graph's output.
+        """Run the graph and return its output.
 
         Args:
             inputs: by name; arrays, or what `place` made of them.
@@ -82,7 +82,7 @@ class Graph:
         return output
 
     def json(self, key: str) -> Any:
-        """A value of the metadata that holds JSON."""
+        """Parse a value of the metadata that holds JSON."""
         return json.loads(self.metadata[key])
 
 
@@ -137,7 +137,7 @@ def check_index(index: Array, tasks: int) -> None:
 def bank_inputs(
     adapters: Sequence[AdapterBatch], heads: Sequence[tuple[Tensor, Tensor]], graph: Graph
 ) -> dict[str, Array]:
-    """The bank of a multi-task graph, see `graphs.MultiTask`; one ``A = 1`` batch and one head for each task.
+    """Stack the bank of a multi-task graph, see `graphs.MultiTask`, from an ``A = 1`` batch and a head of each task.
 
     Raises:
         ExportError: prompts for every block, and the graph has no place for them.
@@ -165,12 +165,12 @@ def bank_inputs(
 
 
 def _pad_prompt(prompt: Tensor, layers: int, length: int) -> Tensor:
-    """(1, layers or fewer, length or fewer, D) to (1, layers, length, D), filled with zeros."""
+    """Pad (1, layers or fewer, length or fewer, D) to (1, layers, length, D) with zeros."""
     return torch.nn.functional.pad(prompt, (0, 0, 0, length - prompt.shape[2], 0, layers - prompt.shape[1]))
 
 
 def _pad_rows(tensor: Tensor, rows: int, value: float) -> Tensor:
-    """(C, ...) to (rows, ...)."""
+    """Pad (C, ...) to (rows, ...) with ``value``."""
     padded = tensor.new_full((rows, *tensor.shape[1:]), value)
     padded[: len(tensor)] = tensor
     return padded

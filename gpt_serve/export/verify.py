@@ -54,16 +54,16 @@ class Tally:
                 self.correct[name] += int((classes == np.asarray(targets)).sum())
 
     def differ(self, expected: Array, actual: Array) -> None:
-        """Only the difference, of answers that have been counted in other batches."""
+        """Note the largest difference alone, of answers that have been counted in other batches."""
         difference = float(np.abs(expected - actual).max())
         self.max_abs_difference = max(self.max_abs_difference, difference if np.isfinite(difference) else float("inf"))
 
     def accuracy(self, name: str) -> float:
-        """Of ``torch`` or ``graph`` on the images whose class is known, in [0, 1]."""
+        """Return the accuracy of ``torch`` or ``graph`` on the images whose class is known, in [0, 1]."""
         return self.correct[name] / self.labelled
 
     def to_dict(self) -> dict[str, Any]:
-        """As stored in the graph's metadata."""
+        """Return what is stored in the graph's metadata."""
         report: dict[str, Any] = {
             "max_abs_difference": self.max_abs_difference,
             "top1_agreement": self.agreed / self.images,
@@ -118,7 +118,7 @@ def check_accuracy(tally: Tally, max_drop: float, force: bool, task: str) -> Non
 
 
 def torch_answer(backbone: Backbone, adapter: Adapter) -> Answer:
-    """The adapter's own forward pass, nothing folded."""
+    """Return the adapter's own forward pass in torch, with nothing folded."""
     tensors = AdapterBatch.of(adapter, backbone.spec, "cpu")
     mean, std = (torch.tensor([values]) for values in (adapter.preprocess.mean, adapter.preprocess.std))
 
@@ -139,7 +139,7 @@ def _noise(backbone: Backbone) -> Tensor:
 
 
 def _photographs(preprocess: Preprocess) -> Tensor:
-    """Parts of the two photographs that scikit-learn ships."""
+    """Cut parts out of the two photographs that scikit-learn ships, preprocessed."""
     photos = [torch.from_numpy(photo.copy()) for photo in load_sample_images().images]  # type: ignore[no-untyped-call]
     parts = []
     for index, photo in enumerate(islice(cycle(photos), PHOTOS)):
@@ -150,7 +150,7 @@ def _photographs(preprocess: Preprocess) -> Tensor:
 
 
 def _evaluation_batches(adapter: Adapter, data: str | None) -> Iterator[tuple[Tensor, list[int]]]:
-    """Preprocessed images (B, 3, h, w) with their classes."""
+    """Yield batches of preprocessed images (B, 3, h, w) with their classes."""
     samples = () if data is None else open_evaluation(data, adapter.labels).test
     for start in range(0, len(samples), DATA_BATCH):
         chunk = samples[start : start + DATA_BATCH]
