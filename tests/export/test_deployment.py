@@ -51,7 +51,7 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A working folder as the page has it: the runner, stand-ins for the graphs, two images."""
     root = tmp_path_factory.mktemp("deployment")
     (root / "export").mkdir()
-    for name in ("run.py", "bank.py"):
+    for name in ("run.py", "bank.py", "adapter_file.py"):
         shutil.copy(ROOT / "export" / name, root / "export" / name)
     single(root / "export" / "flowers.onnx")
     multi(root / "export" / "multi.onnx", [make_adapter(task=task) for task in TASKS])
