@@ -107,7 +107,7 @@ def test_flops_are_those_of_the_textbook(tiny: Backbone, prompts: int) -> None:
     patches, width, classes = 16, 24, 20
     rows = 1 + patches + prompts
     expected = patches * 3 * 4 * 4 * width + 3 * rows * (4 * width**2 + 2 * rows * width + 8 * width**2)
-    run, head = tiny.model, 0
+    run, head = tiny.timm_model, 0
     if prompts:
         run, head = AuthorsModel(tiny, untrained_adapter(tiny, "some", prompts=prompts)), classes * width
     images = torch.zeros(2, 3, *tiny.spec.preprocess.input_size)
