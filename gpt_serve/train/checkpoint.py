@@ -68,7 +68,7 @@ class RunCheckpoint:
         return self.path.is_file()
 
     def save(self, identity: dict[str, Any], state: dict[str, Any]) -> None:
-        """Replace the stored state; a crash leaves the old one.
+        """Store ``state`` in place of the one before; a crash leaves the old one.
 
         Args:
             identity: what must be equal for a run to continue (recipe, backbone, data), as plain JSON values.
@@ -87,7 +87,7 @@ class RunCheckpoint:
             raise UsageError(f"nothing to resume: {self.path} does not exist; train without --resume")
 
     def load(self, identity: dict[str, Any]) -> dict[str, Any]:
-        """The stored state.
+        """Read the stored state.
 
         Raises:
             UsageError: there is none, it is damaged, or it belongs to other settings (they are named).

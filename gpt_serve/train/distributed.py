@@ -18,7 +18,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class World:
-    """This process among all: ``rank`` of ``size``."""
+    """The place of this process among all that train together: ``rank`` of ``size``."""
 
     rank: int = 0
     size: int = 1
@@ -29,7 +29,7 @@ class World:
         return self.rank == 0
 
     def share(self, batch: list[Item]) -> list[Item]:
-        """This process's part of a batch."""
+        """The part of a batch that this process computes."""
         return batch[self.rank :: self.size]
 
     def sum(self, value: Tensor) -> Tensor:

@@ -145,7 +145,9 @@ def with_spec(backbone: Backbone, spec: BackboneSpec) -> Backbone:
 
 
 def new_trainer(backbone: Backbone, job: TrainingJob, views: Views, reporter: Reporter, world: World) -> Trainer:
-    """What the recipe and its seed start from; prompts are left random when a checkpoint is about to replace them.
+    """A trainer whose tensors are as the recipe and its seed start them.
+
+    With ``resume`` a checkpoint is about to replace them, so nothing is computed from the training images.
 
     Raises:
         UsageError: there are fewer tokens than prompts.
@@ -175,7 +177,7 @@ def _taps(backbone: Backbone, job: TrainingJob, views: Views, reporter: Reporter
 
 
 def build_module(backbone: Backbone, recipe: Recipe, classes: int, taps: tuple[Tap, ...] = ()) -> TaskModule:
-    """What the recipe trains, untrained, for ``classes`` classes."""
+    """The module that the recipe trains for ``classes`` classes, before any training."""
     if find_method(recipe.method).full:
         return FullModule(backbone, classes, recipe.head_init)
     return AdapterModule.initial(

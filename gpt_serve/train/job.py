@@ -11,7 +11,7 @@ from gpt_serve.train.recipes.recipe import Recipe
 
 
 class Reporter(Protocol):
-    """Where progress goes."""
+    """Is told how a run goes, and shows it to somebody."""
 
     def scanning(self, total: int, what: str = "checking images") -> Callable[[], object]:
         """So many images are about to be read; call the result after each."""
@@ -23,13 +23,13 @@ class Reporter(Protocol):
         """One line worth knowing."""
 
     def batch(self, epoch: int, loss: float, accuracy: float, images: int) -> None:
-        """A step was made: running loss and accuracy of the epoch, images in the step."""
+        """A step on so many images was made; loss and accuracy are those of the epoch so far."""
 
     def epoch(self, record: EpochRecord) -> None:
         """An epoch is done and stored."""
 
     def training(self, images: int, first_epoch: int, epochs: int) -> None:
-        """Training begins: images per epoch."""
+        """Training begins at ``first_epoch`` of ``epochs``, with so many images in each."""
 
 
 class Silent:
@@ -39,7 +39,7 @@ class Silent:
         return self.batch
 
     def batch(self, *_: object) -> None:
-        """Whatever is done or read."""
+        """Nobody is told, whatever it is."""
 
     unreadable = notice = epoch = training = batch
 
@@ -73,7 +73,7 @@ class TrainingJob:
 
 @dataclass(frozen=True)
 class Views:
-    """The splits as tensors; ``test`` is None when there is none."""
+    """The splits of a data set as views; ``test`` is None where there are no test images."""
 
     labels: tuple[str, ...]
     train: View
@@ -83,5 +83,5 @@ class Views:
 
     @property
     def unseen(self) -> tuple[View, str]:
-        """Test images, validation images when there are none, and what they are called. Nothing is selected by them."""
+        """The test images, or validation images where there are none, and what these are called."""
         return (self.val, "validation") if self.test is None else (self.test, "test")

@@ -65,7 +65,7 @@ def prompt_nmi(model: Any, tokens: Tensor, adapter: AdapterBatch) -> list[float]
 
 
 def nmi_probe(backbone: Backbone, module: AdapterModule, view: View) -> Callable[[], list[float]]:
-    """Measures ``module``, in eval mode, on the same images of ``view`` every time: `IMAGES`, evenly spaced."""
+    """A function that measures ``module`` in eval mode, always on the same `IMAGES` images of ``view``."""
     count = min(IMAGES, len(view))
     (images, _), *_ = view.batches([[index * len(view) // count for index in range(count)]], workers=0)
     with torch.no_grad():
@@ -79,7 +79,7 @@ def nmi_probe(backbone: Backbone, module: AdapterModule, view: View) -> Callable
 
 
 def recorded_nmi(adapter: Adapter) -> Tensor:
-    """What `train --nmi` has stored with an adapter: (epochs, L).
+    """The NMI by epoch and block that `train --nmi` has stored with an adapter, (epochs, L).
 
     Raises:
         UsageError: it holds none.

@@ -38,7 +38,7 @@ class Candidate:
 
 
 class GateSearch:
-    """Which gates close: the cheapest first, as many as possible.
+    """Searches for the gates that can close: the cheapest are tried first, and as many as possible are closed.
 
     Args:
         adapter: as published.
@@ -132,7 +132,7 @@ class GateSearch:
         return module.to(self.backbone.device)
 
     def record(self, kept: Candidate | None, tolerance: float) -> dict[str, Any]:
-        """What the adapter's metadata and card tell about the step; blocks count from 1."""
+        """The record of the step that the adapter's metadata keep and its card shows; blocks count from 1."""
         assert self.adapter.gamma is not None
         after = self.before if kept is None else kept.val
         return {
@@ -158,7 +158,10 @@ class GateSearch:
 
 
 def most(low: int, high: int, attempt: Callable[[int], Found | None], tries: int) -> Found | None:
-    """What the largest count above ``low`` with an answer gives; ``high`` first, then halves of what is left."""
+    """The answer of the largest count above ``low`` that ``attempt`` answers; None when it answers none.
+
+    It tries ``high`` first and then halves what is left, at most ``tries`` times.
+    """
     count, found = high, None
     while low < high and tries > 0:
         tries -= 1
@@ -172,7 +175,7 @@ def most(low: int, high: int, attempt: Callable[[int], Found | None], tries: int
 
 
 def closed(adapter: Adapter, gates: Collection[int]) -> Adapter:
-    """``adapter`` with those gates exactly 0."""
+    """A copy of ``adapter`` whose gates at these indices are exactly 0."""
     assert adapter.gamma is not None
     gamma = adapter.gamma.clone()
     gamma[list(gates)] = -torch.inf

@@ -13,7 +13,7 @@ LAST_TEMPERATURE = 0.5
 
 
 def gumbel_temperature(progress: float) -> float:
-    """From 1 to 0.5, exponentially.
+    """The temperature of sampled gates, which falls exponentially from 1 to 0.5.
 
     Args:
         progress: share of the epochs that are done, in [0, 1].
@@ -22,7 +22,7 @@ def gumbel_temperature(progress: float) -> float:
 
 
 def sample_gates(gamma: Tensor, rows: int, temperature: float) -> Tensor:
-    """Gates of 0 or 1 for each of ``rows`` images, (rows, L-1); a gate is 1 with probability ``sigmoid(gamma)``.
+    """Draw gates of 0 or 1 for each of ``rows`` images, (rows, L-1): 1 with probability ``sigmoid(gamma)``.
 
     The gradient is that of the relaxed gate ``sigmoid((gamma + logistic noise) / temperature)`` (straight-through).
 
@@ -38,5 +38,5 @@ def sample_gates(gamma: Tensor, rows: int, temperature: float) -> Tensor:
 
 
 def harden(gamma: Tensor) -> Tensor:
-    """Gate priors whose gates are exactly 1 where ``sigmoid(gamma) > 0.5`` and exactly 0 elsewhere: +-inf."""
+    """Replace gate priors by +-inf: their gates are exactly 1 where ``sigmoid(gamma) > 0.5`` and else 0."""
     return torch.full_like(gamma, -torch.inf).masked_fill(gamma > 0, torch.inf)

@@ -44,7 +44,7 @@ ALIKE = 1e-3  # losses that differ by less say nothing: of such settings the lea
 
 
 def make_head(width: int, classes: int, kind: HeadInit) -> nn.Linear:
-    """An untrained classifier: Kaiming-normal (fan-out) with biases of -ln 99, or truncated normal with biases of 0.
+    """Make an untrained classifier: Kaiming-normal (fan-out) with biases of -ln 99, or truncated normal without.
 
     One by discriminant analysis is 0 until there are features, see `lda_head`.
     """
@@ -62,7 +62,7 @@ def make_head(width: int, classes: int, kind: HeadInit) -> nn.Linear:
 
 
 class HeadNorm(nn.Module):
-    """What the head sees instead of the features: ``(features - shift) * scale``, which stays as it is while training.
+    """A norm between features and head that training leaves alone: the head sees ``(features - shift) * scale``.
 
     As this is linear, a head that was trained behind it can be stored as one without, and serving needs to know
     nothing of it. ``fresh`` undoes the weight ``w`` and bias ``b`` of the backbone's final LayerNorm, so that the head
@@ -82,11 +82,11 @@ class HeadNorm(nn.Module):
         self.register_buffer("scale", torch.ones(width))
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, D) -> (B, D)."""
+        """Apply the norm to features (B, D)."""
         return (features - self.shift) * self.scale
 
     def folded(self, head: nn.Linear) -> tuple[Tensor, Tensor]:
-        """Weight (C, D) and bias (C,) of the head that gives the same on the features themselves."""
+        """Weight (C, D) and bias (C,) of a head that gives without the norm what ``head`` gives behind it."""
         weight = head.weight * self.scale
         return weight, head.bias - weight @ self.shift
 
@@ -129,7 +129,7 @@ class Discriminant:
 
     @classmethod
     def fit(cls, rows: Tensor, targets: Tensor, classes: int) -> "Discriminant":
-        """From features (n, D) around 0 and their classes (n,)."""
+        """Estimate both from centred features (n, D) and their classes (n,)."""
         counts = torch.bincount(targets, minlength=classes)
         sums = rows.new_zeros(classes, rows.shape[1]).index_add_(0, targets, rows)
         means = sums / counts.clamp(min=1)[:, None]

@@ -25,27 +25,27 @@ class TaskModule(nn.Module):
     head_norm: "HeadNorm | None"
 
     def features(self, model: nn.Module, images: Tensor) -> Tensor:
-        """Normalised images (B, 3, H, W) to what the backbone's norm puts out, (B, D); ``model`` is the frozen one."""
+        """The features (B, D) of normalised images (B, 3, H, W), after the norm of the frozen ``model``."""
         raise NotImplementedError
 
     def seen(self, features: Tensor) -> Tensor:
-        """What the head sees of ``features``, (B, D) both."""
+        """``features`` as the head sees them, after `head_norm` if there is one; both are (B, D)."""
         return features if self.head_norm is None else self.head_norm(features)
 
     def forward(self, model: nn.Module, images: Tensor) -> Tensor:
-        """Normalised images (B, 3, H, W) to logits (B, C)."""
+        """The logits (B, C) of normalised images (B, 3, H, W)."""
         logits: Tensor = self.head(self.seen(self.features(model, images)))
         return logits
 
     def steering(self) -> list[nn.Parameter]:
-        """What is learned besides the head."""
+        """The parameters that are learned besides the head."""
         return [parameter for name, parameter in self.named_parameters() if not name.startswith("head.")]
 
     def anneal(self, progress: float) -> None:
-        """Called before each epoch; ``progress`` is the share of the epochs that are done, in [0, 1]."""
+        """Do what is due before each epoch; ``progress`` is the share of the epochs that are done, in [0, 1]."""
 
     def clamp(self) -> None:
-        """Called after each optimizer step."""
+        """Bring parameters back into their range; called after each optimizer step."""
 
 
 class FullModule(TaskModule):
@@ -66,7 +66,7 @@ class FullModule(TaskModule):
         self._bare = AdapterBatch.single(depth=spec.depth, width=spec.width, pool=spec.pool, device=backbone.device)
 
     def features(self, model: nn.Module, images: Tensor) -> Tensor:
-        """Normalised images (B, 3, H, W) to what the norm puts out, (B, D); ``model`` plays no part."""
+        """The features (B, D) of normalised images (B, 3, H, W), by the module's own copy; ``model`` plays no part."""
         return prompted_features(self.model, embed(self.model, images), self._bare)
 
     def weights(self) -> dict[str, Tensor]:

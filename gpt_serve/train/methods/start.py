@@ -34,7 +34,9 @@ SHARE = 0.3  # of the training images that mean, max and kmeans read
 
 
 def start_from_data(backbone: Backbone, module: TaskModule, job: TrainingJob, view: View, reporter: Reporter) -> None:
-    """Set what the recipe takes from the training images: prompts and what is standard, not augmented, then the head.
+    """Set what the recipe takes from the training images: first prompts, then the norm, then the head.
+
+    Only the head sees augmented views, beside the images as they are.
 
     Raises:
         UsageError: there are fewer tokens than prompts.
@@ -51,7 +53,7 @@ def start_from_data(backbone: Backbone, module: TaskModule, job: TrainingJob, vi
 
 
 def _start_head(backbone: Backbone, module: TaskModule, job: TrainingJob, view: View, reporter: Reporter) -> None:
-    """By each image as it is and, where training augments, by as many others of its views as `AUGMENTED`."""
+    """Fit the head to each image as it is and, where training augments, to `AUGMENTED` more views of it."""
     recipe = job.recipe
     others = 0 if recipe.augment == "none" else AUGMENTED
     wider = module.head.in_features // backbone.spec.width
@@ -90,17 +92,17 @@ def _start_prompts(
 
 
 class TokenPool(Protocol):
-    """What is kept of a stream of tokens."""
+    """Takes a stream of tokens, batch by batch, and keeps no more of it than it needs to make prompts."""
 
     def add(self, tokens: Tensor) -> None:
-        """The next (n, D) tokens."""
+        """Take the next tokens, (n, D)."""
 
     def prompts(self) -> Tensor:
-        """(P, D), once all were added."""
+        """The prompts (P, D), once all tokens were added."""
 
 
 class Drawn:
-    """``P`` of ``total`` tokens, without replacement."""
+    """Keeps ``P`` of ``total`` tokens, drawn without replacement."""
 
     def __init__(self, total: int, prompts: int, seed: tuple[int, int]) -> None:
         self.positions = torch.from_numpy(np.sort(np.random.default_rng(seed).choice(total, prompts, replace=False)))
@@ -117,7 +119,10 @@ class Drawn:
 
 
 class Windows:
-    """``P`` of the means or maxima of consecutive tokens, at random; the last window may be shorter."""
+    """Takes the means or maxima of windows of consecutive tokens and keeps ``P`` of them, drawn at random.
+
+    The last window may be shorter than the others.
+    """
 
     def __init__(self, total: int, prompts: int, seed: tuple[int, int], *, largest: bool = False) -> None:
         self.size = window_size(total, prompts)
@@ -151,7 +156,10 @@ class Windows:
 
 
 class Centres:
-    """The ``P`` centres of mini-batch k-means; the first mini-batch, of 1,024 or 3 ``P`` at least, places them."""
+    """Clusters tokens by mini-batch k-means and keeps the ``P`` centres.
+
+    The first mini-batch, of at least 1,024 tokens and at least 3 ``P``, places them.
+    """
 
     def __init__(self, total: int, prompts: int, seed: tuple[int, int]) -> None:
         from sklearn.cluster import MiniBatchKMeans
@@ -183,7 +191,7 @@ POOLS: dict[PromptInit, Callable[[int, int, tuple[int, int]], TokenPool]] = {
 
 
 def window_size(total: int, prompts: int) -> int:
-    """``total // (P - 1)`` consecutive tokens, so that with the remainder there are at least ``P`` windows.
+    """How many consecutive tokens make a window: ``total // (P - 1)``, which makes at least ``P`` with the remainder.
 
     Without a remainder that leaves ``P - 1``; then, and for a single prompt, it is ``total // P``.
     """
@@ -202,7 +210,7 @@ def prompts_from_tokens(
     workers: int,
     on_image: Callable[[], object] = lambda: None,
 ) -> Tensor:
-    """Initial prompts (R, P, D) from images of ``view``, decided by ``seed``.
+    """Make initial prompts (R, P, D) from the patch tokens of images of ``view``; ``seed`` decides which.
 
     Args:
         view: the training images, not augmented.
@@ -250,7 +258,7 @@ def _choose(count: int, each: int, init: PromptInit, prompts: int, seed: int) ->
 
 @torch.no_grad()
 def patch_tokens(backbone: Backbone, images: Tensor) -> Iterator[Tensor]:
-    """(B, N, D) for each layer: the raw patch embedding, then what each block but the last hands on, without prefix.
+    """Yield the patch tokens (B, N, D) that enter each block, without the prefix: first the raw patch embedding.
 
     Args:
         images: uint8 (B, 3, H, W).

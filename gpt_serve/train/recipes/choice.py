@@ -26,7 +26,7 @@ class Pretrained(Protocol):
 def choose_recipe(
     name: str, task: str, backbone: Pretrained, published: tuple[Benchmark, str] | None = None, **overrides: Any
 ) -> tuple[Recipe, str]:
-    """The recipe of a run, and a line that says where it came from.
+    """Choose the recipe of a run; returns it and a line that says where it came from.
 
     ``paper`` takes the row of Table 5 for the task and the backbone's family, and values from the middle of the table
     where there is none. ``auto`` takes that row for the method ``gated``, or ``lda`` where there is none and on a
@@ -72,7 +72,7 @@ def choose_recipe(
 
 
 def _of_method(method: str | None, row: PaperRow | None, backbone: Pretrained) -> str:
-    """What ``auto`` means."""
+    """The name of the recipe that ``auto`` stands for."""
     published = backbone.name not in BUNDLED
     if method in (None, "gated"):
         return "paper" if published and row is not None else "lda"
@@ -82,7 +82,7 @@ def _of_method(method: str | None, row: PaperRow | None, backbone: Pretrained) -
 
 
 def _why_not(row: PaperRow | None, task: str, backbone: Pretrained) -> str:
-    """What follows ``recipe lda`` when nothing else was asked for."""
+    """Why ``auto`` took the recipe ``lda``, in words that follow its name."""
     if row is None:
         return f" (Table 5 has no row for task {task!r} on {backbone.name})"
     return f", the default with {backbone.name} (--recipe paper takes Table 5's row {row})"

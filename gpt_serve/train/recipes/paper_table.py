@@ -31,7 +31,7 @@ class PaperRow:
     gate_init: float
 
     def settings(self) -> dict[str, Any]:
-        """The fields of a `Recipe` that the row decides."""
+        """The values that the row gives to the fields of a `Recipe`."""
         return {name: getattr(self, name) for name in ("batch_size", "prompts", "lr", "gate_init")}
 
     def __str__(self) -> str:
@@ -63,7 +63,7 @@ def table_tasks() -> list[str]:
 
 
 def selected_values(column: str) -> list[float]:
-    """What the table has in a column of a `PaperRow`, over all tasks and both families, in order."""
+    """The different values of one field of `PaperRow` over all tasks and both families, in ascending order."""
     rows = [find_row(task, family) for task in table_tasks() for family in FAMILY_NAMES]
     return sorted({getattr(row, column) for row in rows})
 

@@ -124,11 +124,11 @@ class Recipe:
 
     @property
     def initialisation(self) -> PromptInit:
-        """How prompts start."""
+        """How prompts start: as the recipe says, or else as its method does."""
         return find_method(self.method).prompt_init if self.prompt_init is None else self.prompt_init
 
     def to_dict(self) -> dict[str, Any]:
-        """The hyperparameters as stored in the adapter's metadata; the method's own choices by their values."""
+        """The hyperparameters as an adapter's metadata stores them: what is left to the method appears by its value."""
         return asdict(self) | {"temperature": self.tempered, "prompt_init": self.initialisation}
 
 
@@ -193,7 +193,9 @@ PROTOCOLS: dict[Benchmark, dict[str, Any]] = {
 
 
 def make_recipe(name: str, **overrides: Any) -> Recipe:
-    """The named recipe with every override that is not None; warm-up follows ``epochs`` unless it is given.
+    """The named recipe, changed by every override that is not None.
+
+    When ``epochs`` is given and ``warmup`` is not, the warm-up takes a tenth of the epochs.
 
     Raises:
         UsageError: a setting that cannot work.
@@ -221,7 +223,7 @@ def _lda_defaults(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def prepared(preprocess: Preprocess, name: Preparation) -> Preprocess:
-    """The backbone's preprocessing as a benchmark has it; normalisation stays the backbone's.
+    """The backbone's preprocessing with the scaling and crop of a benchmark; its normalisation stays as it is.
 
     ``fgvc`` scales the shorter side to 256 for an input of 224, then crops; ``vtab`` squashes. Both are bilinear.
     """

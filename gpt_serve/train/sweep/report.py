@@ -19,7 +19,7 @@ STATUS = {TrialState.COMPLETE: "finished", TrialState.PRUNED: "stopped", TrialSt
 
 
 def described(sweep: Sweep, trials: Sequence[FrozenTrial], best: int) -> dict[str, Any]:
-    """Axes, what all trials share and the trials, as plain JSON values; ``best`` is the index of the best."""
+    """The record of a sweep as plain JSON values; ``best`` is the index of the best trial."""
     settings = [recipe.to_dict() for recipe in sweep.recipes]
     return {
         "early_stop": sweep.early_stop,
@@ -119,7 +119,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def plot_sweep(report: dict[str, Any], path: Path) -> None:
-    """Validation accuracy by each field that varies, as a PNG.
+    """Plot validation accuracy over each field that varies, a panel for each, as a PNG.
 
     Trials that failed are left out; those that were stopped early are hollow; the best one is ringed.
     """

@@ -37,7 +37,7 @@ FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 class SweepReporter(Reporter, Protocol):
-    """Where progress goes."""
+    """A `Reporter` that also counts trials."""
 
     def trials(self, total: int, done: int) -> Callable[[], object]:
         """So many trials, of which some are done already; call the result after each of the others."""
