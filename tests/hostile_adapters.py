@@ -274,7 +274,7 @@ def _metadata(spec: BackboneSpec) -> Iterator[Hostile]:
     yield case("method-odd", r"method 'Gated\\n' is not 1 to 32", method="Gated\n")
     yield case("backbone-odd", "backbone is not 1 to 200 printable", backbone="vit\x1b[2J")
     yield case("fingerprint-short", "backbone_sha256 is not 64 hex digits", backbone_sha256="abc")
-    yield case("pool-unknown", "pool 'max' is not cls or mean", pool="max")
+    yield case("pool-unknown", "pool 'max' is not one of cls, mean", pool="max")
     yield case("created-odd", r"created '2026-01-02\\n03:04:05Z' is not a UTC", created="2026-01-02\n03:04:05Z")
     yield case("created-elsewhere", r"created '.*\+02:00' is not a UTC", created="2026-01-02T03:04:05+02:00")
     yield case("created-never", "created '2026-02-30.*' is not a UTC", created="2026-02-30T03:04:05Z")

@@ -25,7 +25,7 @@ from tests.factories import make_adapter
 LABELS = ("ant", "bee", "cow")
 COMMANDS = (
     *("train", "sweep", "close-gates", "eval", "predict", "serve"),
-    *("tasks", "inspect", "reconstruct", "bench", "export", "push", "pull", "deploy"),
+    *("tasks", "inspect", "reconstruct", "bench", "export", "push", "pull", "deploy", "keys", "backbones"),
 )
 
 
@@ -530,7 +530,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "unknown option of the program": (["--jsno", "tasks"], "No such option"),
     "unknown option of a command": (["tasks", "--jsno"], "No such option"),
     "missing option": (["predict", "one.png"], "Missing option '--task'. Try 'gpt-serve predict --help'."),
-    "missing argument": (["predict", "--task", "alpha"], "Missing argument 'IMAGES...'"),
+    "missing argument": (["predict", "--task", "alpha"], "name what to classify: IMAGES, or --input with --output"),
     "extra argument": (["tasks", "more"], "Got unexpected extra argument (more)"),
     "missing value": (["predict", "one.png", "--task"], "Option '--task' requires an argument"),
     "wrong choice": (["train", "--task", "a", "--data", "d", "--method", "x"], "Invalid value for '--method'"),
