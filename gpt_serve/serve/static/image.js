@@ -54,8 +54,8 @@ const NO_CAMERA =
 
 async function open(video) {
   video.srcObject = await navigator.mediaDevices.getUserMedia({ video: { facingMode: "environment" } });
+  await video.play(); // before that there is no picture to use
   byId("camera").hidden = false;
-  await video.play();
   byId("shoot").focus();
 }
 
