@@ -58,7 +58,7 @@ def training_step(backbone: Backbone, method: str) -> Callable[[], None]:
 
     def step() -> None:
         module.zero_grad()
-        F.cross_entropy(forward_logits(backbone, module, images), targets).backward()
+        F.cross_entropy(forward_logits(backbone, module, images, backbone.spec.preprocess), targets).backward()
 
     return step
 

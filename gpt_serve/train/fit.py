@@ -46,7 +46,7 @@ def train_adapter(backbone: Backbone, job: TrainingJob, reporter: Reporter, worl
         if job.resume:
             RunCheckpoint(job.adapters, job.task).require()
         make_deterministic(backbone)
-        return train_on(*prepare(backbone, job, reporter), job, reporter, world, started)
+        return train_on(backbone, prepare(backbone, job, reporter), job, reporter, world, started)
 
 
 def train_on(
@@ -97,7 +97,7 @@ def _publish_start(
     if not isinstance(trainer.module, AdapterModule) or job.task in store.tasks():
         return
     training = describe(job, views, trainer.module, trainer.progress, seconds)
-    revision = store.publish(to_adapter(backbone, job, views.labels, trainer.module, training))
+    revision = store.publish(to_adapter(backbone, job, views.labels, trainer.module, training, views.train.preprocess))
     accuracy = trainer.progress.best_record.val_accuracy
     shown = "" if math.isnan(accuracy) else f", validation accuracy {100 * accuracy:.1f} %"
     reporter.notice(f"published {job.task!r} as it starts ({revision}{shown}, {seconds:.0f} s); training goes on")
@@ -110,23 +110,22 @@ def make_deterministic(backbone: Backbone) -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
-def prepare(backbone: Backbone, job: TrainingJob, reporter: Reporter) -> tuple[Backbone, Views]:
-    """The images of the run, and the backbone with the preprocessing that the recipe has for them.
+def prepare(backbone: Backbone, job: TrainingJob, reporter: Reporter) -> Views:
+    """The images of the run, with the preprocessing that the recipe has for them.
 
     Raises:
         DataError: they cannot be trained on, or an adapter for them could not be stored.
     """
-    spec, dataset = open_data(backbone.spec, job)
-    backbone = with_spec(backbone, spec)
+    preprocess, dataset = open_data(backbone.spec, job)
     if not find_method(job.recipe.method).full:
         module = build_module(backbone, job.recipe, len(dataset.labels))
         assert isinstance(module, AdapterModule)
-        rehearse(backbone, job, dataset.labels, module)
-    return backbone, load_views(dataset, spec.preprocess, job, reporter)
+        rehearse(backbone, job, dataset.labels, module, preprocess)
+    return load_views(dataset, preprocess, job, reporter)
 
 
-def open_data(spec: BackboneSpec, job: TrainingJob) -> tuple[BackboneSpec, Dataset]:
-    """The data set of the run, and the backbone's spec with the preprocessing that the recipe has for it.
+def open_data(spec: BackboneSpec, job: TrainingJob) -> tuple[Preprocess, Dataset]:
+    """The data set of the run, and how the recipe prepares its images for a backbone of ``spec``.
 
     Raises:
         DataError: it cannot be trained on.
@@ -136,12 +135,7 @@ def open_data(spec: BackboneSpec, job: TrainingJob) -> tuple[BackboneSpec, Datas
         raise DataError(
             f"--final-fit leaves only test images to report on, and --data {job.data} has none: leave it out"
         )
-    return replace(spec, preprocess=prepared(spec.preprocess, job.recipe.preprocess)), dataset
-
-
-def with_spec(backbone: Backbone, spec: BackboneSpec) -> Backbone:
-    """The same weights, used as ``spec`` has it: with another preprocessing or pooling."""
-    return Backbone(backbone.model, spec, str(backbone.device), backbone.family)
+    return prepared(spec.preprocess, job.recipe.preprocess), dataset
 
 
 def new_trainer(backbone: Backbone, job: TrainingJob, views: Views, reporter: Reporter, world: World) -> Trainer:

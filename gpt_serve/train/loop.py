@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from gpt_serve.errors import DataError
 from gpt_serve.images.preprocess import normalize
 from gpt_serve.model.backbone import Backbone
+from gpt_serve.specs import Preprocess
 from gpt_serve.train.data.views import View, ordered_batches, shuffled_batches
 from gpt_serve.train.distributed import World
 from gpt_serve.train.methods.modules import TaskModule
@@ -184,7 +185,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         totals = torch.zeros(3, dtype=torch.float64)
         if data is not None:
-            loss, correct = _loss(self.backbone, self.module, data)
+            loss, correct = _loss(self.backbone, self.module, data, self.train_view.preprocess)
             # Divided by the whole batch: the sum over processes is the gradient of the batch's mean loss.
             (loss / batch_size).backward()  # type: ignore[no-untyped-call]
             totals = torch.tensor([loss.item(), correct.item(), len(data[1])]).double()
@@ -228,10 +229,10 @@ def _optimizer(module: TaskModule, recipe: Recipe) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
 
 
-def forward_logits(backbone: Backbone, module: TaskModule, images: Tensor) -> Tensor:
+def forward_logits(backbone: Backbone, module: TaskModule, images: Tensor, preprocess: Preprocess) -> Tensor:
     """uint8 (B, 3, H, W) on the backbone's device to float32 logits (B, C); bf16 autocast on CUDA."""
     with _autocast(images):
-        logits: Tensor = module(backbone.model, normalized(backbone, images))
+        logits: Tensor = module(backbone.model, normalized(images, preprocess))
     return logits.float()
 
 
@@ -244,16 +245,15 @@ def features_of(
     for images, _ in view.batches(ordered_batches(len(view), EVAL_BATCH), workers):
         images = images.to(backbone.device)
         with _autocast(images):
-            features = module.features(backbone.model, normalized(backbone, images))
+            features = module.features(backbone.model, normalized(images, view.preprocess))
         for _ in images:
             on_image()
         yield features.float()
 
 
-def normalized(backbone: Backbone, images: Tensor) -> Tensor:
-    """uint8 (B, 3, H, W) on the backbone's device as its preprocessing normalises them."""
-    spec = backbone.spec.preprocess
-    mean, std = (torch.tensor(value, device=images.device) for value in (spec.mean, spec.std))
+def normalized(images: Tensor, preprocess: Preprocess) -> Tensor:
+    """uint8 (B, 3, H, W) as the task's preprocessing normalises them, on their device."""
+    mean, std = (torch.tensor(value, device=images.device) for value in (preprocess.mean, preprocess.std))
     return normalize(images, mean, std)
 
 
@@ -261,10 +261,12 @@ def _autocast(images: Tensor) -> torch.autocast:
     return torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=images.device.type == "cuda")
 
 
-def _loss(backbone: Backbone, module: TaskModule, data: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _loss(
+    backbone: Backbone, module: TaskModule, data: tuple[Tensor, Tensor], preprocess: Preprocess
+) -> tuple[Tensor, Tensor]:
     """Summed cross-entropy of a batch, and how many of its images are classified right."""
     images, targets = (item.to(backbone.device, non_blocking=True) for item in data)
-    logits = forward_logits(backbone, module, images)
+    logits = forward_logits(backbone, module, images, preprocess)
     return F.cross_entropy(logits, targets, reduction="sum"), (logits.argmax(1) == targets).sum()
 
 
@@ -275,7 +277,7 @@ def evaluate(backbone: Backbone, module: TaskModule, view: View, workers: int, w
     batches = [world.share(batch) for batch in ordered_batches(len(view), EVAL_BATCH)]
     totals = torch.zeros(3, dtype=torch.float64)
     for data in view.batches([batch for batch in batches if batch], workers):
-        loss, correct = _loss(backbone, module, data)
+        loss, correct = _loss(backbone, module, data, view.preprocess)
         totals += torch.tensor([loss.item(), correct.item(), len(data[1])]).double()
     loss_sum, correct_sum, count = world.sum(totals.to(backbone.device)).tolist()
     return Score(correct_sum / count, loss_sum / count)
@@ -288,7 +290,7 @@ def predict_all(backbone: Backbone, module: TaskModule, view: View, workers: int
     predictions: list[Tensor] = []
     targets: list[Tensor] = []
     for images, target in view.batches(ordered_batches(len(view), EVAL_BATCH), workers):
-        logits = forward_logits(backbone, module, images.to(backbone.device))
+        logits = forward_logits(backbone, module, images.to(backbone.device), view.preprocess)
         predictions.append(logits.argmax(1).cpu())
         targets.append(target)
     return torch.cat(predictions), torch.cat(targets)

@@ -15,6 +15,7 @@ from gpt_serve.adapters.store import AdapterStore
 from gpt_serve.errors import DataError, InvalidAdapter, UsageError
 from gpt_serve.files import replacing
 from gpt_serve.model.backbone import Backbone
+from gpt_serve.specs import Preprocess
 from gpt_serve.train.card import write_card
 from gpt_serve.train.job import TrainingJob, Views
 from gpt_serve.train.loop import Progress
@@ -24,7 +25,9 @@ from gpt_serve.train.methods.prompts import AdapterModule
 OTHER_BYTES = 2**16  # room in an adapter's metadata for digests, metrics and what closing gates records
 
 
-def rehearse(backbone: Backbone, job: TrainingJob, labels: tuple[str, ...], module: AdapterModule) -> None:
+def rehearse(
+    backbone: Backbone, job: TrainingJob, labels: tuple[str, ...], module: AdapterModule, preprocess: Preprocess
+) -> None:
     """Make the file that training would publish, of an untrained module.
 
     A limit of the format is so met before anything trains, not when all is done.
@@ -38,7 +41,7 @@ def rehearse(backbone: Backbone, job: TrainingJob, labels: tuple[str, ...], modu
         "others": " " * OTHER_BYTES,
     }
     try:
-        to_adapter(backbone, job, labels, module, training).to_bytes()
+        to_adapter(backbone, job, labels, module, training, preprocess).to_bytes()
     except InvalidAdapter as error:
         what = "fewer prompts, fewer classes or shorter names of them" + (", or no --nmi" if job.nmi else "")
         raise DataError(f"the adapter of {job.task!r} could not be stored: {error}: take {what}") from error
@@ -67,7 +70,7 @@ def publish_trained(
         store_model(path, module, views.labels, summary)
         return summary | {"path": str(path)}
     assert isinstance(module, AdapterModule)
-    adapter = to_adapter(backbone, job, views.labels, module, training)
+    adapter = to_adapter(backbone, job, views.labels, module, training, views.train.preprocess)
     return summary | {"revision": publish(job.adapters, adapter, answers, views.unseen[1])}
 
 
@@ -131,17 +134,21 @@ def describe(job: TrainingJob, views: Views, module: TaskModule, progress: Progr
 
 
 def to_adapter(
-    backbone: Backbone, job: TrainingJob, labels: tuple[str, ...], module: AdapterModule, training: dict[str, Any]
+    backbone: Backbone,
+    job: TrainingJob,
+    labels: tuple[str, ...],
+    module: AdapterModule,
+    training: dict[str, Any],
+    preprocess: Preprocess,
 ) -> Adapter:
-    """The module's tensors as a storable adapter."""
+    """The module's tensors and the task's own preprocessing as a storable adapter."""
     return Adapter(
         task=job.task,
         method=job.recipe.method,
         backbone=backbone.name,
         backbone_sha256=backbone.fingerprint,
         labels=labels,
-        pool=backbone.spec.pool,
-        preprocess=backbone.spec.preprocess,
+        preprocess=preprocess,
         training=training,
         created=utc_now(),
         **module.stored(),

@@ -105,7 +105,7 @@ def test_blocks_before_it_have_no_parameters(tiny: Backbone, method: str, expect
 
 def test_prompts_start_as_tokens_of_the_block_that_they_enter(tiny: Backbone, colours: Path) -> None:
     view = View(open_dataset(str(colours), 0).train[:6], PREPROCESS, None, "none", 0)
-    layers = list(patch_tokens(tiny, torch.stack([view[index][0] for index in range(6)])))
+    layers = list(patch_tokens(tiny, torch.stack([view[index][0] for index in range(6)]), view.preprocess))
     found = prompts_from_tokens(tiny, view, "tokens", (2, 5), first_block=1, seed=0, workers=0)
     for prompt, tokens in zip(found, layers[1:], strict=True):
         distance = (prompt[:, None] - tokens.flatten(0, 1)).abs().amax(dim=2)

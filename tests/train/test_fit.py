@@ -163,7 +163,7 @@ def test_a_loss_that_is_not_finite_ends_in_one_line(
 ) -> None:
     monkeypatch.setattr(
         "gpt_serve.train.loop.forward_logits",
-        lambda _, module, images: module.head.bias.expand(len(images), -1) * torch.inf,
+        lambda _, module, images, preprocess: module.head.bias.expand(len(images), -1) * torch.inf,
     )
     with pytest.raises(DataError, match=r"not finite in epoch 0: lower --lr"):
         train(tiny, job(colours, tmp_path))
@@ -292,7 +292,7 @@ def test_the_first_steps_follow_the_optimizer_of_the_recipe(tiny: Backbone, colo
             reference.load_state_dict(expected)
             images = torch.stack([view[index][0] for index in batch])
             targets = torch.tensor([view[index][1] for index in batch])
-            loss = F.cross_entropy(forward_logits(tiny, reference, images), targets)
+            loss = F.cross_entropy(forward_logits(tiny, reference, images, PREPROCESS), targets)
             gradients = torch.autograd.grad(loss, list(reference.parameters()))
             for (key, value), gradient in zip(list(expected.items()), gradients, strict=True):
                 rate = learning_rate(recipe, epoch) * (recipe.head_lr_scale if key.startswith("head") else 1)

@@ -72,7 +72,7 @@ def test_tokens_of_each_layer_are_those_of_the_plain_forward(view: View, options
     """No position embedding and no norm in layer 0; block i - 1's patches, without CLS and registers, in layer i."""
     backbone = tiny_backbone(**options)
     images = torch.stack([view[index][0] for index in range(3)])
-    layers = list(patch_tokens(backbone, images))
+    layers = list(patch_tokens(backbone, images, PREPROCESS))
     assert len(layers) == backbone.spec.depth
     for index in range(3):
         for layer, expected in zip(layers, plain_tokens(backbone, images[index]), strict=True):

@@ -17,7 +17,7 @@ from gpt_serve.train.card import card_text
 from gpt_serve.train.checkpoint import held, run_folder
 from gpt_serve.train.closing.search import GateSearch
 from gpt_serve.train.data.datasets import open_dataset
-from gpt_serve.train.fit import load_views, make_deterministic, with_spec
+from gpt_serve.train.fit import load_views, make_deterministic
 from gpt_serve.train.job import Reporter, TrainingJob, Views
 from gpt_serve.train.loop import predict_all
 from gpt_serve.train.methods.prompts import AdapterModule
@@ -80,13 +80,10 @@ def _close_in_folder(backbone: Backbone, job: ClosingJob, reporter: Reporter) ->
     stored = store.load(job.task)
     recipe, sha256 = _check(stored.adapter, job)
     make_deterministic(backbone)
-    # As the adapter sees it: serving, too, uses its pooling and preprocessing, not this backbone's defaults.
-    spec = replace(backbone.spec, pool=stored.adapter.pool, preprocess=stored.adapter.preprocess)
-    backbone = with_spec(backbone, spec)
     work = TrainingJob(
         job.task, job.data, job.adapters, recipe, skip_unreadable=job.skip_unreadable, workers=job.workers
     )
-    views = load_views(open_dataset(job.data, recipe.seed), spec.preprocess, work, reporter)
+    views = load_views(open_dataset(job.data, recipe.seed), stored.adapter.preprocess, work, reporter)
     if views.digest != sha256:
         raise DataError(f"--data {job.data} is not what {job.task!r} was trained on: use the same images and split")
     search = GateSearch(backbone, stored.adapter, work, views, reporter)

@@ -14,7 +14,7 @@ from gpt_serve.errors import UsageError
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.model.batch import AdapterBatch
 from gpt_serve.model.prompted import TAU_MAX, TAU_MIN, embed, prompted_features
-from gpt_serve.specs import BackboneSpec, Tap
+from gpt_serve.specs import BackboneSpec, Pool, Tap
 from gpt_serve.train.methods.gates import gumbel_temperature, harden, sample_gates
 from gpt_serve.train.methods.heads import HeadInit, HeadNorm, Norm, make_head
 from gpt_serve.train.methods.modules import TaskModule
@@ -83,7 +83,8 @@ class AdapterModule(TaskModule):
         tau: (L,); None when temperatures are not learned.
         shift: (L, 3, D); None when shifts are not learned.
         first_block: the block that prompts enter.
-        taps: what the head reads; none for the last block with the backbone's pooling.
+        taps: what the head reads; none for the last block with ``pool``.
+        pool: of the last block; None for what the backbone's pretraining calls for.
         head_norm: between the backbone's norm and the head; None for the pretrained norm alone.
         prompt_dropout: share of the prompts' values that is dropped in training mode.
         hard: gates are sampled, 0 or 1 for each image, in training mode, and 0 or 1 by their prior otherwise.
@@ -93,6 +94,8 @@ class AdapterModule(TaskModule):
         closed: for each of `priors`, whether it is exactly 0 and stays so; None when gates are not learned.
     """
 
+    _tau_before: Tensor | None
+    _shift_before: Tensor | None
     _fixed: Tensor
     _learned: Tensor
 
@@ -107,6 +110,7 @@ class AdapterModule(TaskModule):
         shift: Tensor | None = None,
         first_block: int = 0,
         taps: tuple[Tap, ...] = (),
+        pool: Pool | None = None,
         head_norm: HeadNorm | None = None,
         prompt_dropout: float = 0.0,
         hard: bool = False,
@@ -115,6 +119,7 @@ class AdapterModule(TaskModule):
         self.spec = spec
         self.first_block = first_block
         self.taps = taps
+        self.pool = pool or spec.pool
         self.head_norm = head_norm
         self.prompt_dropout = prompt_dropout
         self.hard = hard
@@ -123,6 +128,9 @@ class AdapterModule(TaskModule):
         self.prompt = None if prompt is None else nn.Parameter(prompt)
         self.tau = None if tau is None else nn.Parameter(tau)
         self.shift = None if shift is None else nn.Parameter(shift)
+        for name, learned in (("tau", tau), ("shift", shift)):
+            before = None if learned is None else learned[:first_block].clone()
+            self.register_buffer(f"_{name}_before", before, persistent=False)
         self.gamma: nn.Parameter | None = None
         self.closed: tuple[bool, ...] | None = None
         if gamma is not None:
@@ -211,6 +219,7 @@ class AdapterModule(TaskModule):
             shift=shift,
             first_block=adapter.first_block,
             taps=adapter.taps,
+            pool=adapter.pool,
             prompt_dropout=prompt_dropout,
         )
 
@@ -238,11 +247,11 @@ class AdapterModule(TaskModule):
         adapter = AdapterBatch.single(
             depth=self.spec.depth,
             width=self.spec.width,
-            pool=self.spec.pool,
+            pool=self.pool,
             prompt=self.prompt,
             gamma=gamma,
-            tau=self._from_first_block(self.tau, 1.0),
-            shift=self._from_first_block(self.shift, 0.0),
+            tau=_joined(self._tau_before, self.tau),
+            shift=_joined(self._shift_before, self.shift),
             closed=closed,
             first_block=self.first_block,
             taps=self.taps,
@@ -256,12 +265,6 @@ class AdapterModule(TaskModule):
             adapter = dataclasses.replace(adapter, prompt=F.dropout(prompt, self.prompt_dropout))
         return adapter
 
-    def _from_first_block(self, learned: Tensor | None, neutral: float) -> Tensor | None:
-        """``learned`` (L, ...) from the first block on; ``neutral`` before it, where tasks share what they compute."""
-        if learned is None or not self.first_block:
-            return learned
-        return torch.cat([torch.full_like(learned[: self.first_block], neutral), learned[self.first_block :]])
-
     def features(self, model: nn.Module, images: Tensor) -> Tensor:
         """Normalised images (B, 3, H, W) to what the backbone's norm puts out, (B, K*D)."""
         with torch.no_grad():
@@ -272,10 +275,10 @@ class AdapterModule(TaskModule):
         """The tensors as fields of an `Adapter`: float32 copies on the CPU."""
         head = (self.head.weight, self.head.bias) if self.head_norm is None else self.head_norm.folded(self.head)
         tensors = {"prompt": self.prompt, "gamma": self.final_priors()}
-        tensors |= {"tau": self._from_first_block(self.tau, 1.0), "shift": self._from_first_block(self.shift, 0.0)}
+        tensors |= {"tau": _joined(self._tau_before, self.tau), "shift": _joined(self._shift_before, self.shift)}
         tensors |= {"head_weight": head[0], "head_bias": head[1]}
         stored = {name: tensor.detach().float().cpu() for name, tensor in tensors.items() if tensor is not None}
-        rest = {"first_block": self.first_block, "taps": self.taps}
+        rest = {"first_block": self.first_block, "taps": self.taps, "pool": self.pool}
         return {name: tensor.clone() for name, tensor in stored.items()} | rest
 
     @torch.no_grad()
@@ -283,3 +286,10 @@ class AdapterModule(TaskModule):
         """Keep the temperatures in range after an optimizer step, as the authors do on every forward."""
         if self.tau is not None:
             self.tau.clamp_(TAU_MIN, TAU_MAX)
+
+
+def _joined(before: Tensor | None, learned: Tensor | None) -> Tensor | None:
+    """``learned`` (L, ...) from the first block on; ``before``, what they began as, in the blocks that tasks share."""
+    if before is None or learned is None or not len(before):
+        return learned
+    return torch.cat([before, learned[len(before) :]])

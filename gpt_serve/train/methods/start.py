@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from gpt_serve.errors import UsageError
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.model.prompted import block, embed
+from gpt_serve.specs import Preprocess
 from gpt_serve.train.data.views import View, ordered_batches, thinned
 from gpt_serve.train.job import Reporter, TrainingJob
 from gpt_serve.train.loop import features_of, normalized
@@ -230,7 +231,7 @@ def prompts_from_tokens(
     pools = [POOLS[init](total, prompts, (seed, layer)) for layer in range(layers)]
     batches = [[chosen[index] for index in batch] for batch in ordered_batches(len(chosen), BATCH)]
     for images, _ in view.batches(batches, workers):
-        entering = islice(patch_tokens(backbone, images), first_block, None)
+        entering = islice(patch_tokens(backbone, images, view.preprocess), first_block, None)
         for pool, tokens in zip(pools, entering, strict=False):
             pool.add(tokens.flatten(0, 1))
         for _ in images:
@@ -257,13 +258,14 @@ def _choose(count: int, each: int, init: PromptInit, prompts: int, seed: int) ->
 
 
 @torch.no_grad()
-def patch_tokens(backbone: Backbone, images: Tensor) -> Iterator[Tensor]:
+def patch_tokens(backbone: Backbone, images: Tensor, preprocess: Preprocess) -> Iterator[Tensor]:
     """Yield the patch tokens (B, N, D) that enter each block, without the prefix: first the raw patch embedding.
 
     Args:
         images: uint8 (B, 3, H, W).
+        preprocess: how the task normalises them.
     """
-    model, images = backbone.model, normalized(backbone, images.to(backbone.device))
+    model, images = backbone.model, normalized(images.to(backbone.device), preprocess)
     yield model.patch_embed(images)
     x = embed(model, images)
     for blk in model.blocks[:-1]:

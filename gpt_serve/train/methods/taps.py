@@ -58,7 +58,7 @@ def parse_taps(text: str, spec: BackboneSpec) -> tuple[Tap, ...]:
 
 
 def candidates(backbone: Backbone) -> tuple[Tap, ...]:
-    """CLS token and patches of the second half of the blocks, the backbone's own pooling first."""
+    """CLS token and patches of the second half of the blocks, what the pretraining calls for first."""
     spec = backbone.spec
     last = spec.depth - 1
     own = Tap(last, spec.pool)
@@ -105,7 +105,7 @@ def _features(
     bare = AdapterBatch.single(depth=spec.depth, width=spec.width, pool=spec.pool, taps=taps, device=backbone.device)
     rows = []
     for images, _ in view.batches(ordered_batches(len(view), EVAL_BATCH), workers):
-        tokens = embed(backbone.model, normalized(backbone, images.to(backbone.device)))
+        tokens = embed(backbone.model, normalized(images.to(backbone.device), view.preprocess))
         rows.append(torch.stack(tapped_features(backbone.model, tokens, bare), dim=1).float().cpu())
         for _ in images:
             on_image()

@@ -104,8 +104,8 @@ def run_sweep(sweep: Sweep, workers: Workers, reporter: SweepReporter) -> dict[s
     with held(run_folder(job.adapters, check_task_name(job.task))):
         if journal.is_file() and not job.resume:
             raise UsageError(f"{journal} holds an unfinished sweep: add --resume to continue it, or delete the file")
-        spec, dataset = open_data(sweep.facts.spec, job)
-        digest = load_views(dataset, spec.preprocess, job, reporter).digest
+        preprocess, dataset = open_data(sweep.facts.spec, job)
+        digest = load_views(dataset, preprocess, job, reporter).digest
         study = open_study(sweep)
         try:
             trials = _run(sweep, digest, study, workers, reporter)

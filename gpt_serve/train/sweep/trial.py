@@ -177,4 +177,5 @@ def _load(backbone: LoadArguments) -> Backbone:
 @lru_cache(maxsize=1)
 def _open(sweep: Sweep) -> tuple[Backbone, Views]:
     """Backbone and images, once for all trials of a process."""
-    return prepare(_load(sweep.backbone), replace(sweep.job, recipe=sweep.recipes[0]), Silent())
+    backbone = _load(sweep.backbone)
+    return backbone, prepare(backbone, replace(sweep.job, recipe=sweep.recipes[0]), Silent())
