@@ -97,7 +97,7 @@ def test_the_python_example_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     digit = open_dataset("digits", 0).test[0].read()
     names: dict[str, object] = {"digit": digit, "flower": digit}
     block = blocks("python")[0]
-    exec(block.replace("engine.predict", "results = engine.predict"), names)
+    exec(block.replace("engine.predict", "results = engine.predict", 1), names)
     flower, written = names["results"]  # type: ignore[misc]
     assert (flower.task, written.task) == ("flowers", "digits")
     assert written.top(1)[0][0] == "5"

@@ -276,7 +276,7 @@ class Engine:
             if isinstance(resident, Resident):
                 usable.append((number, task, resident))
             else:
-                answers[number][task] = resident
+                answers[number][task] = resident.fresh()
         # The same image for several tasks, or from several requests, is decoded once for each way of preprocessing.
         keys = [(_identity(requests[number][1]), resident.preprocess) for number, _, resident in usable]
         first = {key: (resident, requests[number][1]) for key, (number, _, resident) in zip(keys, usable, strict=True)}
@@ -287,7 +287,7 @@ class Engine:
             if isinstance(row, Row):
                 rows.append((number, task, Row(resident, row.image)))
             else:
-                answers[number][task] = row
+                answers[number][task] = row.fresh()
         for (number, task, _), answer in zip(rows, self.compute([row for *_, row in rows]), strict=True):
             answers[number][task] = answer
 
