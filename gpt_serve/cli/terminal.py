@@ -103,7 +103,8 @@ def echo_trained(summary: dict[str, Any], adapters: Path) -> None:
     metrics = summary["metrics"]
     text = f"final fit of {metrics['best_epoch'] + 1} epochs"
     if "val_accuracy" in metrics:
-        text = f"validation accuracy {100 * metrics['val_accuracy']:.1f} % (epoch {metrics['best_epoch'] + 1})"
+        when = f"epoch {metrics['best_epoch'] + 1}" if metrics["best_epoch"] >= 0 else "before any epoch"
+        text = f"validation accuracy {100 * metrics['val_accuracy']:.1f} % ({when})"
     if "test_accuracy" in metrics:
         text += f", test accuracy {100 * metrics['test_accuracy']:.1f} %"
     if "path" in summary:

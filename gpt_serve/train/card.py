@@ -170,6 +170,8 @@ def _metrics(metrics: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _number(key: str, value: float) -> str:
+    if key == "best_epoch" and value < 0:
+        return "none: what training starts from is kept"
     return f"{100 * value:.2f} %" if key.endswith("accuracy") else f"{value:.5g}"
 
 

@@ -19,6 +19,11 @@ def engine(bundled: Backbone) -> Engine:
     return Engine(bundled, AdapterStore(ADAPTERS))
 
 
+@pytest.fixture(scope="module")
+def photographs() -> Backbone:
+    return Backbone.load("vit-small-14")
+
+
 def test_the_shipped_tasks_are_these() -> None:
     assert AdapterStore(ADAPTERS).tasks() == list(TASKS)
 
@@ -29,6 +34,22 @@ def test_an_adapter_fits_the_bundled_backbone_and_its_card(bundled: Backbone, ta
     card = (ADAPTERS / task / "README.md").read_text()
     assert f"`{stored.revision}`" in card
     assert f"{100 * stored.adapter.training['metrics']['test_accuracy']:.2f} %" in card
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_an_adapter_for_photographs_fits_its_backbone_and_its_card(photographs: Backbone, task: str) -> None:
+    stored = AdapterStore(ADAPTERS / photographs.name).load(task, photographs.spec)
+    card = (ADAPTERS / photographs.name / task / "README.md").read_text()
+    assert f"`{stored.revision}`" in card
+    assert f"{100 * stored.adapter.training['metrics']['test_accuracy']:.2f} %" in card
+
+
+def test_photographs_are_recognised(photographs: Backbone, shared_data: Path) -> None:
+    """Irises, which the tiny backbone takes for other flowers."""
+    files = sorted((shared_data / "flowers12" / "test" / "iris").iterdir())[:5]
+    with Engine(photographs, AdapterStore(ADAPTERS / photographs.name)) as engine:
+        results = engine.predict([("flowers", file.read_bytes()) for file in files])
+    assert [isinstance(result, Prediction) and result.top(1)[0][0] for result in results] == ["iris"] * 5
 
 
 @pytest.mark.slow

@@ -137,6 +137,7 @@ def test_instant_trains_nothing(tiny: Backbone, colours: Path, tmp_path: Path) -
     recorder = train(tiny, colours, tmp_path, "instant")
     adapter = AdapterStore(tmp_path).load("colours").adapter
     assert not recorder.epochs and adapter.training["metrics"]["best_epoch"] == -1
+    assert "none: what training starts from is kept" in (tmp_path / "colours" / "README.md").read_text()
     assert "train_accuracy" not in adapter.training["metrics"]  # nobody measured it
     assert accuracy_served(tiny, colours, tmp_path) >= 0.75
     json.dumps(adapter.training, allow_nan=False)
