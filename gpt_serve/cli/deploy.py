@@ -20,7 +20,7 @@ from gpt_serve.errors import UsageError
     help="Deploy nothing, write serve.yaml (serve deploy) and rayservice.yaml (KubeRay) to this folder.",
 )
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for all.")
-@click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True)
+@click.option("--port", type=click.IntRange(1, 65535), default=8000, show_default=True, help="TCP port.")
 @click.option("--min-replicas", type=int, default=1, show_default=True, help="Each holds the backbone.")
 @click.option("--max-replicas", type=int, default=1, show_default=True, help="Ray adds some while requests wait.")
 @click.option("--fronts", type=int, default=1, show_default=True, help="Actors on the head node that answer HTTP.")

@@ -208,7 +208,10 @@ REFUSALS: dict[str, tuple[list[str], str]] = {
     "unknown task": (["multi.onnx", "one.png", "--task", "../x"], "there are gated, hard, probe, shallow"),
     "no bank": (["alone.onnx", "one.png", "--task", "hard"], "no adapters in alone.bank"),
     "other backbone": (["wrong.onnx", "one.png", "--task", "gated"], "backbone 'vit_huge' (cdcdcdcdcdcd), the graph"),
-    "hostile header": (["wrong.onnx", "one.png", "--task", "probe"], "a header of 1099511627776 bytes"),
+    "hostile header": (
+        ["wrong.onnx", "one.png", "--task", "probe"],
+        "it claims a header of more than the 1048576 bytes allowed",
+    ),
     "cut adapter": (["wrong.onnx", "one.png", "--task", "hard"], "truncated within tensor"),
     "top-k": (["flowers.onnx", "one.png", "--top-k", "0"], "--top-k must be 1 to 1000; try --help"),
     "no images": (["flowers.onnx"], "the following arguments are required: images"),

@@ -23,8 +23,9 @@ from tests.train.conftest import Recorder
 pytestmark = pytest.mark.slow
 # The command itself must not need the backbone.
 PROGRAM = """
-import os
+import os, signal
 from gpt_serve.cli.main import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in what it runs in the background
 if __name__ == "__main__":
     from gpt_serve.model.backbone import Backbone
     Backbone.load = None
