@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,7 +25,7 @@ from gpt_serve.engine.engine import Features, Row, TorchForward, classify, disti
 from gpt_serve.engine.passes import PassPlanner, opened
 from gpt_serve.engine.slab import Packed, Slab, gather
 from gpt_serve.errors import ExportError
-from gpt_serve.export.session import FORMAT, Graph
+from gpt_serve.export.session import FORMAT, Graph, serving_taps
 from gpt_serve.files import cache_folder
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.model.batch import Layout
@@ -93,10 +94,9 @@ class FasterForward:
         return (self.torch if by_torch else self.onnx)(rows)
 
 
+@cache
 def _outputs(depth: int) -> dict[Tap, int]:
     """Which of a serving graph's features belong to which tap."""
-    from gpt_serve.export.graphs import serving_taps
-
     return {tap: index for index, tap in enumerate(serving_taps(depth))}
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from gpt_serve.adapters.adapter import Adapter
 from gpt_serve.export.fold import fold_backbone, fold_pixels, fold_shifts, fold_temperatures
+from gpt_serve.export.session import serving_taps
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.model.batch import AdapterBatch, Layout
 from gpt_serve.model.heads import linear
@@ -181,15 +182,6 @@ class Features(_Graph):
         """
         adapter = AdapterBatch(prompt, gate, tau, self.layout, counts=counts)
         return torch.stack(tapped_features(self.model, self.embed(images), adapter), dim=1)
-
-
-def serving_taps(depth: int) -> tuple[Tap, ...]:
-    """Return all that a linear head may read of a backbone with ``depth`` blocks: what a serving graph puts out."""
-    return (
-        *(Tap(block, "cls") for block in range(depth)),
-        *(Tap(block, "patches") for block in range(depth)),
-        Tap(depth - 1, "mean"),
-    )
 
 
 def _open_layout(backbone: Backbone, taps: tuple[Tap, ...], deep: bool) -> Layout:

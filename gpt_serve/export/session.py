@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gpt_serve.errors import ExportError
 from gpt_serve.model.batch import AdapterBatch
+from gpt_serve.specs import Tap
 
 FORMAT = "gpt-serve-onnx/1"
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -126,6 +127,15 @@ def _check_placement(session: ort.InferenceSession) -> None:
             f"onnxruntime fell back from CUDA to the CPU for {', '.join(strays)}: install {CUDA_PACKAGE}, "
             "or use --device cpu"
         )
+
+
+def serving_taps(depth: int) -> tuple[Tap, ...]:
+    """Return all that a linear head may read of a backbone with ``depth`` blocks: what a serving graph puts out."""
+    return (
+        *(Tap(block, "cls") for block in range(depth)),
+        *(Tap(block, "patches") for block in range(depth)),
+        Tap(depth - 1, "mean"),
+    )
 
 
 def check_index(index: Array, tasks: int) -> None:

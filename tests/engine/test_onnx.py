@@ -1,5 +1,7 @@
 """The engine on onnxruntime, as far as it is not the same as on torch; what is the same: tests/test_engine.py."""
 
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -97,3 +99,9 @@ def test_a_run_that_onnxruntime_refuses_fails_its_own_request_only(
     scheduler.close()
     assert errors == [type(None), GPTServeError, type(None)]
     assert bugs and all("dimension" in str(bug) for bug in bugs)
+
+
+def test_passes_need_nothing_of_the_exporter() -> None:
+    """It takes seconds and 100 MB, which only the first start of a backbone is worth."""
+    program = "import sys, gpt_serve.engine.onnx as onnx; onnx._outputs(12); sys.exit('onnxscript' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], timeout=120, check=False).returncode == 0
