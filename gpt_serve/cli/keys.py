@@ -26,8 +26,8 @@ def keys() -> None:
 @keys.command()
 @click.argument("tenant")
 @click.option("--task", "tasks", multiple=True, help="Pattern of tasks, such as flowers or acme-*; repeat for more.")
-@click.option("--rate", type=click.FloatRange(0, min_open=True), help="Most requests a second.")
-@click.option("--in-flight", type=click.IntRange(1), help="Most images being answered at once.")
+@click.option("--rate", type=click.FloatRange(0, min_open=True), help="Most answers a second: one an image and task.")
+@click.option("--in-flight", type=click.IntRange(1), help="Most answers on their way at once.")
 @keys_option
 @json_option
 def add(tenant: str, tasks: tuple[str, ...], path: Path, as_json: bool, **limits: Any) -> None:

@@ -10,7 +10,7 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from logging.handlers import WatchedFileHandler
@@ -30,6 +30,25 @@ KEY = "gpt_serve.record"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:+/=-]{1,128}")
 
 
+@dataclass(frozen=True, slots=True)
+class AnswerRecord:
+    """What became of one image for one task.
+
+    Attributes:
+        task: empty unless there is such a task.
+        revision: of the adapter that answered; empty where none did.
+        status: of HTTP, of this answer by itself.
+    """
+
+    task: str
+    revision: str
+    status: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object of the access log."""
+        return {"task": self.task, "revision": self.revision, "status": self.status}
+
+
 @dataclass
 class Record:
     """One request. The routes fill in what they learn.
@@ -42,10 +61,9 @@ class Record:
         began: ``time.monotonic()`` of the first header.
         at: the same in UTC.
         tenant: whose key it was; empty where none was needed or none was right.
-        task: empty unless there is such a task.
-        revision: of the adapter that answered.
         images: how many were asked about.
-        seconds: how long parts of it took: ``reading`` the body; for the slowest image ``queueing``, ``decoding`` and
+        answers: one for each image and task, in order; empty when the request was refused as a whole.
+        seconds: how long parts of it took: ``reading`` the body; for the slowest answer ``queueing``, ``decoding`` and
             ``computing``.
     """
 
@@ -56,9 +74,8 @@ class Record:
     began: float = field(default_factory=time.monotonic)
     at: datetime = field(default_factory=lambda: datetime.now(UTC))
     tenant: str = ""
-    task: str = ""
-    revision: str = ""
     images: int = 0
+    answers: list[AnswerRecord] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -70,7 +87,8 @@ class Record:
         return cls(request_id, scope["method"], scope["path"], client[0] if client else "")
 
     def line(self, status: int) -> dict[str, Any]:
-        """What the access log says of it."""
+        """What the access log says of it: several answers one by one, and the task and revision that they share."""
+        several = {"answers": [answer.to_dict() for answer in self.answers]} if len(self.answers) > 1 else {}
         times = {name: round(seconds, 6) for name, seconds in self.seconds.items()}
         return {
             "time": self.at.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
@@ -80,11 +98,18 @@ class Record:
             "method": self.method,
             "path": self.path,
             "status": status,
-            "task": self.task,
-            "revision": self.revision,
+            "task": _shared(answer.task for answer in self.answers),
+            "revision": _shared(answer.revision for answer in self.answers),
             "images": self.images,
+            **several,
             "seconds": {"total": round(time.monotonic() - self.began, 6), **times},
         }
+
+
+def _shared(names: Iterable[str]) -> str:
+    """The only name that is not empty; empty when there are several, or none."""
+    found = set(names) - {""}
+    return found.pop() if len(found) == 1 else ""
 
 
 class AccessLog:

@@ -134,9 +134,11 @@ def _add_predictions(app: FastAPI, door: Door) -> None:
     from gpt_serve.serve.call import Call
 
     async def predict(request: Request) -> Response:
-        """Classify one image, or several, with the adapter of one task.
+        """Classify an image with the adapter of a task.
 
-        `task` and `top_k` may be query parameters instead of fields.
+        `task` and `top_k` may be query parameters instead of fields. Several images get a list with an answer or a
+        problem for each. So do several tasks, as `task` repeated or a list, or all that the key opens with `tasks=*`;
+        what tasks of an image share is computed once. Several tasks of several images get a list for each image.
         """
         return await Call(door, request).response()
 

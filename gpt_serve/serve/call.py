@@ -8,9 +8,19 @@ from typing import TYPE_CHECKING, Any
 from fastapi import Request
 from starlette.responses import Response
 
-from gpt_serve.errors import DeadlineExceeded, GPTServeError, Overloaded, UnknownTask
+from gpt_serve.errors import (
+    BackboneMismatch,
+    BankFull,
+    DeadlineExceeded,
+    GPTServeError,
+    ImageError,
+    InvalidAdapter,
+    InvalidRequest,
+    Overloaded,
+    TaskForbidden,
+)
 from gpt_serve.serve import problems
-from gpt_serve.serve.access import KEY, Record
+from gpt_serve.serve.access import KEY, AnswerRecord, Record
 from gpt_serve.serve.bodies import ClientLeft
 from gpt_serve.serve.inputs import PredictRequest, check_media_type, media_type, parse
 from gpt_serve.serve.keyfile import Tenant
@@ -27,6 +37,9 @@ REFUSAL_SECONDS = 0.25
 """How long the news that there is no room is held back: clients that ask again at once would keep others waiting."""
 
 Outcome = Answer | GPTServeError
+
+_OF_STORED_TASKS = (ImageError, InvalidAdapter, BackboneMismatch, BankFull)
+"""Errors that come only after the task was found. Names that clients make up are endless, and are not noted."""
 
 
 class Call:
@@ -49,10 +62,13 @@ class Call:
         """The answer or the problem."""
         try:
             wanted = await self._read()
-            self.door.keeper.check_task(self.tenant, wanted.task)
+            tasks = await self._tasks(wanted)
+            asked = [(task, image) for image in wanted.images for task in tasks]
+            self._check_number(len(asked))
             self.record.images = len(wanted.images)
-            with self.door.keeper.images(self.tenant, len(wanted.images)):
-                outcomes = await self._outcomes(wanted)
+            with self.door.keeper.answers(self.tenant, len(asked)):
+                self.door.keeper.charge(self.tenant, len(asked) - 1)  # the request itself was counted as one
+                outcomes = await self._outcomes(asked, wanted.top_k)
         except ClientLeft:
             return Response(status_code=499)  # nobody hears it; for the log and the metrics
         except Overloaded as error:
@@ -60,18 +76,34 @@ class Call:
             return problems.problem_of(error)
         except (GPTServeError, HTTPError) as error:
             return problems.problem_of(error)
-        self._note(wanted.task, outcomes)
-        return _several(outcomes) if wanted.several else _single(outcomes[0])
+        self._note([task for task, _ in asked], outcomes)
+        return _response(wanted, tasks, outcomes)
 
-    def _note(self, task: str, outcomes: Sequence[Outcome]) -> None:
-        """Say in the record what became of the request."""
-        if not all(isinstance(outcome, UnknownTask) for outcome in outcomes):
-            self.record.task = task
-        for outcome in outcomes:
+    async def _tasks(self, wanted: PredictRequest) -> Sequence[str]:
+        """The tasks that are asked, all that the key opens where none are named."""
+        if wanted.tasks is not None:
+            return wanted.tasks
+        stored = await self.door.read(lambda: self.door.store.tasks())
+        return [task for task in stored if self.tenant.may_ask(task)]
+
+    def _check_number(self, count: int) -> None:
+        most = self.door.config.queue_limit
+        if count > most:
+            raise InvalidRequest(
+                f"the request asks for {count} answers, one for each task and image, and this server takes on {most} "
+                "at once: ask for fewer"
+            )
+
+    def _note(self, tasks: Sequence[str], outcomes: Sequence[Outcome]) -> None:
+        """Say in the record what became of each task and image."""
+        for task, outcome in zip(tasks, outcomes, strict=True):
             if isinstance(outcome, Answer):
-                self.record.revision = outcome.revision
+                self.record.answers.append(AnswerRecord(task, outcome.revision, 200))
                 for part, seconds in outcome.seconds.items():
                     self.record.seconds[part] = max(seconds, self.record.seconds.get(part, 0.0))
+            else:
+                stored = task if isinstance(outcome, _OF_STORED_TASKS) else ""
+                self.record.answers.append(AnswerRecord(stored, "", problems.status_of(outcome)))
 
     async def _read(self) -> PredictRequest:
         """The request, once it is there; what can be refused before the body is read is refused then."""
@@ -92,20 +124,24 @@ class Call:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(door.parsing, parse, request.headers, query, body, task)
 
-    async def _outcomes(self, wanted: PredictRequest) -> list[Outcome]:
-        """What became of each image, in order."""
+    async def _outcomes(self, asked: Sequence[tuple[str, bytes]], top_k: int) -> list[Outcome]:
+        """What became of each task and image, in order."""
         jobs: list[asyncio.Future[Answer]] = []
         try:
-            for image in wanted.images:
-                jobs.append(self._ask(Item(wanted.task, image, wanted.top_k, self.expires)))
+            for task, image in asked:
+                jobs.append(self._ask(Item(task, image, top_k, self.expires)))
             await self._finished(jobs)
+            return [self._outcome(job) for job in jobs]
         finally:
             for job in jobs:
                 job.cancel()  # nobody waits for it any more, if it is not done
-        return [self._outcome(job) for job in jobs]
 
     def _ask(self, item: Item) -> "asyncio.Future[Answer]":
         state = self.door.state
+        try:
+            self.door.keeper.check_task(self.tenant, item.task)
+        except TaskForbidden as error:
+            return _failed(error)
         slot = state.admit(item.task, lambda: self._displace(job))
         try:
             job = self.door.asks.ask(item)
@@ -126,7 +162,7 @@ class Call:
         job.cancel()
 
     async def _finished(self, jobs: "Sequence[asyncio.Future[Answer]]") -> None:
-        """Wait for all ``jobs``. Raises `DeadlineExceeded` or `ClientLeft` if that comes first."""
+        """Wait for all ``jobs``, or for the deadline. Raises `ClientLeft` if that comes first."""
         left = asyncio.ensure_future(self._left())
         pending: set[asyncio.Future[Any]] = set(jobs)
         try:
@@ -136,9 +172,8 @@ class Call:
                 pending -= done
                 if pending and left in done:
                     raise ClientLeft
-                if pending and not done:
-                    deadline = self.door.config.deadline
-                    raise DeadlineExceeded(f"no answer within {deadline:g} s: try again later")
+                if not done:
+                    return
         finally:
             left.cancel()
 
@@ -147,6 +182,8 @@ class Call:
             pass
 
     def _outcome(self, job: "asyncio.Future[Answer]") -> Outcome:
+        if not job.done():
+            return DeadlineExceeded(f"no answer within {self.door.config.deadline:g} s: try again later")
         if job.cancelled():
             return Overloaded("the place in the queue went to a task with fewer images waiting: try again in a second")
         error = job.exception()
@@ -155,16 +192,40 @@ class Call:
         return error if isinstance(error, GPTServeError) else GPTServeError(repr(error))
 
 
+def _failed(error: GPTServeError) -> "asyncio.Future[Answer]":
+    """An answer that was refused before anybody was asked."""
+    job: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+    job.set_exception(error)
+    job.exception()  # as in `Call._ask`: nobody need hear of it
+    return job
+
+
+def _response(wanted: PredictRequest, tasks: Sequence[str], outcomes: Sequence[Outcome]) -> Response:
+    """One outcome, a list of them by image or by task, or for each image a list by task."""
+    if not wanted.several_images and not wanted.several_tasks:
+        return _single(outcomes[0])
+    images = [outcomes[at * len(tasks) : (at + 1) * len(tasks)] for at in range(len(wanted.images))]
+    if wanted.several_tasks:
+        parts = [
+            _list([_element(outcome, task=task) for outcome, task in zip(own, tasks, strict=True)]) for own in images
+        ]
+    else:
+        parts = [_element(own[0]) for own in images]
+    return Response(_list(parts) if wanted.several_images else parts[0], media_type="application/json")
+
+
 def _single(outcome: Outcome) -> Response:
     if isinstance(outcome, GPTServeError):
         return problems.problem_of(outcome)
     return Response(outcome.content, media_type=outcome.media_type)
 
 
-def _several(outcomes: Sequence[Outcome]) -> Response:
-    """A list with an answer or a problem for each image, in order."""
-    return Response(b"[" + b",".join(map(_element, outcomes)) + b"]", media_type="application/json")
+def _list(elements: Sequence[bytes]) -> bytes:
+    return b"[" + b",".join(elements) + b"]"
 
 
-def _element(outcome: Outcome) -> bytes:
-    return bytes(problems.problem_of(outcome).body) if isinstance(outcome, GPTServeError) else outcome.content
+def _element(outcome: Outcome, **members: str) -> bytes:
+    """An answer or a problem as part of a list; a problem does not say by itself which task it is about."""
+    if isinstance(outcome, GPTServeError):
+        return bytes(problems.problem_of(outcome, **members).body)
+    return outcome.content

@@ -1,4 +1,4 @@
-"""The request of a prediction: from the bytes of a body to a task, image files and a number.
+"""The request of a prediction: from the bytes of a body to tasks, image files and a number.
 
 Bodies come from strangers. What a valid one can hold is bounded before anything is parsed, so that no body costs more
 than a few passes over its bytes, and all that is not small is parsed outside the event loop.
@@ -11,20 +11,21 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from python_multipart.exceptions import FormParserError
-from python_multipart.multipart import MultipartParser, parse_options_header
-
 from gpt_serve.errors import InvalidRequest
+from gpt_serve.serve.forms import Form, text_of
 from gpt_serve.serve.problems import HTTPError
 from gpt_serve.specs import check_task_name
 
-FIELDS = ("task", "image", "top_k")
+FIELDS = ("task", "tasks", "image", "top_k")
+IN_QUERY = ("task", "tasks", "top_k")
 DEFAULT_TOP_K = 5
 MAX_TOP_K = 1000
 MAX_IMAGES = 64
+MAX_TASKS = 256
+EVERY = "*"
+"""What the field ``tasks`` says: all tasks that the caller may use."""
 
-_MAX_PARTS = MAX_IMAGES + 8
-_MAX_FIELD_BYTES = 4096
+_MAX_PARTS = MAX_IMAGES + MAX_TASKS + 8
 _MAX_JSON_MARKS = 4 * _MAX_PARTS  # quotes, brackets, commas: a body that holds more is no request
 _JSON_MARKS = (b'"', b"[", b"{", b",")
 _BASE64_SLICE = 4 * 2**16
@@ -34,19 +35,21 @@ Fields = dict[str, Any]
 
 @dataclass(frozen=True)
 class PredictRequest:
-    """A well-formed request; whether the task exists and the images decode is not known yet.
+    """A well-formed request; whether the tasks exist and the images decode is not known yet.
 
     Attributes:
-        task: a valid name.
+        tasks: valid names, no two alike; None for all tasks that the caller may use.
         images: one file or more.
         top_k: how many labels an answer lists at most.
-        several: whether the images came as a list, so that the answer is a list, too.
+        several_images: whether the images came as a list, so that the answer is a list, too.
+        several_tasks: whether the tasks came as a list, so that there is a list of answers for each image.
     """
 
-    task: str
+    tasks: tuple[str, ...] | None
     images: tuple[bytes, ...]
-    top_k: int
-    several: bool = False
+    top_k: int = DEFAULT_TOP_K
+    several_images: bool = False
+    several_tasks: bool = False
 
 
 def media_type(headers: Mapping[str, str]) -> str:
@@ -90,20 +93,61 @@ def parse(headers: Mapping[str, str], query: Iterable[tuple[str, str]], body: by
         fields = {"image": body}
     if task:
         _add(fields, "task", task)
-    for name, text in query:
-        if name not in ("task", "top_k"):
-            raise InvalidRequest(f"unknown query parameter {name[:64]!r}: only task and top_k may be given there")
-        _add(fields, name, _top_k(text) if name == "top_k" else text)
-    for name, hint in (("task", "the name of a task, see GET /tasks"), ("image", "a JPEG, PNG or WebP file")):
-        if not fields.get(name):
-            raise InvalidRequest(f"field {name!r} is missing or empty: give {hint}")
-    images, several = fields["image"], isinstance(fields["image"], list)
+    for name, value in _query_fields(query).items():
+        _add(fields, name, value)
+    tasks, images = _tasks(fields), fields.get("image")
+    if not images:
+        raise _missing("image", "a JPEG, PNG or WebP file")
     return PredictRequest(
-        check_task_name(fields["task"]),
-        tuple(images) if several else (images,),
+        tasks,
+        tuple(_listed(images)),
         fields.get("top_k", DEFAULT_TOP_K),
-        several,
+        several_images=isinstance(images, list),
+        several_tasks="tasks" in fields or isinstance(fields["task"], list),
     )
+
+
+def _tasks(fields: Fields) -> tuple[str, ...] | None:
+    """The names that ``task`` gives; None where ``tasks`` asks for all."""
+    if "tasks" in fields:
+        if fields["tasks"] != EVERY:
+            raise InvalidRequest(f"tasks can only be {EVERY!r}, for all of them: name each with a task field")
+        if "task" in fields:
+            raise InvalidRequest(f"task and tasks={EVERY} are both given: give one of them")
+        return None
+    names = _listed(fields.get("task") or [])
+    if not all(names) or not names:
+        raise _missing("task", "the name of a task, see GET /tasks")
+    if len(names) > MAX_TASKS:
+        raise InvalidRequest(f"there are {len(names)} tasks, more than the {MAX_TASKS} allowed: ask for fewer at once")
+    seen: set[str] = set()
+    for name in names:
+        if check_task_name(name) in seen:
+            raise InvalidRequest(f"the task {name!r} is given twice: give each once")
+        seen.add(name)
+    return tuple(names)
+
+
+def _missing(name: str, hint: str) -> InvalidRequest:
+    return InvalidRequest(f"field {name!r} is missing or empty: give {hint}")
+
+
+def _query_fields(query: Iterable[tuple[str, str]]) -> Fields:
+    """The fields in a request's target; ``task`` may be repeated."""
+    fields: Fields = {}
+    names: list[str] = []
+    for name, text in query:
+        if name not in IN_QUERY:
+            raise InvalidRequest(
+                f"unknown query parameter {name[:64]!r}: only {', '.join(IN_QUERY)} may be given there"
+            )
+        if name == "task":
+            names.append(text)
+        else:
+            _add(fields, name, _top_k(text) if name == "top_k" else text)
+    if names:
+        fields["task"] = names if len(names) > 1 else names[0]
+    return fields
 
 
 def _add(fields: Fields, name: str, value: Any) -> None:
@@ -114,7 +158,9 @@ def _add(fields: Fields, name: str, value: Any) -> None:
 def _json_fields(body: bytes) -> Fields:
     # What a hostile body may do: nest a million brackets, name a million keys, spell a million-digit number.
     if any(_more_than(_MAX_JSON_MARKS, mark, body) for mark in _JSON_MARKS):
-        raise InvalidRequest("the body holds too much JSON: send an object with task and image")
+        raise InvalidRequest(
+            f"the body holds too much JSON: send an object with at most {MAX_TASKS} tasks and {MAX_IMAGES} images"
+        )
     try:
         fields = json.loads(body, object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError):
@@ -122,8 +168,8 @@ def _json_fields(body: bytes) -> Fields:
     if not isinstance(fields, dict):
         raise InvalidRequest("the body is not a JSON object: send one with task and image")
     _check_names(fields)
-    if not isinstance(fields.get("task", ""), str):
-        raise InvalidRequest("field 'task' must be a string")
+    if not all(isinstance(name, str) for name in _listed(fields.get("task", ""))):
+        raise InvalidRequest("field 'task' must be a string or a list of strings")
     if "top_k" in fields:
         fields["top_k"] = _top_k(fields["top_k"])
     if "image" in fields:
@@ -144,85 +190,21 @@ def _more_than(most: int, mark: bytes, body: bytes) -> bool:
 
 def _form_fields(content_type: str, body: bytes) -> Fields:
     fields: Fields = {}
-    for name, is_file, value in _Form(content_type).parse(body):
+    for name, is_file, value in Form(content_type, _MAX_PARTS).parse(body):
         if is_file is not (name == "image"):
             raise InvalidRequest(f"field {name[:64]!r} must {'' if name == 'image' else 'not '}be a file")
-        if name == "image" and name in fields:
-            fields[name] = [*_listed(fields[name]), value]
+        if name in fields and name in ("task", "image"):
+            fields[name] = [*_listed(fields[name]), value if is_file else text_of(value)]
         elif name in fields:
             raise InvalidRequest(f"field {name[:64]!r} is given twice: give it once")
         else:
-            fields[name] = value if is_file else _text(value)
+            fields[name] = value if is_file else text_of(value)
     _check_names(fields)
     if isinstance(fields.get("image"), list):
         _check_images(fields["image"])
     if "top_k" in fields:
         fields["top_k"] = _top_k(fields["top_k"])
     return fields
-
-
-class _Form:
-    """A multipart form (RFC 7578), read with a limit on everything but the files' bytes."""
-
-    def __init__(self, content_type: str) -> None:
-        self.parts: list[tuple[str, bool, bytes]] = []  # name, whether it is a file, content
-        self._complete = False
-        self._headers: dict[bytes, bytes] = {}
-        self._name, self._value, self._content = bytearray(), bytearray(), bytearray()
-        boundary = parse_options_header(content_type)[1].get(b"boundary", b"")
-        if not boundary:
-            raise InvalidRequest("the form cannot be read: its content type names no boundary")
-        callbacks: Any = {
-            "on_part_begin": self._begin_part,
-            "on_header_field": lambda data, start, end: self._name.extend(data[start:end]),
-            "on_header_value": lambda data, start, end: self._value.extend(data[start:end]),
-            "on_header_end": self._end_header,
-            "on_part_data": lambda data, start, end: self._content.extend(data[start:end]),
-            "on_part_end": self._end_part,
-            "on_end": self._end,
-        }
-        try:
-            self._parser = MultipartParser(boundary, callbacks, max_header_count=8, max_header_size=_MAX_FIELD_BYTES)
-        except FormParserError as error:
-            raise InvalidRequest(f"the form cannot be read: {error}") from None
-
-    def parse(self, body: bytes) -> list[tuple[str, bool, bytes]]:
-        """The parts in order: name, whether it is a file, content."""
-        try:
-            self._parser.write(body)
-        except FormParserError:
-            raise InvalidRequest("the form cannot be read: it is not what its content type promises") from None
-        if not self._complete:
-            raise InvalidRequest("the form cannot be read: it ends before its last boundary")
-        return self.parts
-
-    def _begin_part(self) -> None:
-        if len(self.parts) >= _MAX_PARTS:
-            raise InvalidRequest(f"the form has more than {_MAX_PARTS} parts: send fewer")
-        self._headers, self._content = {}, bytearray()
-
-    def _end_header(self) -> None:
-        self._headers[bytes(self._name).lower()] = bytes(self._value)
-        self._name, self._value = bytearray(), bytearray()
-
-    def _end_part(self) -> None:
-        _, options = parse_options_header(self._headers.get(b"content-disposition", b""))
-        if b"name" not in options:
-            raise InvalidRequest("the form cannot be read: one of its parts has no name")
-        is_file = b"filename" in options
-        if not is_file and len(self._content) > _MAX_FIELD_BYTES:
-            raise InvalidRequest(f"a field of the form has more than {_MAX_FIELD_BYTES} bytes: send a file as a file")
-        self.parts.append((_text(options[b"name"]), is_file, bytes(self._content)))
-
-    def _end(self) -> None:
-        self._complete = True
-
-
-def _text(value: bytes) -> str:
-    try:
-        return value.decode()
-    except UnicodeDecodeError:
-        raise InvalidRequest("the form cannot be read: its text is not UTF-8") from None
 
 
 def _check_names(fields: Fields) -> None:

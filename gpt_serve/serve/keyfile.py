@@ -56,8 +56,9 @@ class Tenant:
     Attributes:
         name: spelt like a task's.
         tasks: patterns of the tasks that may be asked; ``*`` stands for any characters, ``?`` for one.
-        rate: most requests a second, on average; as many may come at once. None for no limit.
-        in_flight: most images that are being answered at once; None for no limit.
+        rate: most answers a second, one for each image and task, on average; as many may come at once. None for no
+            limit.
+        in_flight: most answers that are on their way at once, one for each image and task; None for no limit.
         keys: each of them opens the same; there are two while one replaces another.
     """
 

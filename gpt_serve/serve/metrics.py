@@ -4,7 +4,7 @@ Everything is counted in the API process (the worker's numbers come along with i
 exact; Prometheus's multiprocess mode would only add files that a killed worker leaves behind.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -42,7 +42,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self._requests = Counter(
             "gpt_serve_requests",
-            "Answers of POST /predict by task (empty unless such a task exists), tenant and HTTP status",
+            "Answers of POST /predict, one an image and task, by task (empty unless it exists), tenant and HTTP status",
             ["task", "tenant", "status"],
             registry=self.registry,
         )
@@ -59,7 +59,10 @@ class Metrics:
             registry=self.registry,
         )
         self._batch = Histogram(
-            "gpt_serve_batch_size", "Images per forward pass", buckets=_BATCHES, registry=self.registry
+            "gpt_serve_batch_size",
+            "Images per forward pass, one for each task",
+            buckets=_BATCHES,
+            registry=self.registry,
         )
         self._pass = Histogram(
             "gpt_serve_batch_seconds", "Seconds per batch in the engine", buckets=_SECONDS, registry=self.registry
@@ -74,23 +77,27 @@ class Metrics:
         self._counted = {key: Counter(*texts, registry=self.registry) for key, texts in _COUNTED.items()}
         self._pairs: set[tuple[str, str]] = set()
         self._last: dict[str, float] = {}  # the current worker's numbers
-        self._gauge("gpt_serve_in_flight", "Images that hold an admission slot", lambda: state.admitted)
+        self._gauge("gpt_serve_in_flight", "Images, for each of their tasks, that hold a slot", lambda: state.admitted)
         self._gauge("gpt_serve_ready", "1 while requests are taken on", lambda: _is_ready(state))
         self._gauge("gpt_serve_worker_restarts", "Workers started after the first", lambda: state.restarts)
 
-    def answered(self, route: str, task: str, tenant: str, status: int, seconds: float) -> None:
-        """Count one answer.
+    def answered(
+        self, route: str, tenant: str, status: int, answers: Iterable[tuple[str, int]], seconds: float
+    ) -> None:
+        """Count a request that has its answer.
 
         Args:
             route: the path of the route with its placeholders; empty for what matches none.
-            task: a stored task's name or empty: names that clients make up are endless.
             tenant: whose key it was, or empty.
-            status: of the answer.
+            status: of the response.
+            answers: for each image and task that was asked, the task and the status of its own answer. The task is
+                empty unless it is stored: names that clients make up are endless.
             seconds: from the request's headers to the end of the answer.
         """
         self._answers.labels(route, str(status)).inc()
         if route.startswith("/predict"):
-            self._requests.labels(*self._bounded(task, tenant), str(status)).inc()
+            for task, own in answers:
+                self._requests.labels(*self._bounded(task, tenant), str(own)).inc()
             self._seconds.observe(seconds)
 
     def _bounded(self, task: str, tenant: str) -> tuple[str, str]:

@@ -47,7 +47,8 @@ class Observed:
     def _ended(self, record: Record, scope: Scope, status: int) -> None:
         route = getattr(scope.get("route"), "path", "")
         line = record.line(status)
-        self.metrics.answered(route, record.task, record.tenant, status, line["seconds"]["total"])
+        answers = [(answer.task, answer.status) for answer in record.answers] or [("", status)]
+        self.metrics.answered(route, record.tenant, status, answers, line["seconds"]["total"])
         _trace(line)
         if self.log is not None:
             self.log.write(line)

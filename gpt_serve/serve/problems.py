@@ -4,7 +4,9 @@ import json
 import logging
 import math
 import re
+from collections.abc import Mapping
 from http import HTTPStatus
+from types import MappingProxyType
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -63,25 +65,45 @@ class HTTPError(Exception):
         self.headers = headers or {}
 
 
-def problem_of(error: Exception) -> Response:
-    """The response that tells the client about ``error``; the details of a 500 stay in the log."""
+def status_of(error: errors.GPTServeError) -> int:
+    """The status code that ``error`` becomes."""
+    return STATUS[_known(error)][0]
+
+
+def problem_of(error: Exception, **members: str) -> Response:
+    """The response that tells the client about ``error``; the details of a 500 stay in the log.
+
+    Args:
+        members: more members of the problem (RFC 9457, section 3.2).
+    """
     if isinstance(error, HTTPError):
         return problem(error.status, HTTPStatus(error.status).phrase, str(error), headers=error.headers)
     if isinstance(error, errors.GPTServeError):
-        known = next(cls for cls in type(error).__mro__ if cls in STATUS)
+        known = _known(error)
         status, title = STATUS[known]
         if status != 500:
             seconds = math.ceil(error.seconds) if isinstance(error, errors.RateLimited) else RETRY_AFTER.get(known)
             headers = {} if seconds is None else {"Retry-After": str(seconds)}
             if status == 401:
                 headers["WWW-Authenticate"] = "APIKey"
-            return problem(status, title, str(error), kind=known.__name__, headers=headers)
+            return problem(status, title, str(error), kind=known.__name__, headers=headers, members=members)
     logger.error("internal error while answering a request: %s", error, exc_info=error)
-    return problem(500, "Internal server error", "the server failed on this request; its log says why")
+    detail = "the server failed on this request; its log says why"
+    return problem(500, "Internal server error", detail, members=members)
+
+
+def _known(error: errors.GPTServeError) -> type[errors.GPTServeError]:
+    return next(cls for cls in type(error).__mro__ if cls in STATUS)
 
 
 def problem(
-    status: int, title: str, detail: str, *, kind: str | None = None, headers: dict[str, str] | None = None
+    status: int,
+    title: str,
+    detail: str,
+    *,
+    kind: str | None = None,
+    headers: dict[str, str] | None = None,
+    members: Mapping[str, str] = MappingProxyType({}),
 ) -> Response:
     """An RFC 9457 response; ``kind`` is the error's class name, which becomes the problem type."""
     slug = re.sub(r"(?<!^)(?=[A-Z])", "-", kind).lower() if kind else None
@@ -90,6 +112,7 @@ def problem(
         "title": title,
         "status": status,
         "detail": detail,
+        **members,
     }
     # ASCII output: a detail may quote a lone surrogate, which UTF-8 cannot carry.
     return Response(json.dumps(body).encode(), status, headers=headers, media_type=MEDIA_TYPE)

@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from gpt_serve.serve.inputs import DEFAULT_TOP_K, MAX_IMAGES, MAX_TOP_K
+from gpt_serve.serve.inputs import DEFAULT_TOP_K, EVERY, MAX_IMAGES, MAX_TASKS, MAX_TOP_K
 from gpt_serve.serve.problems import MEDIA_TYPE
 from gpt_serve.specs import TASK_PATTERN
 
@@ -25,6 +25,10 @@ class Problem(BaseModel):
     title: str
     status: int
     detail: str
+
+
+class TaskProblem(Problem):
+    task: str
 
 
 class TaskEntry(BaseModel):
@@ -83,26 +87,36 @@ _IN_PATH = {"name": "task", "in": "path", "required": True, "schema": _NAME}
 _TOP_K = {"type": "integer", "minimum": 1, "maximum": MAX_TOP_K, "default": DEFAULT_TOP_K}
 
 
-def _body(image: dict[str, Any]) -> dict[str, Any]:
-    fields = {"task": _NAME, "image": image, "top_k": _TOP_K}
-    schema = {"type": "object", "required": ["task", "image"], "properties": fields, "additionalProperties": False}
+def _body(task: dict[str, Any], image: dict[str, Any]) -> dict[str, Any]:
+    fields = {"task": task, "tasks": _ALL_TASKS, "image": image, "top_k": _TOP_K}
+    schema = {
+        "type": "object",
+        "required": ["image"],
+        "oneOf": [{"required": ["task"]}, {"required": ["tasks"]}],
+        "properties": fields,
+        "additionalProperties": False,
+    }
     return {"schema": schema}
 
 
-def _list_of(image: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "array", "items": image, "minItems": 1, "maxItems": MAX_IMAGES}
+def _list_of(item: dict[str, Any], most: int, **more: Any) -> dict[str, Any]:
+    return {"type": "array", "items": item, "minItems": 1, "maxItems": most, **more}
 
 
+_ALL_TASKS = {"const": EVERY, "description": "in place of task: all tasks that the key opens"}
+_NAMES = _list_of(_NAME, MAX_TASKS, uniqueItems=True)
 _FILE = {"type": "string", "format": "binary", "minLength": 1, "description": "JPEG, PNG or WebP file"}
 _BASE64 = {"type": "string", "format": "byte", "minLength": 1, "description": "the file in base64, or as a data: URI"}
 _CONTENT = {
-    "multipart/form-data": _body(_list_of(_FILE)),  # in a form, one file is a list of one
-    "application/json": _body({"anyOf": [_BASE64, _list_of(_BASE64)]}),
+    "multipart/form-data": _body(_NAMES, _list_of(_FILE, MAX_IMAGES)),  # in a form, one is a list of one
+    "application/json": _body({"anyOf": [_NAME, _NAMES]}, {"anyOf": [_BASE64, _list_of(_BASE64, MAX_IMAGES)]}),
 }
 _PREDICT_PROBLEMS = _problems(400, 401, 403, 404, 408, 413, 415, 422, 429, 503, 504)
 
+_BY_TASK = list[PredictAnswer | TaskProblem]
+
 PREDICT: dict[str, Any] = {
-    "response_model": PredictAnswer | list[PredictAnswer | Problem],
+    "response_model": PredictAnswer | list[PredictAnswer | Problem] | _BY_TASK | list[_BY_TASK],
     "responses": _PREDICT_PROBLEMS,
     "openapi_extra": {
         "requestBody": {"required": True, "content": _CONTENT},

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt_serve.errors import InvalidKey, RateLimited, TaskForbidden, UsageError
+from gpt_serve.errors import InvalidKey, InvalidRequest, RateLimited, TaskForbidden, UsageError
 from gpt_serve.serve.keyfile import Tenant, digest_of, load_tenants
 
 logger = logging.getLogger("gpt_serve.serve")
@@ -28,7 +28,7 @@ POLL = 1.0  # seconds between looks at the file
 
 @dataclass
 class _Usage:
-    """What a tenant has used of its limits; ``tokens`` are requests that it may send now."""
+    """What a tenant has used of its limits; ``tokens`` are answers that it may ask for now, below 0 if it owes some."""
 
     tokens: float
     at: float
@@ -77,7 +77,11 @@ class Doorkeeper:
             raise TaskForbidden(f"this key does not open the task {task!r}: ask the server's operator for it")
 
     def count_request(self, tenant: Tenant) -> None:
-        """Count a request (token bucket, a second's worth deep). Raises `RateLimited` when it is one too many."""
+        """Count a request as one answer (token bucket, a second's worth deep); see `charge` for more than one.
+
+        Raises:
+            RateLimited: it is one too many.
+        """
         if tenant.rate is None:
             return
         usage, now, most = self._used(tenant), time.monotonic(), max(1.0, tenant.rate)
@@ -85,15 +89,29 @@ class Doorkeeper:
         usage.at = now
         if usage.tokens < 1:
             seconds = (1 - usage.tokens) / tenant.rate
-            raise RateLimited(f"more than {tenant.rate:g} requests a second: try again in {seconds:.1f} s", seconds)
+            raise RateLimited(f"more than {tenant.rate:g} answers a second: try again in {seconds:.1f} s", seconds)
         usage.tokens -= 1
 
+    def charge(self, tenant: Tenant, count: int) -> None:
+        """Count a request of several answers as ``count`` more: the next one has to wait until they are paid for."""
+        if tenant.rate is not None:
+            self._used(tenant).tokens -= max(0, count)
+
     @contextmanager
-    def images(self, tenant: Tenant, count: int) -> Iterator[None]:
-        """``count`` images are in flight meanwhile. Raises `RateLimited` when they are too many."""
+    def answers(self, tenant: Tenant, count: int) -> Iterator[None]:
+        """``count`` answers, one for each image and task, are in flight meanwhile.
+
+        Raises:
+            InvalidRequest: a request must never ask for so many.
+            RateLimited: they are too many just now.
+        """
         usage, most = self._used(tenant), tenant.in_flight
+        if most is not None and count > most:
+            raise InvalidRequest(
+                f"the request asks for {count} answers, and this key has {most} at once: ask for fewer"
+            )
         if most is not None and usage.in_flight + count > most:
-            raise RateLimited(f"more than {most} images at once: wait for answers before you send the next", 1.0)
+            raise RateLimited(f"more than {most} answers at once: wait for some before you send the next", 1.0)
         usage.in_flight += count
         try:
             yield

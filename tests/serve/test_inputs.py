@@ -8,7 +8,8 @@ import pytest
 
 from gpt_serve.errors import InvalidRequest
 from gpt_serve.serve import inputs
-from gpt_serve.serve.inputs import parse
+from gpt_serve.serve.forms import Form
+from gpt_serve.serve.inputs import MAX_TASKS, PredictRequest, parse
 from gpt_serve.serve.problems import HTTPError
 
 JSON = {"content-type": "application/json"}
@@ -19,7 +20,7 @@ FORM = {"content-type": "multipart/form-data; boundary=b"}
     "body",
     [
         b"[" + b'{"":{"":0}},' * 800_000 + b"0]",
-        b'{"task":"a","image":"b"' + b',"a":1' * 1000 + b"}",
+        b'{"task":"a","image":"b"' + b',"a":1' * 10_000 + b"}",
         b"[" * 1_000_000,
         b'{"a":' * 1_000_000,
         b"[" + b"1," * 1_000_000 + b"1]",
@@ -39,7 +40,7 @@ def test_hostile_json_is_not_parsed(body: bytes, monkeypatch: pytest.MonkeyPatch
 
 def test_many_parts_are_not_parsed_to_their_end() -> None:
     part = b'--b\r\nContent-Disposition: form-data; name="a"\r\n\r\nx\r\n'
-    form = inputs._Form(FORM["content-type"])
+    form = Form(FORM["content-type"], 72)
     with pytest.raises(InvalidRequest, match="more than 72 parts"):
         form.parse(part * 100_000)
     assert len(form.parts) == 72
@@ -68,7 +69,7 @@ def test_names_and_values_of_a_form_are_what_they_are() -> None:
         b"--\r\n--\r\n-- b\r\n\r\n--b--\r\nepilogue"
     )
     wanted = parse(FORM, (), body)
-    assert (wanted.task, wanted.images, wanted.several) == ("birds", (b"--\r\n--\r\n-- b\r\n",), False)
+    assert wanted == PredictRequest(("birds",), (b"--\r\n--\r\n-- b\r\n",))
 
 
 def test_a_raw_body_needs_its_task_in_the_path() -> None:
@@ -78,4 +79,79 @@ def test_a_raw_body_needs_its_task_in_the_path() -> None:
     assert parse({}, [("top_k", "2")], b"x", "birds").top_k == 2
     assert parse(JSON, (), b'{"image": "eA==", "top_k": 2.0}', "birds").top_k == 2
     wanted = parse(JSON, (), json.dumps({"image": ["eA==", "eQ=="]}).encode(), "birds")
-    assert wanted.images == (b"x", b"y") and wanted.several
+    assert wanted.images == (b"x", b"y") and wanted.several_images
+
+
+def form(*fields: tuple[str, str]) -> bytes:
+    """A form with these fields and an image."""
+    parts = [f'--b\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n' for name, value in fields]
+    image = '--b\r\nContent-Disposition: form-data; name="image"; filename="x"\r\n\r\nx\r\n--b--\r\n'
+    return "".join([*parts, image]).encode()
+
+
+def body(**fields: Any) -> bytes:
+    return json.dumps({"image": "eA=="} | fields).encode()
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        parse(FORM, (), form(("task", "birds"), ("task", "cars"))),
+        parse(FORM, [("task", "birds"), ("task", "cars")], form()),
+        parse(FORM, [("task", "birds"), ("task", "cars")], form(("task", "birds"), ("task", "cars"))),
+        parse(JSON, (), body(task=["birds", "cars"])),
+    ],
+    ids=["form", "query", "both", "json"],
+)
+def test_several_tasks(wanted: PredictRequest) -> None:
+    assert wanted == PredictRequest(("birds", "cars"), (b"x",), several_tasks=True)
+
+
+def test_a_list_of_one_task_is_a_list() -> None:
+    assert parse(JSON, (), body(task=["birds"])).several_tasks
+    assert not parse(JSON, (), body(task="birds")).several_tasks
+    assert not parse(FORM, (), form(("task", "birds"))).several_tasks
+
+
+@pytest.mark.parametrize("wanted", [parse(FORM, [("tasks", "*")], form()), parse(JSON, (), body(tasks="*"))])
+def test_all_tasks(wanted: PredictRequest) -> None:
+    assert wanted == PredictRequest(None, (b"x",), several_tasks=True)
+
+
+NAMES = [f"t{number}" for number in range(10_000)]
+
+
+@pytest.mark.parametrize(
+    ("query", "content", "says"),
+    [
+        ((), body(task=[]), "'task' is missing or empty"),
+        ((), body(task=["birds", ""]), "'task' is missing or empty"),
+        ([("task", "birds"), ("task", "")], body(), "'task' is missing or empty"),
+        ((), body(task=NAMES), "too much JSON: send an object with at most 256 tasks"),
+        ((), body(task=NAMES[: MAX_TASKS + 1]), "257 tasks, more than the 256 allowed"),
+        ([("task", name) for name in NAMES], body(), "10000 tasks, more than the 256 allowed"),
+        ((), body(task=["birds", "cars", "birds"]), "'birds' is given twice"),
+        ([("task", "birds"), ("task", "birds")], body(), "'birds' is given twice"),
+        ([("task", "cars")], body(task=["birds", "cars"]), "task is given twice with different values"),
+        ((), body(task=["birds", 1]), "must be a string or a list of strings"),
+        ((), body(task=[["birds"]]), "must be a string or a list of strings"),
+        ((), body(task=None), "must be a string or a list of strings"),
+        ((), body(tasks="birds"), "tasks can only be"),
+        ((), body(tasks=["*"]), "tasks can only be"),
+        ([("tasks", "*")], body(task="birds"), "both given"),
+    ],
+)
+def test_what_no_list_of_tasks_is(query: list[tuple[str, str]], content: bytes, says: str) -> None:
+    with pytest.raises(InvalidRequest, match=says):
+        parse(JSON, query, content)
+
+
+def test_a_form_with_ten_thousand_tasks_is_not_parsed_to_its_end() -> None:
+    with pytest.raises(InvalidRequest, match="more than 328 parts"):
+        parse(FORM, (), form(*(("task", name) for name in NAMES)))
+
+
+def test_the_task_of_the_path_is_the_only_one() -> None:
+    for fields in ({"task": ["birds", "cars"]}, {"task": ["birds"]}, {"tasks": "*"}):
+        with pytest.raises(InvalidRequest):
+            parse(JSON, (), body(**fields), "birds")

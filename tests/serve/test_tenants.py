@@ -122,20 +122,20 @@ def test_over_a_long_time_the_rate_holds(now: list[float]) -> None:
     assert taken == pytest.approx(400, abs=5)
 
 
-def test_images_in_flight_are_limited_and_given_back() -> None:
+def test_answers_in_flight_are_limited_and_given_back() -> None:
     door, tenant, other = Doorkeeper(), Tenant("acme", in_flight=3), Tenant("umbrella", in_flight=3)
-    with door.images(tenant, 2), door.images(other, 3):
+    with door.answers(tenant, 2), door.answers(other, 3):
         with (
-            door.images(tenant, 1),
-            pytest.raises(RateLimited, match="more than 3 images at once"),
-            door.images(tenant, 1),
+            door.answers(tenant, 1),
+            pytest.raises(RateLimited, match="more than 3 answers at once"),
+            door.answers(tenant, 1),
         ):
             pass
-        with pytest.raises(KeyError), door.images(tenant, 1):
+        with pytest.raises(KeyError), door.answers(tenant, 1):
             raise KeyError
-        with door.images(tenant, 1):
+        with door.answers(tenant, 1):
             pass
-    with door.images(tenant, 3):
+    with door.answers(tenant, 3):
         pass
 
 
@@ -152,5 +152,5 @@ def test_nothing_is_counted_where_there_is_no_limit(now: list[float]) -> None:
     door = Doorkeeper()
     for _ in range(10_000):
         door.count_request(EVERYBODY)
-    with door.images(EVERYBODY, 10**6):
+    with door.answers(EVERYBODY, 10**6):
         pass
