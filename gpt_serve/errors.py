@@ -24,8 +24,9 @@ The message of each is one line for the person who caused it and says what to do
         ├── InvalidRequest         a field is missing or malformed
         ├── InvalidKey             no key, or one that the server does not know
         ├── TaskForbidden          a task that the key does not open
-        ├── RateLimited            more requests than the key allows
-        ├── Overloaded             too many requests are waiting
+        ├── TurnedAway             no room for it just now
+        │   ├── RateLimited            more requests than the key allows
+        │   └── Overloaded             too many requests are waiting
         ├── NotReady               starting, restarting or draining
         └── DeadlineExceeded       no answer in time
 
@@ -146,8 +147,8 @@ class TaskForbidden(RequestError):
     """The request's key does not open the task."""
 
 
-class RateLimited(RequestError):
-    """The key's owner has more requests a second, or more images in flight, than the key allows.
+class TurnedAway(RequestError):
+    """There is no room for the request just now.
 
     Attributes:
         seconds: after which trying again may help.
@@ -158,7 +159,11 @@ class RateLimited(RequestError):
         self.seconds = seconds
 
 
-class Overloaded(RequestError):
+class RateLimited(TurnedAway):
+    """The key's owner has more requests a second, or more images in flight, than the key allows."""
+
+
+class Overloaded(TurnedAway):
     """Too many requests are waiting."""
 
 

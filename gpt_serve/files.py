@@ -1,4 +1,4 @@
-"""Files that are replaced as a whole, and the place for those that may be deleted."""
+"""Files that are replaced as a whole, work that only one process does, and the place for what may be deleted."""
 
 import errno
 import os
@@ -6,6 +6,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
+
+from filelock import FileLock
 
 
 @contextmanager
@@ -23,6 +26,19 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Of all threads and processes that ask for the lock file ``path``, one at a time goes on; a killed one holds none.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    with TemporaryFile(dir=path.parent):  # to filelock, a folder that cannot be written is a lock that is taken
+        pass
+    with FileLock(path):
+        yield
 
 
 def cache_folder() -> Path:

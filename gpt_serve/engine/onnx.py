@@ -6,6 +6,7 @@ The graph takes every adapter with prompts for the first block. It is built once
 
 import logging
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -26,7 +27,7 @@ from gpt_serve.engine.passes import PassPlanner, opened
 from gpt_serve.engine.slab import Packed, Slab, gather
 from gpt_serve.errors import ExportError
 from gpt_serve.export.session import FORMAT, Graph, serving_taps
-from gpt_serve.files import cache_folder
+from gpt_serve.files import cache_folder, locked
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.model.batch import Layout
 from gpt_serve.specs import BackboneSpec, Pool, Tap
@@ -34,6 +35,7 @@ from gpt_serve.specs import BackboneSpec, Pool, Tap
 logger = logging.getLogger("gpt_serve.engine")
 
 TOLERANCE = 1e-5  # of probabilities
+_UNFINISHED = ".new-"  # beginning of the name of a folder that a graph is made in
 SAMPLE_ROWS = 64  # of a slab: enough for the samples
 TORCH_BELOW = 0.8
 """Share of a pass's work that torch must be able to leave out for closed gates, or else onnxruntime is faster."""
@@ -152,9 +154,31 @@ def _kept(path: Path, backbone: Backbone) -> Graph | None:
 
 
 def _build(path: Path, backbone: Backbone) -> Graph:
-    """Make the graph and move it into place once it has proved itself."""
+    """Make the graph and move it into place once it has proved itself.
+
+    Processes that start together make it once, one after another; what a killed one left unfinished is removed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".new-", dir=path.parent) as name:
+    useless = _identity(path)
+    with locked(path.parent / ".building.lock"):
+        if _identity(path) != useless and (graph := _kept(path, backbone)) is not None:
+            return graph  # another process made it meanwhile
+        for unfinished in path.parent.glob(f"{_UNFINISHED}*"):
+            shutil.rmtree(unfinished, ignore_errors=True)  # without its maker: that would hold the lock
+        return _build_alone(path, backbone)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Another one for each file that is moved to ``path``; None while there is none."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def _build_alone(path: Path, backbone: Backbone) -> Graph:
+    with TemporaryDirectory(prefix=_UNFINISHED, dir=path.parent) as name:
         logger.info("building the ONNX graph of %s, which takes seconds; it is kept in %s", backbone.name, path.parent)
         from gpt_serve.export.files import publish, save
         from gpt_serve.export.graphs import features_graph  # seconds and 100 MB, not needed again

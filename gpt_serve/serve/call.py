@@ -185,7 +185,7 @@ class Call:
         if not job.done():
             return DeadlineExceeded(f"no answer within {self.door.config.deadline:g} s: try again later")
         if job.cancelled():
-            return Overloaded("the place in the queue went to a task with fewer images waiting: try again in a second")
+            return self.door.state.overloaded("the place in the queue went to a task with fewer images waiting")
         error = job.exception()
         if error is None:
             return job.result()

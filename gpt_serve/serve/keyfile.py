@@ -20,13 +20,10 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
-from filelock import FileLock
-
 from gpt_serve.errors import UsageError
-from gpt_serve.files import replacing
+from gpt_serve.files import locked, replacing
 from gpt_serve.specs import TASK_PATTERN
 
 FORMAT = "gpt-serve-keys/1"
@@ -155,9 +152,7 @@ def revoke(path: Path, name: str) -> list[str]:
 def _changing(path: Path, *, new: bool = False) -> Iterator[dict[str, Tenant]]:
     """The tenants, to be changed and then written; two commands at once wait for each other."""
     try:
-        with TemporaryFile(dir=path.parent):  # to filelock, a folder that cannot be written is a lock that is taken
-            pass
-        with FileLock(path.with_name(f".{path.name}.lock")):
+        with locked(path.with_name(f".{path.name}.lock")):
             tenants = {} if new and not path.exists() else dict(load_tenants(path))
             yield tenants
             with replacing(path) as temporary:

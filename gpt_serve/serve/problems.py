@@ -40,18 +40,18 @@ STATUS: dict[type[errors.GPTServeError], tuple[int, str]] = {
     errors.InvalidRequest: (400, "Invalid request"),
     errors.InvalidKey: (401, "Unauthorized"),
     errors.TaskForbidden: (403, "Task forbidden"),
+    errors.TurnedAway: (503, "Overloaded"),
     errors.RateLimited: (429, "Too many requests"),
     errors.Overloaded: (503, "Overloaded"),
     errors.NotReady: (503, "Not ready"),
     errors.DeadlineExceeded: (504, "Deadline exceeded"),
 }
 
-# Seconds after which trying again may help, by error; every 503 names some.
+# Seconds after which trying again may help, by error; every 503 names some, and a `TurnedAway` knows its own.
 RETRY_AFTER: dict[type[errors.GPTServeError], int] = {
     errors.InvalidAdapter: 60,
     errors.BackboneMismatch: 60,
     errors.BankFull: 60,
-    errors.Overloaded: 1,
     errors.NotReady: 5,
 }
 
@@ -82,7 +82,7 @@ def problem_of(error: Exception, **members: str) -> Response:
         known = _known(error)
         status, title = STATUS[known]
         if status != 500:
-            seconds = math.ceil(error.seconds) if isinstance(error, errors.RateLimited) else RETRY_AFTER.get(known)
+            seconds = math.ceil(error.seconds) if isinstance(error, errors.TurnedAway) else RETRY_AFTER.get(known)
             headers = {} if seconds is None else {"Retry-After": str(seconds)}
             if status == 401:
                 headers["WWW-Authenticate"] = "APIKey"

@@ -1,5 +1,7 @@
 """What the routes know of the life of the server behind them. Only the event loop touches it, so it needs no lock."""
 
+import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -13,6 +15,10 @@ _WAITING = {
     "loading": "the backbone is being loaded: try again in a few seconds",
     "restarting": "the worker is being restarted: try again in a few seconds",
 }
+
+
+_REMEMBERED = 64  # times at which slots were given back, for the pace of that
+_LONGEST_PAUSE = 60.0  # seconds; a queue that stands still tells nothing
 
 
 @dataclass(eq=False)
@@ -51,6 +57,8 @@ class ServerState:
     fatal: GPTServeError | None = None
     _slots: dict[str, dict[Slot, None]] = field(default_factory=dict)  # by owner, the oldest first
     _admitted: int = 0
+    # When slots were given back since more than half of them are taken, after the time from which that is so.
+    _released: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
 
     @property
     def admitted(self) -> int:
@@ -79,6 +87,9 @@ class ServerState:
         self.check_ready()
         if self._admitted >= self.limit:
             self._displace(owner)
+        if self._admitted <= self.limit // 2:
+            self._released.clear()
+            self._released.append(time.monotonic())
         slot = Slot(owner, displaced)
         self._slots.setdefault(owner, {})[slot] = None
         self._admitted += 1
@@ -86,17 +97,36 @@ class ServerState:
 
     def release(self, slot: Slot) -> None:
         """Give ``slot`` back; one that was displaced is gone already."""
-        slots = self._slots.get(slot.owner, {})
-        if slot in slots:
-            del slots[slot]
-            self._admitted -= 1
-            if not slots:
-                del self._slots[slot.owner]
+        if slot in self._slots.get(slot.owner, {}):
+            self._remove(slot)
+            self._released.append(time.monotonic())
+
+    def overloaded(self, reason: str) -> Overloaded:
+        """An error that says for ``reason`` that there is no room, and when there is likely to be."""
+        seconds = self._drain_seconds()
+        return Overloaded(f"{reason}: try again in {'a second' if seconds <= 1 else f'{seconds:.0f} seconds'}", seconds)
+
+    def _drain_seconds(self) -> float:
+        """How long the slots that are taken now will last, at the pace at which slots were given back of late.
+
+        Clients that come back then find the queue that they were turned away from gone, instead of still there.
+        """
+        if len(self._released) < 2:
+            return 1.0
+        each = (time.monotonic() - self._released[0]) / (len(self._released) - 1)
+        return min(_LONGEST_PAUSE, max(1.0, each * self._admitted))
+
+    def _remove(self, slot: Slot) -> None:
+        slots = self._slots[slot.owner]
+        del slots[slot]
+        self._admitted -= 1
+        if not slots:
+            del self._slots[slot.owner]
 
     def _displace(self, owner: str) -> None:
         most = max(self._slots, key=lambda other: len(self._slots[other]))
         if len(self._slots[most]) <= len(self._slots.get(owner, {})) + 1:
-            raise Overloaded(f"{self.limit} images are already waiting: try again in a second")
+            raise self.overloaded(f"{self.limit} images are already waiting")
         slot = next(reversed(self._slots[most]))
-        self.release(slot)
+        self._remove(slot)
         slot.displaced()

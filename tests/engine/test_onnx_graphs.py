@@ -44,11 +44,16 @@ def built(original: Path, monkeypatch: pytest.MonkeyPatch) -> Built:
     return names
 
 
+def kept(folder: Path) -> list[str]:
+    """What lies there, but for the lock."""
+    return [path.name for path in folder.iterdir() if path.suffix != ".lock"]
+
+
 def test_a_graph_is_kept_and_used_again(tiny: Backbone, built: Built, tmp_path: Path) -> None:
     for _ in range(2):
         graph = serving_graph(tiny, folder=tmp_path / "new")
         assert graph.metadata["kind"] == "serving" and graph.metadata["backbone_sha256"] == tiny.fingerprint
-        assert [path.name for path in (tmp_path / "new").iterdir()] == [file_name(tiny.spec)]
+        assert kept(tmp_path / "new") == [file_name(tiny.spec)]
     assert built == ["tiny"]
 
 
@@ -97,7 +102,7 @@ def test_a_damaged_or_outdated_graph_is_built_again(
     assert built == ["tiny"] and "damaged or outdated" in caplog.text
     serving_graph(tiny, folder=tmp_path)
     assert built == ["tiny"]
-    assert list(tmp_path.iterdir()) == [path]
+    assert kept(tmp_path) == [path.name]
 
 
 def test_a_graph_that_answers_otherwise_is_refused_and_not_kept(original: Path, built: Built, tmp_path: Path) -> None:
@@ -106,7 +111,20 @@ def test_a_graph_that_answers_otherwise_is_refused_and_not_kept(original: Path, 
         other.model.pos_embed.mul_(2)
     with pytest.raises(ExportError, match="does not answer as torch does .* --engine torch"):
         serving_graph(other, folder=tmp_path)
-    assert not list(tmp_path.iterdir())
+    assert not kept(tmp_path)
+
+
+def test_what_a_killed_process_left_unfinished_is_removed(tiny: Backbone, built: Built, tmp_path: Path) -> None:
+    (tmp_path / ".new-killed").mkdir()
+    (tmp_path / ".new-killed" / "graph.onnx").write_bytes(b"half")
+    serving_graph(tiny, folder=tmp_path)
+    assert not list(tmp_path.glob(".new-*"))
+
+
+def test_processes_that_start_together_build_once(tiny: Backbone, built: Built, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(3) as pool:
+        graphs = list(pool.map(lambda _: serving_graph(tiny, folder=tmp_path), range(3)))
+    assert len(graphs) == 3 and built == ["tiny"]
 
 
 @pytest.mark.parametrize("trouble", ["no folder", "no home", "full"])
@@ -135,14 +153,14 @@ def test_without_a_place_to_keep_it_the_graph_is_built_all_the_same(
     (warning,) = [record for record in caplog.records if record.levelno == logging.WARNING]
     assert "is built at every start" in warning.message and "None" not in warning.message
     assert not list((tmp_path / "temporary").iterdir())
-    assert trouble != "full" or not list((tmp_path / "kept").iterdir())
+    assert trouble != "full" or not kept(tmp_path / "kept")
 
 
 def test_two_that_start_at_once(tiny: Backbone, built: Built, tmp_path: Path) -> None:
     with ThreadPoolExecutor(2) as pool:
         for graph in pool.map(lambda _: serving_graph(tiny, folder=tmp_path), range(2)):
             assert graph.metadata["kind"] == "serving"
-    assert [path.name for path in tmp_path.iterdir()] == [file_name(tiny.spec)]
+    assert kept(tmp_path) == [file_name(tiny.spec)]
 
 
 def test_the_name_says_what_a_graph_was_made_from(tiny: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,15 @@ import torch
 from gpt_serve.engine.engine import Prediction, Row
 from gpt_serve.engine.scheduler import Batch, Scheduler
 from gpt_serve.engine.scheduler.jobs import Pending
-from gpt_serve.errors import BankFull, DeadlineExceeded, GPTServeError, NotReady, UndecodableImage, UnknownTask
+from gpt_serve.errors import (
+    BankFull,
+    DeadlineExceeded,
+    GPTServeError,
+    NotReady,
+    UndecodableImage,
+    UnknownTask,
+    UsageError,
+)
 
 
 class Resident:
@@ -315,7 +323,7 @@ def test_every_failure_is_its_requests_own() -> None:
         engine.gate.clear()
         requests = [("a", b"bad"), ("a", b"bug"), ("a", b"crash"), ("unknown", b"x"), ("refused", b"x"), ("huge", b"x")]
         requests += [("broken", b"x"), ("a", b"good"), ("b", b"good")]
-        futures = [scheduler.submit(task, image, soon()) for task, image in requests]
+        futures = [scheduler.submit("a", image, soon()) for task, image in requests]
         until(lambda: sum(future.done() for future in futures) == 6)
         engine.gate.set()
         errors = [error_of(future) for future in futures]
@@ -333,6 +341,15 @@ def test_those_who_wait_for_one_adapter_get_an_error_each() -> None:
         engine.bank.slow["refused"].set()
         errors = [error_of(future) for future in futures]
     assert [type(error) for error in errors] == [UnknownTask] * 3 and len({id(error) for error in errors}) == 3
+
+
+@pytest.mark.parametrize("image", [torch.zeros(3, 4, 4), "photo.jpg", None])
+def test_what_cannot_be_taken_is_refused_at_once(image: Any) -> None:
+    """And does not end the thread that would have met it."""
+    with scheduling(Engine()) as scheduler:
+        with pytest.raises(UsageError, match="the bytes of an image file"):
+            scheduler.submit(task, image, soon())
+        assert scheduler.submit("a", b"x", soon()).result(timeout=10).task == "a"
 
 
 def test_closing_answers_everything_once() -> None:

@@ -20,7 +20,9 @@ def test_every_error_has_a_status(leaf: type[errors.GPTServeError]) -> None:
 
 
 def test_every_503_says_when_to_retry() -> None:
-    assert {cls for cls, (status, _) in STATUS.items() if status == 503} == set(RETRY_AFTER)
+    knowing = {cls for cls in STATUS if issubclass(cls, errors.TurnedAway)}
+    assert {cls for cls, (status, _) in STATUS.items() if status == 503} - knowing == set(RETRY_AFTER)
+    assert problem_of(errors.Overloaded("full", 2.1)).headers["retry-after"] == "3"
 
 
 def test_problem_of_a_clients_error() -> None:

@@ -67,6 +67,29 @@ def test_a_displaced_slot_is_given_back_only_once() -> None:
     assert state.admitted == 1
 
 
+@pytest.mark.parametrize("each, retry_after", [(0.01, 1.0), (0.5, 4.0), (60.0, 60.0)])
+def test_who_is_turned_away_is_told_when_the_queue_will_be_gone(
+    monkeypatch: pytest.MonkeyPatch, each: float, retry_after: float
+) -> None:
+    """At the pace at which it is getting shorter; what was before it was long does not count."""
+    now = 1000.0
+    monkeypatch.setattr("gpt_serve.serve.state.time.monotonic", lambda: now)
+    state = ready(8)
+    state.release(state.admit("a", lambda: None))
+    now += 3600
+    taken = take(state, "a", 8)
+    with pytest.raises(Overloaded) as refused:
+        state.admit("a", lambda: None)
+    assert refused.value.seconds == 1, "nothing is known yet"
+    for _ in range(20):
+        now += each
+        state.release(taken.pop(0))
+        taken += take(state, "a", 1)
+    with pytest.raises(Overloaded) as refused:
+        state.admit("a", lambda: None)
+    assert refused.value.seconds == pytest.approx(retry_after)
+
+
 def test_nothing_is_admitted_while_draining() -> None:
     state = ready(8)
     state.draining = True

@@ -24,7 +24,7 @@ from gpt_serve.engine.scheduler.jobs import (
     guarded,
 )
 from gpt_serve.engine.scheduler.pace import Pace, decode_seconds
-from gpt_serve.errors import GPTServeError
+from gpt_serve.errors import GPTServeError, UsageError
 from gpt_serve.images.headers import pixels
 
 LARGE = 0.1
@@ -79,12 +79,19 @@ class Scheduler:
         """Answer ``image`` with ``task``'s adapter as it is now. Returns at once.
 
         Args:
+            task: its name.
+            image: the bytes of an image file. Nothing else that `Engine.predict` takes: they tell what decoding costs.
             expires: ``time.monotonic()`` from which on nobody waits for the answer.
 
         Returns:
             What will hold the prediction, or raise the request's `GPTServeError`. It cannot be cancelled, but see
             `abandon`.
+
+        Raises:
+            UsageError: ``image`` is no bytes.
         """
+        if not isinstance(image, bytes):
+            raise UsageError(f"a scheduler takes the bytes of an image file, not {type(image).__name__}")
         job = Job(self.engine.bank, task, image, expires)
         self._admission.admit(job)
         return job.future
