@@ -323,7 +323,7 @@ def test_every_failure_is_its_requests_own() -> None:
         engine.gate.clear()
         requests = [("a", b"bad"), ("a", b"bug"), ("a", b"crash"), ("unknown", b"x"), ("refused", b"x"), ("huge", b"x")]
         requests += [("broken", b"x"), ("a", b"good"), ("b", b"good")]
-        futures = [scheduler.submit("a", image, soon()) for task, image in requests]
+        futures = [scheduler.submit(task, image, soon()) for task, image in requests]
         until(lambda: sum(future.done() for future in futures) == 6)
         engine.gate.set()
         errors = [error_of(future) for future in futures]
@@ -348,7 +348,7 @@ def test_what_cannot_be_taken_is_refused_at_once(image: Any) -> None:
     """And does not end the thread that would have met it."""
     with scheduling(Engine()) as scheduler:
         with pytest.raises(UsageError, match="the bytes of an image file"):
-            scheduler.submit(task, image, soon())
+            scheduler.submit("a", image, soon())
         assert scheduler.submit("a", b"x", soon()).result(timeout=10).task == "a"
 
 
