@@ -62,11 +62,13 @@ class Row:
 
     Attributes:
         work: what the row costs beside others of its kind, in row-blocks; see `gpt_serve.engine.passes`.
+        trunk: the part of ``work`` that all rows of the image share.
     """
 
     resident: Resident
     image: Tensor
     work: float = 1.0
+    trunk: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,10 +206,14 @@ class Engine:
         """The row that the forward pass takes, or the reason why there is none. Safe to call in many threads."""
         try:
             pixels = _pixels(image, self.limits, resident.preprocess)
-            work = self.planner.image(resident.place.layout)
-            return Row(resident, preprocess_image(pixels, resident.preprocess), work)
+            return self.row(resident, preprocess_image(pixels, resident.preprocess))
         except ImageError as error:
             return error
+
+    def row(self, resident: Resident, image: Tensor) -> Row:
+        """The row of an image that was prepared already, for this adapter or for another one that wants it alike."""
+        layout = resident.place.layout
+        return Row(resident, image, self.planner.image(layout), self.planner.trunk(layout))
 
     @torch.inference_mode()
     def compute(self, rows: Sequence[Row]) -> list[Answer]:
@@ -285,7 +291,7 @@ class Engine:
         for key, (number, task, resident) in zip(keys, usable, strict=True):
             row = prepared[key]
             if isinstance(row, Row):
-                rows.append((number, task, Row(resident, row.image)))
+                rows.append((number, task, self.row(resident, row.image)))
             else:
                 answers[number][task] = row.fresh()
         for (number, task, _), answer in zip(rows, self.compute([row for *_, row in rows]), strict=True):

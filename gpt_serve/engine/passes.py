@@ -65,8 +65,12 @@ class PassPlanner:
 
     def rows(self, layout: Layout, count: int, images: int) -> float:
         """Row-blocks of a pass of ``count`` rows about ``images`` images, which share the trunk."""
-        trunk = self.body * min(layout.trunk, layout.last + 1)
-        return count * max(0.0, self.image(layout) - trunk) + images * min(trunk, self.image(layout))
+        trunk = self.trunk(layout)
+        return count * (self.image(layout) - trunk) + images * trunk
+
+    def trunk(self, layout: Layout) -> float:
+        """Row-blocks of one image that all rows about it share: all of them where no block is the task's own."""
+        return min(float(self.body * min(layout.trunk, layout.last + 1)), self.image(layout))
 
     def image(self, layout: Layout) -> float:
         """Row-blocks of one image."""

@@ -1,15 +1,26 @@
 """What keeps passes short and shares fair."""
 
 import pytest
+import torch
 
+from gpt_serve.engine.engine import Row
 from gpt_serve.engine.scheduler.jobs import FairQueue, Job, Shares
-from gpt_serve.engine.scheduler.pace import MOST_SECONDS, Pace, decode_seconds
+from gpt_serve.engine.scheduler.pace import MOST_SECONDS, Load, Pace, decode_seconds
 
 
 def job(task: str, work: float = 0.0) -> Job:
     made = Job(None, task, b"", 0.0)  # type: ignore[arg-type]
     made.work = work
     return made
+
+
+def row(work: float, trunk: float = 0.0, image: torch.Tensor | None = None) -> Row:
+    return Row(None, torch.zeros(1) if image is None else image, work, trunk)  # type: ignore[arg-type]
+
+
+def load(*work: float) -> Load:
+    """Rows about an image each."""
+    return Load([row(one) for one in work])
 
 
 def order(queue: FairQueue, count: int) -> list[str]:
@@ -60,22 +71,50 @@ def test_what_was_estimated_wrong_is_charged_in_the_end() -> None:
 
 def test_a_pass_holds_what_ends_in_time() -> None:
     pace = Pace()
-    assert pace.fits([1.0]) and pace.fits([1.0] * 2) and not pace.fits([1.0] * 3), "of what is not known, a few"
-    pace.learn([1.0] * 2, 0.02)
-    assert pace.fits([1.0] * 100) and not pace.fits([1.0] * 101) and MOST_SECONDS == 1
-    assert not pace.fits([1.0] * 2 + [1000.0]), "one of another kind makes it another pass"
-    pace.learn([1000.0], 1.5)
-    assert not pace.fits([1000.0] * 2)
+    assert pace.fits(load(1.0)) and pace.fits(load(1.0, 1.0)), "of what is not known, a few"
+    assert not pace.fits(load(1.0, 1.0, 1.0))
+    pace.learn(load(1.0, 1.0), 0.02)
+    assert pace.row_seconds == pytest.approx(0.01)
+    assert pace.fits(load(*[1.0] * 100)) and not pace.fits(load(*[1.0] * 101)) and MOST_SECONDS == 1
+    assert not pace.fits(load(1.0, 1.0, 1000.0)), "one of another kind makes it another pass"
+    pace.learn(load(1000.0), 1.5)
+    assert not pace.fits(load(1000.0, 1000.0))
     assert pace.row(1.0) == pytest.approx(0.01) and pace.row(1000.0) == pytest.approx(1.5)
 
 
 def test_a_speed_that_no_longer_holds_is_forgotten() -> None:
     pace = Pace()
-    pace.learn([1.0], 0.001)
+    pace.learn(load(1.0), 0.001)
     for _ in range(100):
-        pace.learn([1.0], 0.1)
+        pace.learn(load(1.0), 0.1)
     assert pace.row(1.0) == pytest.approx(0.1)
 
 
 def test_large_images_are_expected_to_take_long() -> None:
     assert decode_seconds(7071 * 7071, 1980) > 1 > 0.02 > decode_seconds(224 * 224, 13_000)
+
+
+def test_rows_of_one_image_share_what_their_tasks_do() -> None:
+    """Ten probes, and two tasks with the last quarter of the blocks for themselves, of one image; one of another."""
+    image, other = torch.zeros(1), torch.zeros(1)
+    probes = [row(8.0, 8.0, image) for _ in range(10)]
+    late = [row(8.0, 6.0, image) for _ in range(2)]
+    alone = row(8.0, 8.0, other)
+    probing = Load(probes)
+    assert (probing.rows, probing.computed, probing.work) == (10, 1, pytest.approx(8.0))
+    assert probing.share(probes[0]) == pytest.approx(0.1)
+    both = Load([*probes, *late])
+    assert (both.rows, both.computed) == (12, 3)
+    assert both.work == pytest.approx((10 * 8 + 2 * 6) / 12 + 2 * 2)
+    assert both.share(late[0]) > 2 * both.share(probes[0])
+    everything = Load([*probes, *late, alone])
+    assert everything.computed == 4 and everything.work == pytest.approx(both.work + 8.0)
+    assert sum(map(everything.share, [*probes, *late, alone])) == pytest.approx(1)
+
+
+def test_sharing_does_not_make_passes_seem_fast() -> None:
+    """A pass over a hundred probes of one image says what one image takes, not what a hundredth of it does."""
+    pace, image = Pace(), torch.zeros(1)
+    pace.learn(Load([row(1.0, 1.0, image) for _ in range(100)]), 0.02)
+    assert pace.row(1.0) == pytest.approx(0.02) and pace.row_seconds == pytest.approx(0.02)
+    assert pace.fits(load(*[1.0] * 50)) and not pace.fits(load(*[1.0] * 51))

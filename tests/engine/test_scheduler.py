@@ -15,6 +15,7 @@ import torch
 from gpt_serve.engine.engine import Prediction, Row
 from gpt_serve.engine.scheduler import Batch, Scheduler
 from gpt_serve.engine.scheduler.jobs import Pending
+from gpt_serve.engine.scheduler.pipeline import ROWS
 from gpt_serve.errors import (
     BankFull,
     DeadlineExceeded,
@@ -27,8 +28,16 @@ from gpt_serve.errors import (
 
 
 class Resident:
+    """Of an adapter that wants images in a way of its own, unless ``shared`` says that they are alike."""
+
+    shared = False
+
     def __init__(self, task: str) -> None:
         self.task = task
+
+    @property
+    def preprocess(self) -> object:
+        return "alike" if self.shared else object()
 
 
 class Bank:
@@ -107,7 +116,10 @@ class Engine:
             return UndecodableImage("damaged")
         if image == b"bug":
             raise RuntimeError("a bug in the decoder")
-        return Row(resident, torch.tensor(list(image)))  # type: ignore[arg-type]
+        return self.row(resident, torch.tensor(list(image)))
+
+    def row(self, resident: Resident, image: torch.Tensor) -> Row:
+        return Row(resident, image)  # type: ignore[arg-type]
 
     def compute(self, rows: Sequence[Row]) -> list[Prediction]:
         self.computing = True
@@ -425,3 +437,96 @@ def test_the_parts_of_a_requests_time_are_told(overlap: bool) -> None:
             assert set(future.seconds) == {"queueing", "decoding", "computing"} and min(future.seconds.values()) >= 0
             assert future.seconds["decoding"] >= 0.05 and future.seconds["computing"] >= 0.1
             assert sum(future.seconds.values()) <= total
+
+
+# Several jobs about one image
+
+
+@pytest.fixture
+def alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapters that all want images in the same way."""
+    monkeypatch.setattr(Resident, "shared", True)
+
+
+@pytest.mark.usefixtures("alike")
+@pytest.mark.parametrize("overlap", [True, False])
+def test_an_image_is_decoded_once_for_all_who_ask_about_it(overlap: bool) -> None:
+    """Twelve tasks; half of them come while it is decoded, the others while the pass runs."""
+    engine = Engine()
+    with scheduling(engine, overlap=overlap, batch_timeout=0.0) as scheduler:
+        for number in range(12):
+            scheduler.submit(f"task-{number}", b"warm", soon()).result(timeout=20)
+        engine.decoded.clear()
+        engine.batches.clear()
+        engine.gate.clear()
+        engine.decoder_gate.clear()
+        first = [scheduler.submit(f"task-{number}", b"image", soon()) for number in range(6)]
+        until(lambda: sum(map(len, scheduler._shared._following.values())) == 5)
+        engine.decoder_gate.set()
+        until(lambda: engine.computing)
+        later = [scheduler.submit(f"task-{number}", bytes(bytearray(b"image")), soon()) for number in range(6, 12)]
+        until(lambda: len(scheduler._small) + len(scheduler._ready) == 6)
+        engine.gate.set()
+        answers = [future.result(timeout=20) for future in [*first, *later]]
+    assert [answer.task for answer in answers] == [f"task-{number}" for number in range(12)]
+    assert all(bytes(answer.probabilities.tolist()) == b"image" for answer in answers)
+    assert len({id(answer.probabilities) for answer in answers[:6]}) == 1, "one tensor, which the pass computes once"
+    assert len(engine.decoded) == 1 and sorted(engine.batches[0]) == [f"task-{number}" for number in range(6)]
+
+
+@pytest.mark.usefixtures("alike")
+def test_those_who_share_a_broken_image_get_an_error_each() -> None:
+    reported: list[Exception] = []
+    engine = Engine()
+    with scheduling(engine, on_error=reported.append) as scheduler:
+        for image, kind in ((b"bad", UndecodableImage), (b"bug", GPTServeError)):
+            engine.decoder_gate.clear()
+            futures = [scheduler.submit(f"task-{number}", image, soon()) for number in range(5)]
+            until(lambda: sum(map(len, scheduler._shared._following.values())) == 4)
+            engine.decoder_gate.set()
+            errors = [error_of(future) for future in futures]
+            assert {type(error) for error in errors} == {kind} and len(set(map(id, errors))) == 5
+    assert len(engine.decoded) == 2 and len(reported) == 1
+
+
+@pytest.mark.usefixtures("alike")
+def test_who_gives_up_takes_no_image_from_those_who_share_it() -> None:
+    engine = Engine()
+    engine.decoder_gate.clear()
+    with scheduling(engine) as scheduler:
+        leader = scheduler.submit("a", b"image", soon())
+        until(lambda: scheduler._shared._following)
+        follower, other = (scheduler.submit(task, b"image", soon()) for task in ("b", "c"))
+        until(lambda: sum(map(len, scheduler._shared._following.values())) == 2)
+        scheduler.abandon(leader)
+        scheduler.abandon(other)
+        engine.decoder_gate.set()
+        assert bytes(follower.result(timeout=20).probabilities.tolist()) == b"image"
+        assert isinstance(error_of(leader), DeadlineExceeded) and isinstance(error_of(other), DeadlineExceeded)
+        late = scheduler.submit("a", b"image", soon(-1))
+        assert isinstance(error_of(late), DeadlineExceeded)
+    assert not scheduler._shared._following
+
+
+@pytest.mark.usefixtures("alike")
+def test_probes_of_one_image_fill_no_batch() -> None:
+    """They are one row of the pass, whatever their number, up to ``ROWS`` for each that a batch may hold."""
+
+    class Probing(Engine):
+        def row(self, resident: Resident, image: torch.Tensor) -> Row:
+            return Row(resident, image, work=1.0, trunk=1.0)  # type: ignore[arg-type]
+
+    engine = Probing()
+    with scheduling(engine, max_batch=2, batch_timeout=5.0) as scheduler:
+        for number in range(20):
+            scheduler.submit(f"task-{number}", b"warm", soon()).result(timeout=20)
+        engine.batches.clear()
+        engine.gate.clear()
+        held = scheduler.submit("task-0", b"held", soon())
+        until(lambda: engine.computing)
+        futures = [scheduler.submit(f"task-{number}", b"image", soon()) for number in range(20)]
+        until(lambda: len(scheduler._ready) == 20)
+        assert scheduler._ready.images == 1
+        engine.gate.set()
+        wait([held, *futures], timeout=20)
+    assert [len(batch) for batch in engine.batches] == [1, 2 * ROWS, 20 - 2 * ROWS]

@@ -105,8 +105,11 @@ class Troubled:
 
     def prepare(self, resident: Any, image: bytes) -> Any:
         row = self.engine.prepare(resident, image)
-        heavy = resident.task.startswith("heavy") and not isinstance(row, GPTServeError)
-        return replace(row, work=100 * row.work) if heavy else row
+        return row if isinstance(row, GPTServeError) else self.row(resident, row.image)
+
+    def row(self, resident: Any, image: Any) -> Any:
+        row = self.engine.row(resident, image)
+        return replace(row, work=100 * row.work) if resident.task.startswith("heavy") else row
 
     def compute(self, rows: Sequence[Any]) -> list[Any]:
         time.sleep(0.5 * sum(row.resident.task.startswith("heavy") for row in rows))

@@ -33,6 +33,7 @@ from gpt_serve.serve.messages import Answer, Answered, Asked, Failure, Item, Rea
 @dataclass(frozen=True, eq=False)
 class Resident:
     task: str
+    preprocess: None = None
 
 
 class Bank:
@@ -59,7 +60,10 @@ class Engine:
         self.backbone = SimpleNamespace(spec="the spec")
 
     def prepare(self, resident: Any, image: bytes) -> Row | GPTServeError:
-        return UndecodableImage("damaged") if image == b"bad" else Row(resident, torch.zeros(1))
+        return UndecodableImage("damaged") if image == b"bad" else self.row(resident, torch.zeros(1))
+
+    def row(self, resident: Any, image: torch.Tensor) -> Row:
+        return Row(resident, image)
 
     def compute(self, rows: Sequence[Row]) -> list[Prediction]:
         if any(row.resident.task == "broken" for row in rows):

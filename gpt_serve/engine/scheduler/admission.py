@@ -42,7 +42,12 @@ class Admission:
     @property
     def loading(self) -> bool:
         """Whether a job or its adapter is on its way, and not waiting for room."""
-        return len(self._cold) > self._starving or any(list(self._unseen.values()))
+        return len(self._cold) > self._starving or self.looking
+
+    @property
+    def looking(self) -> bool:
+        """Whether it is not yet known of some job if its adapter is there; mostly for microseconds."""
+        return any(list(self._unseen.values()))
 
     def admit(self, job: Job) -> None:
         """Pin and hand on ``job``, now or later, or finish it with the reason why not. Does not wait."""

@@ -1,7 +1,10 @@
 """How long work takes: what keeps a batch short and shares fair."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from gpt_serve.engine.engine import Row
 
 MOST_SECONDS = 1.0
 """A pass holds no more rows than are expected to take so long; a single row may take longer."""
@@ -15,35 +18,90 @@ def decode_seconds(pixels: int, size: int) -> float:
     return _PIXEL * pixels + _BYTE * size
 
 
+@dataclass
+class _Image:
+    """The rows of a pass about one image: how many, how many of them have blocks of their own, the sum of trunks."""
+
+    rows: int = 0
+    apart: int = 0
+    trunks: float = 0.0
+
+    @property
+    def trunk(self) -> float:
+        """What the shared blocks cost. The tasks may share different ones: this is about what they share."""
+        return self.trunks / self.rows if self.rows else 0.0
+
+    @property
+    def computed(self) -> int:
+        return self.apart + (self.rows > self.apart)
+
+
+class Load:
+    """Rows of a pass, and what they are worth together: those about one image share its trunk (`Row.trunk`).
+
+    Attributes:
+        rows: how many there are.
+        work: what they cost together, in row-blocks.
+        largest: what the dearest of them would cost alone.
+        computed: how many rows a block computes at most: one for each image and task, but only one for all tasks of
+            an image that have no block of their own.
+    """
+
+    def __init__(self, rows: Iterable[Row] = ()) -> None:
+        self.rows = self.computed = 0
+        self.work = self.largest = 0.0
+        self._images: dict[int, _Image] = {}
+        for row in rows:
+            self.add(row)
+
+    def add(self, row: Row) -> None:
+        """One row more."""
+        image = self._images.setdefault(id(row.image), _Image())
+        self.work -= image.trunk
+        self.computed -= image.computed
+        image.rows += 1
+        image.apart += row.trunk < row.work
+        image.trunks += row.trunk
+        self.rows += 1
+        self.work += image.trunk + row.work - row.trunk
+        self.computed += image.computed
+        self.largest = max(self.largest, row.work)
+
+    def share(self, row: Row) -> float:
+        """The part of `work` that one of the rows accounts for: tasks of one image pay for its trunk in equal parts."""
+        image = self._images[id(row.image)]
+        return (row.work - row.trunk + image.trunk / image.rows) / self.work
+
+
 class Pace:
-    """Seconds that passes take by what their rows are worth (`gpt_serve.engine.engine.Row.work`), as measured.
+    """Seconds that passes take by what their rows are worth (`Load.work`), as measured.
 
     Rows of much different worth are measured apart, because what a row is worth is an estimate, too. The fastest pass
     counts: the slow ones had few rows or were disturbed.
 
     Attributes:
-        row_seconds: seconds a row took in the last pass.
+        row_seconds: seconds that the largest row of the last pass took.
     """
 
     def __init__(self) -> None:
         self.row_seconds = 0.0
         self._seconds: dict[int, float] = {}  # of one unit of work, by the magnitude of the largest row
 
-    def learn(self, work: Sequence[float], seconds: float) -> None:
-        """A pass over rows worth ``work`` took so long."""
-        self.row_seconds = seconds / len(work)
-        key, measured = _magnitude(work), seconds / sum(work)
+    def learn(self, load: Load, seconds: float) -> None:
+        """A pass over these rows took so long."""
+        self.row_seconds = seconds * load.largest / load.work
+        key, measured = _magnitude(load.largest), seconds / load.work
         self._seconds[key] = min(_FORGET * self._seconds.get(key, measured), measured)
 
-    def fits(self, work: Sequence[float]) -> bool:
-        """Whether a pass over rows worth ``work`` ends soon enough; of rows not measured yet, a few do."""
-        unit = self._seconds.get(_magnitude(work))
-        return len(work) <= _UNKNOWN if unit is None else sum(work) * unit <= MOST_SECONDS
+    def fits(self, load: Load) -> bool:
+        """Whether a pass over these rows ends soon enough; of rows not measured yet, a few do."""
+        unit = self._seconds.get(_magnitude(load.largest))
+        return load.computed <= _UNKNOWN if unit is None else load.work * unit <= MOST_SECONDS
 
     def row(self, work: float) -> float:
         """Seconds that a row worth ``work`` takes beside others like it."""
-        return work * self._seconds.get(_magnitude([work]), 0.0)
+        return work * self._seconds.get(_magnitude(work), 0.0)
 
 
-def _magnitude(work: Sequence[float]) -> int:
-    return round(math.log2(max(work)))
+def _magnitude(work: float) -> int:
+    return round(math.log2(work))

@@ -23,7 +23,8 @@ from gpt_serve.engine.scheduler.jobs import (
     explained,
     guarded,
 )
-from gpt_serve.engine.scheduler.pace import Pace, decode_seconds
+from gpt_serve.engine.scheduler.pace import Load, Pace, decode_seconds
+from gpt_serve.engine.scheduler.sharing import ReadyQueue, SharedImages, Turn
 from gpt_serve.errors import GPTServeError, UsageError
 from gpt_serve.images.headers import pixels
 
@@ -31,6 +32,8 @@ LARGE = 0.1
 """An image that is expected to take more seconds of decoding leaves one decoder free for others ..."""
 SMALL_SEEN = 2.0
 """... if there was a smaller one within so many seconds."""
+ROWS = 8
+"""Most answers of a pass by its ``max_batch``: heads are cheap, but a thousand of them take time."""
 
 
 class Scheduler:
@@ -38,7 +41,8 @@ class Scheduler:
 
     Args:
         engine: nobody else computes with it meanwhile.
-        max_batch: most rows in a forward pass.
+        max_batch: most rows that a block computes together. Tasks of one image that have no block of their own are one
+            row; `ROWS` says how many of them may be.
         batch_timeout: seconds that the first row of a batch waits for others that are on their way.
         overlap: decode while a pass runs: right where it runs on a GPU. On a CPU the two take turns, each with all
             cores.
@@ -58,6 +62,7 @@ class Scheduler:
     ) -> None:
         self.engine = engine
         self.max_batch = max_batch
+        self.max_rows = ROWS * max_batch
         self.batch_timeout = batch_timeout
         self.overlap = overlap
         self.on_batch = on_batch
@@ -65,9 +70,11 @@ class Scheduler:
         self._lock = Lock()  # guards all below; nobody holds it while calling the engine or finishing a job
         self._to_decode, self._to_compute = Condition(self._lock), Condition(self._lock)
         self._shares = Shares()
-        self._small, self._large, self._ready = (FairQueue(self._shares) for _ in range(3))
+        self._small, self._large = FairQueue(self._shares), FairQueue(self._shares)
+        self._ready = ReadyQueue(self._shares)
         self._ready_since = 0.0
         self._small_at = float("-inf")  # when the last small image came
+        self._shared = SharedImages()
         self._decoding: dict[Job, float] = {}  # with the time at which a thread began
         self._computing: float | None = None  # since when
         self._closed = False
@@ -138,6 +145,7 @@ class Scheduler:
 
     def _pinned(self, job: Job) -> None:
         job.work = decode_seconds(pixels(job.image), len(job.image))
+        hash(job.image)  # takes time by the megabyte, but once: not while others wait for the lock
         with self._lock:
             lost = self._closed
             if not lost:
@@ -156,35 +164,47 @@ class Scheduler:
         torch.set_num_threads(1)
         torch.get_num_threads()
         begun.wait()
-        while (job := self._next_to_decode()) is not None:
-            result = self._prepare(job)
+        while (turn := self._next_to_decode()) is not None:
+            result = self._prepare(turn)
             with self._lock:
-                began = self._decoding.pop(job)
-                job.decoding = time.monotonic() - began
+                followers = self._shared.end(turn, result.image if isinstance(result, Row) else None)
+            self._decoded(turn.job, [(turn.job, result), *((job, self._alike(job, result)) for job in followers)])
+
+    def _decoded(self, leader: Job, results: list[tuple[Job, Row | GPTServeError]]) -> None:
+        """Hand on all jobs about an image at once, so that they meet in a batch."""
+        with self._lock:
+            leader.decoding = time.monotonic() - self._decoding.pop(leader)
+            lost = self._closed
+            for job, result in results:
                 self._shares.charge(job.task, job.decoding - job.work)
-                lost = self._closed
                 if isinstance(result, Row) and not lost:
-                    job.row = result
-                    job.work = self._pace.row(result.work)
-                    self._ready_since = self._ready_since if self._ready else time.monotonic()
-                    self._ready.push(job)
-                self._to_compute.notify()
-                self._to_decode.notify()  # a large image may have waited for this one's end
+                    self._push_ready(job, result)
+            self._to_compute.notify()
+            self._to_decode.notify()  # a large image may have waited for this one's end
+        for job, result in results:
             if isinstance(result, GPTServeError):
                 job.finish(result)
             elif lost:
                 job.finish(closed())
 
-    def _next_to_decode(self) -> Job | None:
+    def _push_ready(self, job: Job, row: Row) -> None:
+        job.row = row
+        job.work = self._pace.row(row.work)
+        self._ready_since = self._ready_since if self._ready else time.monotonic()
+        self._ready.push(job)
+
+    def _next_to_decode(self) -> Turn | None:
         with self._lock:
             while True:
                 if self._closed:
                     return None
                 queue = None if self._computing is not None and not self.overlap else self._queue_to_decode()
                 if queue is not None:
-                    job = queue.pop()[0]
-                    self._decoding[job] = time.monotonic()
-                    return job
+                    turn = self._shared.begin(queue.pop()[0])
+                    if turn is None:
+                        continue
+                    self._decoding[turn.job] = time.monotonic()
+                    return turn
                 self._to_decode.wait(SMALL_SEEN if self._large else None)
 
     def _queue_to_decode(self) -> FairQueue | None:
@@ -201,14 +221,24 @@ class Scheduler:
         alone = time.monotonic() - self._small_at > SMALL_SEEN
         return alone or others < max(1, len(self._threads) - 2)  # one is to stay free, and one of them computes
 
-    def _prepare(self, job: Job) -> Row | GPTServeError:
-        if job.expires <= time.monotonic():
+    def _prepare(self, turn: Turn) -> Row | GPTServeError:
+        if turn.key is None:
             return expired()
-        assert job.resident is not None
+        resident = turn.job.resident
+        assert resident is not None
         try:
-            return self.engine.prepare(job.resident, job.image)
+            if turn.pixels is not None:
+                return self.engine.row(resident, turn.pixels)
+            return self.engine.prepare(resident, turn.key[0])
         except Exception as error:
             return explained(error, self.on_error)
+
+    def _alike(self, job: Job, result: Row | GPTServeError) -> Row | GPTServeError:
+        """What becomes of a job whose image is that of ``result``."""
+        if isinstance(result, GPTServeError):
+            return result.fresh()
+        assert job.resident is not None
+        return self.engine.row(job.resident, result.image)
 
     def _compute_loop(self) -> None:
         while (jobs := self._next_batch()) is not None:
@@ -240,11 +270,11 @@ class Scheduler:
 
     def _account(self, jobs: list[Job], live: list[Job], seconds: float) -> None:
         """Charge a pass to its tasks instead of what it was expected to take, and learn from it."""
-        work = [job.row.work for job in live if job.row is not None]
+        load = Load(job.row for job in live if job.row is not None)
         if live:
-            self._pace.learn(work, seconds)
+            self._pace.learn(load, seconds)
         for job in jobs:
-            share = job.row.work / sum(work) if job in live and job.row is not None else 0.0
+            share = load.share(job.row) if job in live and job.row is not None else 0.0
             self._shares.charge(job.task, seconds * share - job.work)
 
     def _next_batch(self) -> list[Job] | None:
@@ -259,13 +289,13 @@ class Scheduler:
             return None
 
     def _fitting(self) -> list[Job]:
-        """The next rows: up to ``max_batch`` of them, and no more than a pass of bounded time holds."""
+        """The next rows: no more than ``max_batch`` allows, nor than a pass of bounded time holds."""
         jobs: list[Job] = []
-        work: list[float] = []
-        while len(jobs) < self.max_batch and (job := self._ready.peek()) is not None:
+        load = Load()
+        while load.rows < self.max_rows and (job := self._ready.peek()) is not None:
             assert job.row is not None
-            work.append(job.row.work)
-            if jobs and not self._pace.fits(work):
+            load.add(job.row)
+            if jobs and not (load.computed <= self.max_batch and self._pace.fits(load)):
                 break
             jobs += self._ready.pop()
         return jobs
@@ -275,13 +305,14 @@ class Scheduler:
         if not self._ready:
             return None
         decoding = bool(self._decoding or self._small or self._large)
-        if len(self._ready) >= self.max_batch or not (decoding or self._admission.loading):
+        full = self._ready.images >= self.max_batch or len(self._ready) >= self.max_rows
+        if full or not (decoding or self._admission.loading):
             return 0.0
         patience = self.batch_timeout
-        if decoding and not self.overlap:
+        if (decoding or self._admission.looking) and not self.overlap:
             # The cores are at work meanwhile. Waiting for as long as the pass over what is there would take at most
             # doubles the time of an answer, and a pass over more rows costs less for each.
-            patience = max(patience, self._pace.row_seconds * len(self._ready))
+            patience = max(patience, self._pace.row_seconds * self._ready.images)
         return max(0.0, self._ready_since + patience - time.monotonic())
 
     def _compute(self, jobs: list[Job]) -> list[Result]:
