@@ -30,6 +30,7 @@ from gpt_serve.model.backbone import Backbone
 from gpt_serve.model.catalog import TINY
 from gpt_serve.train.data.datasets import open_dataset
 from gpt_serve.train.fit import build_module, load_views
+from gpt_serve.train.inputs import Inputs
 from gpt_serve.train.job import Silent, TrainingJob
 from gpt_serve.train.loop import forward_logits
 from gpt_serve.train.methods.start import start_from_data
@@ -70,7 +71,7 @@ def start(backbone: Backbone, settings: dict[str, Any]) -> Callable[[], None]:
     few = replace(dataset, train=dataset.train[:IMAGES], val=dataset.val[:1], test=())
     view = load_views(few, backbone.spec.preprocess, job, Silent()).train
     module = build_module(backbone, job.recipe, len(dataset.labels))
-    return lambda: start_from_data(backbone, module, job, view, Silent())
+    return lambda: start_from_data(backbone, module, job, view, Inputs(0), Silent())
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from gpt_serve.cli.options import DATA_KINDS, adapters_folder_option, backbone_options, json_option, task_option
-from gpt_serve.cli.training_options import reading_options, sweep_options
+from gpt_serve.cli.training_options import cache_option, reading_options, sweep_options
 from gpt_serve.errors import UsageError
 
 
@@ -19,6 +19,7 @@ from gpt_serve.errors import UsageError
 @backbone_options
 @sweep_options
 @reading_options
+@cache_option
 @adapters_folder_option
 @json_option
 def sweep(
@@ -36,6 +37,7 @@ def sweep(
     resume: bool,
     skip_unreadable: bool,
     workers: int,
+    cache_bytes: int,
     adapters: Path,
     as_json: bool,
     recipe: str,
@@ -85,7 +87,9 @@ def sweep(
     recipes = make_grid(lambda rate: choose(rate)[0], axes, samples)
     source = data or task
     source = str(Path(source).resolve()) if Path(source).exists() else source
-    job = TrainingJob(task, source, adapters.resolve(), settings, resume, skip_unreadable, workers)
+    job = TrainingJob(
+        task, source, adapters.resolve(), settings, resume, skip_unreadable, workers, cache_bytes=cache_bytes
+    )
     with closing(Terminal()) as terminal:
         terminal.notice(taken)
         shown = "; ".join(f"{name.replace('_', ' ')} {', '.join(map('{:g}'.format, axes[name]))}" for name in axes)

@@ -16,7 +16,7 @@ from gpt_serve.cli.options import (
     resolve_device,
     task_option,
 )
-from gpt_serve.cli.training_options import closing_options, reading_options, training_options
+from gpt_serve.cli.training_options import cache_option, closing_options, reading_options, training_options
 from gpt_serve.errors import UsageError
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 @backbone_options
 @training_options
 @reading_options
+@cache_option
 @click.option("--close-gates", "closing", is_flag=True, help="Then close gates, as gpt-serve close-gates does.")
 @click.option(
     "--instant/--no-instant",
@@ -51,6 +52,7 @@ def train(
     resume: bool,
     skip_unreadable: bool,
     workers: int,
+    cache_bytes: int,
     closing: bool,
     instant: bool,
     nmi: bool,
@@ -86,7 +88,9 @@ def train(
             raise UsageError("--close-gates decides by validation images, which a final fit trains on: --no-final-fit")
         if nmi and not find_method(settings.method).prompts:
             raise UsageError(f"--nmi: the method {settings.method} has no prompts: leave it out")
-        job = TrainingJob(task, data or task, adapters, settings, resume, skip_unreadable, workers, nmi, instant)
+        job = TrainingJob(
+            task, data or task, adapters, settings, resume, skip_unreadable, workers, nmi, instant, cache_bytes
+        )
         terminal = Terminal(quiet=not world.leader)
         terminal.notice(taken)
         stack.callback(terminal.close)

@@ -4,7 +4,7 @@ from typing import Any, get_args
 
 import click
 
-from gpt_serve.cli.options import option_group
+from gpt_serve.cli.options import ByteSize, option_group
 from gpt_serve.specs import Pool
 
 
@@ -19,6 +19,20 @@ class Values(click.ParamType[tuple[Any, ...]]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[Any, ...]:
         """The numbers."""
         return tuple(self.kind.convert(item.strip(), param, ctx) for item in str(value).split(","))
+
+
+class BlockIndex(click.ParamType[Any]):
+    """A block, counted from 0, or ``auto``."""
+
+    name = "block"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number, or ``auto``."""
+        if value == "auto":
+            return value
+        if not str(value).isdecimal():
+            self.fail(f"{value!r} is neither auto nor the number of a block, counted from 0", param, ctx)
+        return int(value)
 
 
 PROMPTED = ("gated", "gated-deep", "vpt-shallow", "vpt-deep", "spt-shallow", "spt-deep")
@@ -49,7 +63,11 @@ _recipe_options = option_group(
         "[lda, spt-*: tokens; random]",
     ),
     click.option("--prompt-dropout", type=float, help="Dropout on the prompts.  [0.1; spt: 0]"),
-    click.option("--first-block", type=int, help="Block that prompts enter, counted from 0.  [0]"),
+    click.option(
+        "--first-block",
+        type=BlockIndex(),
+        help="Block that prompts enter, counted from 0; auto: chosen on validation images.  [0]",
+    ),
     click.option(
         "--taps",
         help="What the head reads: last block, auto (chosen on validation images), or e.g. 11:cls,9:patches.  "
@@ -99,6 +117,12 @@ _recipe_options = option_group(
         "--augment",
         type=click.Choice(["crop-flip", "crop", "none"]),
         help="Random crop and mirror; use crop or none where mirrored images mean something else.  [crop-flip]",
+    ),
+    click.option(
+        "--views",
+        type=int,
+        help="Augmented images of each, which epochs take in turn: what blocks before --first-block give is computed "
+        "once for each. 0: new ones every epoch.  [0]",
     ),
     click.option(
         "--preprocess",
@@ -152,6 +176,13 @@ sweep_options = option_group(
 reading_options = option_group(
     click.option("--skip-unreadable", is_flag=True, help="Train without the images that cannot be read."),
     click.option("--workers", type=click.IntRange(0, 256), default=2, show_default=True, help="Decoding processes."),
+)
+cache_option = click.option(
+    "--cache-bytes",
+    type=ByteSize(),
+    default="4G",
+    show_default=True,
+    help="Room in a temporary file for what the blocks before --first-block give, which training computes once.",
 )
 closing_options = option_group(
     click.option(

@@ -15,8 +15,8 @@ Shapes: batch ``B``, adapter rows ``A`` (1 or ``B``), blocks ``L``, width ``D``,
 ``P``, patch tokens ``N``, sequence ``S = prefix + N + P``.
 """
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -178,6 +178,37 @@ def remember(model: Any, adapter: AdapterBatch) -> AdapterBatch:
     return replace(adapter, prompt=prompt, kv=tuple(kv), layout=replace(layout, remembered=layout.constant))
 
 
+@dataclass(frozen=True, eq=False)
+class Trunk:
+    """What the blocks that no adapter touches make of images; `tapped_features` goes on from there.
+
+    Attributes:
+        block: the first block that is left to compute.
+        tokens: (B, prefix + N, D), what that block reads.
+        tapped: what taps of the blocks before it read, (B, D) or (B, N, D) each.
+    """
+
+    block: int
+    tokens: Tensor
+    tapped: Mapping[Tap, Tensor]
+
+    def to(self, device: torch.device) -> "Trunk":
+        """The same on ``device``."""
+        tapped = {tap: features.to(device, non_blocking=True) for tap, features in self.tapped.items()}
+        return Trunk(self.block, self.tokens.to(device, non_blocking=True), tapped)
+
+
+def run_trunk(model: Any, tokens: Tensor, blocks: int, taps: Iterable[Tap]) -> Trunk:
+    """Run the first ``blocks`` blocks as they are, and those of ``taps`` that read one of them."""
+    body, taps = tokens.shape[1], tuple(taps)
+    tapped: dict[Tap, Tensor] = {}
+    x = tokens
+    for index in range(blocks):
+        x = block(model.blocks[index], x, None, None)
+        tapped |= {tap: _read(model, tap, x, body, None) for tap in taps if tap.block == index}
+    return Trunk(blocks, x, tapped)
+
+
 def _in_range(tau: Tensor) -> Tensor:
     """Temperatures clamped to [0.01, 10]; those at a bound keep their gradient, which newer versions of torch cut off.
 
@@ -247,7 +278,7 @@ def _rows_read(adapter: AdapterBatch, index: int, rows: int, body: int) -> int |
 
 def tapped_features(
     model: Any,
-    tokens: Tensor,
+    tokens: Tensor | Trunk,
     adapter: AdapterBatch,
     on_block: OnBlock | None = None,
     run_block: Callable[..., Tensor] = block,
@@ -256,7 +287,8 @@ def tapped_features(
 
     Args:
         model: a frozen `vit.ViT`.
-        tokens: (B, prefix + N, D) from `embed`, or (U, prefix + N, D) where ``adapter.images`` tells rows' images.
+        tokens: (B, prefix + N, D) from `embed`, or (U, prefix + N, D) where ``adapter.images`` tells rows' images; or
+            what blocks that ``adapter`` does not touch have made of these.
         adapter: ``A`` is 1 or ``B``.
         on_block: called as ``on_block(l, x)`` with the tokens that block ``l`` hands on: (B, S, D), without the prompt
             rows before they enter and while they are remembered, and with those rows alone that a tap reads after the
@@ -266,13 +298,14 @@ def tapped_features(
     Returns:
         For each tap of the layout (B, D), or (B, N, D) for one of all patches.
     """
-    layout, body = adapter.layout, tokens.shape[1]
+    begun = tokens if isinstance(tokens, Trunk) else Trunk(0, tokens, {})
+    layout, body = adapter.layout, begun.tokens.shape[1]
     valid = adapter.valid(body)
     mask = None if valid is None else valid[:, None, None]
     tau = None if adapter.tau is None else _in_range(adapter.tau)
-    tapped = {}
-    x, images = tokens, adapter.images
-    for index in range(layout.last + 1):
+    x, images = begun.tokens, adapter.images
+    tapped = {tap: features if images is None else features[images] for tap, features in begun.tapped.items()}
+    for index in range(begun.block, layout.last + 1):
         if images is not None and index == layout.trunk:
             x, images = x[images], None
         if adapter.prompts and index == layout.entry:
@@ -304,7 +337,7 @@ def tapped_features(
 
 def prompted_features(
     model: Any,
-    tokens: Tensor,
+    tokens: Tensor | Trunk,
     adapter: AdapterBatch,
     on_block: OnBlock | None = None,
     run_block: Callable[..., Tensor] = block,

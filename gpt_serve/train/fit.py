@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from gpt_serve.adapters.adapter import taps_of
 from gpt_serve.adapters.store import AdapterStore
 from gpt_serve.errors import DataError
 from gpt_serve.model.backbone import Backbone
@@ -18,12 +19,13 @@ from gpt_serve.train.data.counts import count_lines
 from gpt_serve.train.data.datasets import Dataset, Split, digest, open_dataset
 from gpt_serve.train.data.views import CACHE_BYTES, Scan, View, joined, scan
 from gpt_serve.train.distributed import World
+from gpt_serve.train.inputs import Inputs, TrunkInputs
 from gpt_serve.train.job import Reporter, TrainingJob, Views
 from gpt_serve.train.loop import EpochRecord, Trainer, predict_all
 from gpt_serve.train.methods.modules import FullModule, TaskModule
 from gpt_serve.train.methods.prompts import AdapterModule, find_method
 from gpt_serve.train.methods.start import start_from_data
-from gpt_serve.train.methods.taps import AUTO, choose_taps, images_read, parse_taps
+from gpt_serve.train.methods.taps import AUTO, Choice, candidates, choose, images_read, parse_taps
 from gpt_serve.train.nmi import nmi_probe
 from gpt_serve.train.publishing import describe, publish_trained, rehearse, to_adapter
 from gpt_serve.train.recipes.recipe import Recipe, prepared
@@ -80,7 +82,7 @@ def train_on(
     if not world.leader:
         return None
     module.load_state_dict(progress.best)
-    predictions, targets = predict_all(backbone, module, views.unseen[0], job.workers)
+    predictions, targets = predict_all(backbone, module, views.unseen[0], Inputs(job.workers))
     training = describe(job, views, module, progress, time.perf_counter() - started)
     if views.test is not None:
         training["metrics"]["test_accuracy"] = (predictions == targets).double().mean().item()
@@ -149,29 +151,68 @@ def new_trainer(backbone: Backbone, job: TrainingJob, views: Views, reporter: Re
     recipe = job.recipe
     train, val = (joined(views.train, views.val), None) if recipe.final_fit else (views.train, views.val)
     torch.manual_seed(recipe.seed)
-    taps = _taps(backbone, job, views, reporter)
-    module = build_module(backbone, recipe, len(views.labels), taps).to(backbone.device)
+    choice, computed = _choice(backbone, job, views, reporter)
+    module = build_module(backbone, recipe, len(views.labels), choice).to(backbone.device)
+    inputs = _inputs(backbone, module, job, computed)
     if not job.resume:
-        start_from_data(backbone, module, job, train, reporter)
+        start_from_data(backbone, module, job, train, inputs, reporter)
     nmi = None
     if job.nmi and isinstance(module, AdapterModule):
         nmi = nmi_probe(backbone, module, val or train.drawn("none"))
-    return Trainer(backbone, module, recipe, train=train, val=val, world=world, workers=job.workers, nmi=nmi)
+    return Trainer(backbone, module, recipe, train=train, val=val, world=world, inputs=inputs, nmi=nmi)
 
 
-def _taps(backbone: Backbone, job: TrainingJob, views: Views, reporter: Reporter) -> tuple[Tap, ...]:
-    """What the recipe's head reads; chosen on validation images where it leaves that open."""
-    if job.recipe.taps != AUTO:
-        return parse_taps(job.recipe.taps, backbone.spec)
-    tick = reporter.scanning(images_read(views.train, views.val), "choosing what the head reads")
-    taps = choose_taps(backbone, views.train, views.val, len(views.labels), job.workers, tick)
-    shown = ", ".join(f"{tap.pool} after block {tap.block}" for tap in taps)
-    reporter.notice(f"the head reads {shown}" if taps else "the head reads the last block alone")
-    return taps
+def _inputs(backbone: Backbone, module: TaskModule, job: TrainingJob, computed: Inputs | None) -> Inputs:
+    """What training gives to ``module``: images, or what the blocks before the first that it touches make of them.
+
+    Args:
+        computed: what all blocks make of them, if there is such a thing: it serves where ``module`` is a head alone.
+    """
+    blocks = module.trunk if isinstance(module, AdapterModule) else 0
+    if computed is not None and blocks == backbone.spec.depth:
+        return computed
+    if not isinstance(module, AdapterModule) or not blocks:
+        return Inputs(job.workers)
+    prompts = 0 if module.prompt is None else module.prompt.shape[1]
+    taps = taps_of(module.taps, module.pool, depth=backbone.spec.depth, prompts=prompts)
+    return TrunkInputs(backbone, job.workers, blocks, taps, job.cache_bytes)
 
 
-def build_module(backbone: Backbone, recipe: Recipe, classes: int, taps: tuple[Tap, ...] = ()) -> TaskModule:
-    """The module that the recipe trains for ``classes`` classes, before any training."""
+def _choice(
+    backbone: Backbone, job: TrainingJob, views: Views, reporter: Reporter
+) -> tuple[Choice, TrunkInputs | None]:
+    """What the head reads and which block prompts enter, chosen on validation images where the recipe leaves it open.
+
+    Returns:
+        The choice, and the inputs that it was made with, if it was.
+    """
+    recipe, spec = job.recipe, backbone.spec
+    choice = Choice(parse_taps(recipe.taps, spec), recipe.named_block)
+    if AUTO not in (recipe.taps, recipe.first_block):
+        return choice, None
+    # Without prompts the mean over all tokens is that of the patches, which heads are then said to read.
+    taps = dict.fromkeys([*candidates(backbone), Tap(spec.depth - 1, "patches")])
+    inputs = TrunkInputs(backbone, job.workers, spec.depth, tuple(taps), job.cache_bytes)
+    tick = reporter.scanning(images_read(views.train, views.val), "comparing blocks")
+    found = choose(backbone, views.train, views.val, len(views.labels), inputs, tick)
+    if recipe.taps == AUTO:
+        choice = replace(choice, taps=found.taps)
+        shown = ", ".join(f"{tap.pool} after block {tap.block}" for tap in found.taps)
+        reporter.notice(f"the head reads {shown}" if shown else "the head reads the last block alone")
+    if recipe.first_block == AUTO:
+        choice = replace(choice, first_block=found.first_block)
+        reporter.notice(f"prompts enter block {found.first_block} of {spec.depth}, counted from 0")
+    return choice, inputs
+
+
+def build_module(backbone: Backbone, recipe: Recipe, classes: int, choice: Choice | None = None) -> TaskModule:
+    """The module that the recipe trains for ``classes`` classes, before any training.
+
+    Args:
+        choice: what the head reads and which block prompts enter; None for the last block and what the recipe says.
+    """
+    if choice is None:
+        choice = Choice(first_block=recipe.named_block)
     if find_method(recipe.method).full:
         return FullModule(backbone, classes, recipe.head_init)
     return AdapterModule.initial(
@@ -184,9 +225,9 @@ def build_module(backbone: Backbone, recipe: Recipe, classes: int, taps: tuple[T
         head_init=recipe.head_init,
         hard=recipe.gate == "hard",
         tempered=recipe.tempered,
-        first_block=recipe.first_block,
+        first_block=choice.first_block,
         norm=recipe.norm,
-        taps=taps,
+        taps=choice.taps,
     )
 
 
@@ -222,7 +263,14 @@ def load_views(dataset: Dataset, preprocess: Preprocess, job: TrainingJob, repor
     ]
     seed = job.recipe.seed
     view = {
-        name: View(split, preprocess, scans[name].scaled, job.recipe.augment if name == "train" else "none", seed)
+        name: View(
+            split,
+            preprocess,
+            scans[name].scaled,
+            job.recipe.augment if name == "train" else "none",
+            seed,
+            job.recipe.views,
+        )
         for name, split in splits.items()
     }
     return Views(dataset.labels, view["train"], view["val"], view["test"] if dataset.test else None, digest(hashes))

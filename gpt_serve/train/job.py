@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from gpt_serve.train.data.views import Unreadable, View
+from gpt_serve.train.inputs import CACHE_BYTES
 from gpt_serve.train.loop import EpochRecord
 from gpt_serve.train.recipes.recipe import Recipe
 
@@ -57,6 +58,7 @@ class TrainingJob:
         skip_unreadable: train without the images that cannot be read instead of stopping.
         workers: processes that decode when the images exceed the cache.
         nmi: record the mutual information between prompts and patch tokens after each epoch.
+        cache_bytes: how many bytes to keep of what frozen blocks give, in a temporary file, see `TrunkInputs`.
         instant: publish what a new task starts from, where that is an answer already, before the first epoch.
     """
 
@@ -69,6 +71,7 @@ class TrainingJob:
     workers: int = 2
     nmi: bool = False
     instant: bool = False
+    cache_bytes: int = CACHE_BYTES
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gpt_serve.errors import DataError
-from gpt_serve.images.preprocess import normalize
 from gpt_serve.model.backbone import Backbone
+from gpt_serve.model.prompted import Trunk
 from gpt_serve.specs import Preprocess
 from gpt_serve.train.data.views import View, ordered_batches, shuffled_batches
 from gpt_serve.train.distributed import World
+from gpt_serve.train.inputs import Batch, Inputs, autocast, normalized
 from gpt_serve.train.methods.modules import TaskModule
 from gpt_serve.train.recipes.recipe import Recipe, Select, learning_rate
 
@@ -92,7 +93,7 @@ class Trainer:
         val: View | None,
         *,
         world: World,
-        workers: int,
+        inputs: Inputs,
         nmi: NmiProbe | None = None,
     ) -> None:
         self.backbone = backbone
@@ -101,7 +102,7 @@ class Trainer:
         self.train_view = train
         self.val_view = val
         self.world = world
-        self.workers = workers
+        self.inputs = inputs
         self.nmi = nmi
         self.progress = Progress()
         self.optimizer = _optimizer(module, recipe)
@@ -144,7 +145,7 @@ class Trainer:
     def _validate(self) -> Score:
         if self.val_view is None:
             return Score(math.nan, math.nan)
-        return evaluate(self.backbone, self.module, self.val_view, self.workers, self.world)
+        return evaluate(self.backbone, self.module, self.val_view, self.inputs, self.world)
 
     def _epoch(self, epoch: int, on_batch: OnBatch) -> EpochRecord:
         # Dropout is drawn anew from (seed, epoch, rank), so that a resumed run draws the same.
@@ -158,7 +159,7 @@ class Trainer:
         started = time.perf_counter()
         totals = torch.zeros(3, dtype=torch.float64)
         # A process whose share of the last batch is empty still takes part in the sum of gradients.
-        loader = self.train_view.batches([share for share in shares if share], self.workers)
+        loader = self.inputs.batches(self.train_view, [share for share in shares if share])
         for step, (batch, share) in enumerate(zip(batches, shares, strict=True)):
             data = next(loader) if share else None
             if self.recipe.schedule == "step":
@@ -180,7 +181,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
 
-    def _step(self, data: tuple[Tensor, Tensor] | None, batch_size: int) -> Tensor:
+    def _step(self, data: Batch | None, batch_size: int) -> Tensor:
         """One optimizer step; returns (sum of losses, correct, images) of this process's share."""
         self.optimizer.zero_grad(set_to_none=True)
         totals = torch.zeros(3, dtype=torch.float64)
@@ -229,54 +230,46 @@ def _optimizer(module: TaskModule, recipe: Recipe) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
 
 
-def forward_logits(backbone: Backbone, module: TaskModule, images: Tensor, preprocess: Preprocess) -> Tensor:
-    """uint8 (B, 3, H, W) on the backbone's device to float32 logits (B, C); bf16 autocast on CUDA."""
-    with _autocast(images):
-        logits: Tensor = module(backbone.model, normalized(images, preprocess))
+def forward_logits(backbone: Backbone, module: TaskModule, images: Tensor | Trunk, preprocess: Preprocess) -> Tensor:
+    """uint8 (B, 3, H, W) or their `Trunk`, on the backbone's device, to float32 logits (B, C); bf16 on CUDA."""
+    with autocast(backbone):
+        logits: Tensor = module(backbone.model, _prepared(images, preprocess))
     return logits.float()
 
 
 @torch.no_grad()
 def features_of(
-    backbone: Backbone, module: TaskModule, view: View, workers: int, on_image: Callable[[], object]
+    backbone: Backbone, module: TaskModule, view: View, inputs: Inputs, on_image: Callable[[], object]
 ) -> Iterator[Tensor]:
     """float32 features (B, D) of all images of a split, in order, as evaluation sees them."""
     module.eval()
-    for images, _ in view.batches(ordered_batches(len(view), EVAL_BATCH), workers):
-        images = images.to(backbone.device)
-        with _autocast(images):
-            features = module.features(backbone.model, normalized(images, view.preprocess))
-        for _ in images:
+    for images, targets in inputs.batches(view, ordered_batches(len(view), EVAL_BATCH)):
+        with autocast(backbone):
+            features = module.features(backbone.model, _prepared(images.to(backbone.device), view.preprocess))
+        for _ in targets:
             on_image()
         yield features.float()
 
 
-def normalized(images: Tensor, preprocess: Preprocess) -> Tensor:
-    """uint8 (B, 3, H, W) as the task's preprocessing normalises them, on their device."""
-    mean, std = (torch.tensor(value, device=images.device) for value in (preprocess.mean, preprocess.std))
-    return normalize(images, mean, std)
+def _prepared(images: Tensor | Trunk, preprocess: Preprocess) -> Tensor | Trunk:
+    """What a `TaskModule` takes."""
+    return images if isinstance(images, Trunk) else normalized(images, preprocess)
 
 
-def _autocast(images: Tensor) -> torch.autocast:
-    return torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=images.device.type == "cuda")
-
-
-def _loss(
-    backbone: Backbone, module: TaskModule, data: tuple[Tensor, Tensor], preprocess: Preprocess
-) -> tuple[Tensor, Tensor]:
+def _loss(backbone: Backbone, module: TaskModule, data: Batch, preprocess: Preprocess) -> tuple[Tensor, Tensor]:
     """Summed cross-entropy of a batch, and how many of its images are classified right."""
-    images, targets = (item.to(backbone.device, non_blocking=True) for item in data)
+    images, targets = data[0].to(backbone.device), data[1].to(backbone.device, non_blocking=True)
     logits = forward_logits(backbone, module, images, preprocess)
     return F.cross_entropy(logits, targets, reduction="sum"), (logits.argmax(1) == targets).sum()
 
 
 @torch.no_grad()
-def evaluate(backbone: Backbone, module: TaskModule, view: View, workers: int, world: World = ALONE) -> Score:
+def evaluate(backbone: Backbone, module: TaskModule, view: View, inputs: Inputs, world: World = ALONE) -> Score:
     """Accuracy and mean loss of a whole split, over all processes."""
     module.eval()
     batches = [world.share(batch) for batch in ordered_batches(len(view), EVAL_BATCH)]
     totals = torch.zeros(3, dtype=torch.float64)
-    for data in view.batches([batch for batch in batches if batch], workers):
+    for data in inputs.batches(view, [batch for batch in batches if batch]):
         loss, correct = _loss(backbone, module, data, view.preprocess)
         totals += torch.tensor([loss.item(), correct.item(), len(data[1])]).double()
     loss_sum, correct_sum, count = world.sum(totals.to(backbone.device)).tolist()
@@ -284,12 +277,12 @@ def evaluate(backbone: Backbone, module: TaskModule, view: View, workers: int, w
 
 
 @torch.no_grad()
-def predict_all(backbone: Backbone, module: TaskModule, view: View, workers: int) -> tuple[Tensor, Tensor]:
+def predict_all(backbone: Backbone, module: TaskModule, view: View, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Predicted classes and targets of a whole split, int64 (n,) each, on the CPU."""
     module.eval()
     predictions: list[Tensor] = []
     targets: list[Tensor] = []
-    for images, target in view.batches(ordered_batches(len(view), EVAL_BATCH), workers):
+    for images, target in inputs.batches(view, ordered_batches(len(view), EVAL_BATCH)):
         logits = forward_logits(backbone, module, images.to(backbone.device), view.preprocess)
         predictions.append(logits.argmax(1).cpu())
         targets.append(target)

@@ -23,6 +23,7 @@ from gpt_serve.train.data.sources.published import published
 from gpt_serve.train.data.views import View
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import build_module, train_adapter
+from gpt_serve.train.inputs import Inputs
 from gpt_serve.train.job import TrainingJob
 from gpt_serve.train.loop import Trainer
 from gpt_serve.train.recipes.paper_table import find_task, table_tasks
@@ -296,7 +297,9 @@ def test_a_final_fit_is_the_last_epoch_of_training_on_both_splits(
     torch.manual_seed(recipe.seed)
     module = build_module(tiny, recipe, 3)
     view = View(ordered, tiny.spec.preprocess, None, "none", 0)
-    Trainer(tiny, module, recipe, train=view, val=view, world=World(), workers=0).fit(lambda *_: None, lambda _: None)
+    Trainer(tiny, module, recipe, train=view, val=view, world=World(), inputs=Inputs(0)).fit(
+        lambda *_: None, lambda _: None
+    )
     torch.testing.assert_close(published_last.head_weight, module.head.weight.detach())
     assert published_last.prompt is not None and module.prompt is not None
     torch.testing.assert_close(published_last.prompt, module.prompt.detach())

@@ -27,6 +27,7 @@ from gpt_serve.train.data.datasets import open_dataset
 from gpt_serve.train.data.views import View
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import train_adapter
+from gpt_serve.train.inputs import Inputs
 from gpt_serve.train.job import TrainingJob
 from gpt_serve.train.loop import Score, Trainer, evaluate, predict_all
 from gpt_serve.train.methods.prompts import AdapterModule
@@ -172,7 +173,7 @@ def test_the_published_adapter_is_the_module_that_was_chosen(
         view = View(split, PREPROCESS, None, "none", 0)
         for adapter, value in zip((before, after), step[name], strict=True):
             module = AdapterModule.of(adapter, deep_enough.spec, 0.0)
-            assert evaluate(deep_enough, module, view, 0).accuracy == pytest.approx(value)
+            assert evaluate(deep_enough, module, view, Inputs(0)).accuracy == pytest.approx(value)
         assert after.training["metrics"][name] == summary["metrics"][name] == step[name][1]
 
 
@@ -272,7 +273,9 @@ def test_gates_that_are_fixed_do_not_move_and_the_others_do(
     recipe = dataclasses.replace(RECIPE, optimizer=optimizer, weight_decay=decay, momentum=0.9, lr=0.02)
     module = AdapterModule(tiny.spec, nn.Linear(24, 3), **tensors, prompt_dropout=0.1)
     view = View(open_dataset(str(colours), 0).train[::3], PREPROCESS, None, "none", 0)
-    Trainer(tiny, module, recipe, train=view, val=view, world=World(), workers=0).fit(lambda *_: None, lambda _: None)
+    Trainer(tiny, module, recipe, train=view, val=view, world=World(), inputs=Inputs(0)).fit(
+        lambda *_: None, lambda _: None
+    )
     gamma = module.stored()["gamma"]
     assert gamma[1] == infinite and gamma[0] != 0.5
     assert all(parameter.isfinite().all() for parameter in module.parameters())

@@ -16,18 +16,21 @@ from gpt_serve.images.decode import decode
 from gpt_serve.images.preprocess import center_crop, normalize, resize
 from gpt_serve.insight.inspect import inspect_adapter
 from gpt_serve.model.backbone import Backbone
+from gpt_serve.specs import Tap
+from gpt_serve.train import fit
 from gpt_serve.train.data.datasets import open_dataset
 from gpt_serve.train.data.views import View
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import build_module, train_adapter
 from gpt_serve.train.job import TrainingJob
+from gpt_serve.train.methods import taps
 from gpt_serve.train.methods.gates import sample_gates
 from gpt_serve.train.methods.prompts import AdapterModule
 from gpt_serve.train.methods.start import patch_tokens, prompts_from_tokens
-from gpt_serve.train.recipes.recipe import Recipe, make_recipe
+from gpt_serve.train.recipes.recipe import FirstBlock, Recipe, make_recipe
 from tests import reference
 from tests.factories import make_adapter
-from tests.tiny_vit import PREPROCESS, random_images, random_tensors
+from tests.tiny_vit import PREPROCESS, random_images, random_tensors, tiny_backbone
 from tests.train.conftest import Recorder
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -39,7 +42,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def recipe(first_block: int = 1, **settings: Any) -> Recipe:
+def recipe(first_block: FirstBlock = 1, **settings: Any) -> Recipe:
     return make_recipe("adamw", prompts=3, epochs=2, batch_size=8, first_block=first_block, **settings)
 
 
@@ -115,10 +118,27 @@ def test_prompts_start_as_tokens_of_the_block_that_they_enter(tiny: Backbone, co
 def test_blocks_that_are_not_there_are_refused(tiny: Backbone) -> None:
     with pytest.raises(UsageError, match="--first-block 3: the backbone's last block is 2"):
         build_module(tiny, recipe(3), 3)
-    with pytest.raises(UsageError, match="the method linear has no prompts"):
-        recipe(1, method="linear")
+    for block in (1, "auto"):
+        with pytest.raises(UsageError, match=f"--first-block {block}: the method linear has no prompts"):
+            recipe(block, method="linear")
     with pytest.raises(UsageError, match="--first-block must lie between 0"):
         dataclasses.replace(recipe(), first_block=-1)
+
+
+@pytest.mark.parametrize(("best", "expected"), [(1, 2), (2, 3), (3, 3)])
+def test_prompts_enter_behind_the_block_with_the_best_features(
+    colours: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, best: int, expected: int
+) -> None:
+    backbone = tiny_backbone(depth=4)
+    for module in (taps, fit):
+        monkeypatch.setattr(module, "candidates", lambda _: tuple(Tap(block, "cls") for block in (3, 2, 1)))
+    monkeypatch.setattr(taps._Search, "loss", lambda _, chosen: 1.0 - (chosen == [3 - best]))
+    recorder = Recorder()
+    train_adapter(backbone, TrainingJob("late", str(colours), tmp_path, recipe("auto")), recorder, World())
+    adapter = AdapterStore(tmp_path).load("late").adapter
+    assert adapter.first_block == expected and adapter.taps == ()
+    assert f"prompts enter block {expected} of 4, counted from 0" in recorder.notices
+    assert adapter.training["recipe"]["first_block"] == "auto"
 
 
 def test_inspection_counts_from_the_first_block(tiny: Backbone) -> None:

@@ -17,6 +17,7 @@ from gpt_serve.train.data.datasets import Dataset, open_dataset
 from gpt_serve.train.data.views import View, shuffled_batches
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import build_module, load_views, train_adapter
+from gpt_serve.train.inputs import Inputs
 from gpt_serve.train.job import TrainingJob
 from gpt_serve.train.loop import Score, Trainer, forward_logits
 from gpt_serve.train.methods.modules import TaskModule
@@ -280,7 +281,7 @@ def test_the_first_steps_follow_the_optimizer_of_the_recipe(tiny: Backbone, colo
     module = build_module(tiny, recipe, 3)
     expected = {key: value.detach().clone() for key, value in module.named_parameters()}
     view = View(dataset.train[:15], PREPROCESS, None, "none", 0)
-    trainer = Trainer(tiny, module, recipe, train=view, val=view, world=World(), workers=0)
+    trainer = Trainer(tiny, module, recipe, train=view, val=view, world=World(), inputs=Inputs(0))
     trainer.fit(lambda *_: None, lambda _: None)
 
     slot: dict[str, Any] = {key: (torch.zeros_like(value), torch.zeros_like(value)) for key, value in expected.items()}
@@ -329,7 +330,7 @@ def test_temperatures_stay_within_their_range(tiny: Backbone, colours: Path) -> 
     view = View(open_dataset(str(colours), 0).train[::3], PREPROCESS, None, "none", 0)
     module = build_module(tiny, recipe, 3)
     taus: list[float] = []
-    trainer = Trainer(tiny, module, recipe, train=view, val=view, world=World(), workers=0)
+    trainer = Trainer(tiny, module, recipe, train=view, val=view, world=World(), inputs=Inputs(0))
     trainer.fit(lambda *_: taus.extend(module.tau.tolist()), lambda _: None)  # type: ignore[union-attr]
     assert min(taus) > 0.0099 and max(taus) <= 10
     assert {round(tau, 4) for tau in taus} & {0.01, 10.0}

@@ -17,6 +17,7 @@ from gpt_serve.train.data.datasets import open_dataset
 from gpt_serve.train.data.views import View
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import build_module, train_adapter
+from gpt_serve.train.inputs import Inputs
 from gpt_serve.train.job import TrainingJob
 from gpt_serve.train.loop import Trainer
 from gpt_serve.train.methods.modules import FullModule
@@ -88,7 +89,9 @@ def test_its_first_step_is_that_of_a_plain_model(tiny: Backbone, colours: Path) 
     module = build_module(tiny, settings, 3)
     plain = build_module(tiny, settings, 3)
     plain.load_state_dict(module.state_dict())
-    Trainer(tiny, module, settings, train=view, val=view, world=World(), workers=0).fit(lambda *_: None, lambda _: None)
+    Trainer(tiny, module, settings, train=view, val=view, world=World(), inputs=Inputs(0)).fit(
+        lambda *_: None, lambda _: None
+    )
 
     assert isinstance(plain, FullModule)
     mean, std = torch.tensor(PREPROCESS.mean), torch.tensor(PREPROCESS.std)

@@ -20,6 +20,7 @@ from gpt_serve.train.data.datasets import open_dataset
 from gpt_serve.train.data.views import View
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import build_module, train_adapter
+from gpt_serve.train.inputs import Inputs
 from gpt_serve.train.job import TrainingJob
 from gpt_serve.train.loop import Trainer
 from gpt_serve.train.methods.gates import gumbel_temperature, harden, sample_gates
@@ -181,7 +182,7 @@ def test_the_temperature_falls_over_the_epochs_of_training(tiny: Backbone, colou
     recipe = make_recipe("adamw", prompts=2, epochs=3, warmup=1, batch_size=8, gate="hard")
     view = View(open_dataset(str(colours), 0).train[::3], PREPROCESS, None, "none", 0)
     module = build_module(tiny, recipe, 3)
-    trainer = Trainer(tiny, module, recipe, train=view, val=view, world=World(), workers=0)
+    trainer = Trainer(tiny, module, recipe, train=view, val=view, world=World(), inputs=Inputs(0))
     seen: list[float] = []
     trainer.fit(lambda *_: seen.append(module.gumbel_temperature), lambda _: None)
     assert list(dict.fromkeys(seen)) == pytest.approx([1.0, math.sqrt(0.5), 0.5])

@@ -15,6 +15,7 @@ from gpt_serve.train.data.datasets import open_dataset
 from gpt_serve.train.data.samples import Sample
 from gpt_serve.train.data.views import View, thinned
 from gpt_serve.train.fit import build_module
+from gpt_serve.train.inputs import Inputs
 from gpt_serve.train.job import TrainingJob
 from gpt_serve.train.methods import start
 from gpt_serve.train.methods.heads import ALIKE, FOLDS, SCALES, SHRINKAGES, Discriminant, lda_head
@@ -168,7 +169,9 @@ def test_one_image_a_class_gives_the_nearest() -> None:
 
 def started(backbone: Backbone, recipe: Recipe, view: View, tmp_path: Path) -> tuple[TaskModule, Recorder]:
     module, recorder = build_module(backbone, recipe, 3).eval(), Recorder()
-    start_from_data(backbone, module, TrainingJob("colours", "", tmp_path, recipe, workers=0), view, recorder)
+    start_from_data(
+        backbone, module, TrainingJob("colours", "", tmp_path, recipe, workers=0), view, Inputs(0), recorder
+    )
     return module, recorder
 
 

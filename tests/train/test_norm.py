@@ -18,6 +18,7 @@ from gpt_serve.train.data.datasets import open_dataset
 from gpt_serve.train.data.views import View
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import build_module, train_adapter
+from gpt_serve.train.inputs import Inputs
 from gpt_serve.train.job import TrainingJob
 from gpt_serve.train.methods.heads import HeadNorm
 from gpt_serve.train.methods.prompts import AdapterModule
@@ -103,7 +104,7 @@ def test_standard_features_are_those_of_the_training_images(tiny: Backbone, colo
     assert isinstance(module, AdapterModule) and module.head_norm is not None
     view = View(open_dataset(str(colours), 0).train, PREPROCESS, None, "crop-flip", 0)
     job = TrainingJob("colours", str(colours), tmp_path, recipe, workers=0)
-    start_from_data(tiny, module, job, view, Recorder())
+    start_from_data(tiny, module, job, view, Inputs(0), Recorder())
     plain = View(view.samples, PREPROCESS, None, "none", 0)
     mean, std = torch.tensor(PREPROCESS.mean), torch.tensor(PREPROCESS.std)
     images = normalize(torch.stack([plain[index][0] for index in range(len(plain))]), mean, std)

@@ -12,6 +12,7 @@ from gpt_serve.train.data.datasets import open_dataset
 from gpt_serve.train.data.views import View
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import build_module
+from gpt_serve.train.inputs import Inputs
 from gpt_serve.train.loop import Trainer
 from gpt_serve.train.methods.prompts import METHODS, GateKind, HeadInit, PromptInit
 from gpt_serve.train.methods.start import POOLS
@@ -153,7 +154,9 @@ def test_every_step_has_the_rate_of_its_recipe(
     settings = {"prompts": 2, "prompt_init": "random", "epochs": 5, "warmup": 2, "lr": 1.0, "batch_size": batch_size}
     recipe = make_recipe(name, **settings)
     view = View(open_dataset(str(colours), 0).train[:12], PREPROCESS, None, "none", 0)
-    trainer = Trainer(tiny, build_module(tiny, recipe, 3), recipe, train=view, val=view, world=World(), workers=0)
+    trainer = Trainer(
+        tiny, build_module(tiny, recipe, 3), recipe, train=view, val=view, world=World(), inputs=Inputs(0)
+    )
     rates: list[list[float]] = []
     trainer.optimizer.register_step_pre_hook(
         lambda optimizer, *_: rates.append([group["lr"] for group in optimizer.param_groups])

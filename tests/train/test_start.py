@@ -17,6 +17,7 @@ from gpt_serve.train.data.datasets import open_dataset
 from gpt_serve.train.data.views import View
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import build_module, train_adapter
+from gpt_serve.train.inputs import Inputs
 from gpt_serve.train.job import TrainingJob
 from gpt_serve.train.methods.prompts import AdapterModule, PromptInit
 from gpt_serve.train.methods.start import (
@@ -180,7 +181,7 @@ def test_every_initialisation_goes_with_shallow_and_deep_prompts(
     assert module.prompt is not None
     head, random = module.head.weight.clone(), module.prompt.clone()
     assert isinstance(module, AdapterModule)
-    start_from_data(tiny, module, TrainingJob("t", "", tmp_path, recipe, workers=0), view, Recorder())
+    start_from_data(tiny, module, TrainingJob("t", "", tmp_path, recipe, workers=0), view, Inputs(0), Recorder())
     assert module.prompt.requires_grad and not torch.equal(module.prompt, random)
     assert torch.equal(module.head.weight, head)
     # Pooled tokens lie within the range of their own layer's tokens.

@@ -26,7 +26,7 @@ from gpt_serve.train.fit import train_adapter
 from gpt_serve.train.job import TrainingJob
 from gpt_serve.train.recipes.recipe import Recipe, Select, make_recipe
 from gpt_serve.train.sweep import trial as module
-from gpt_serve.train.sweep.report import plot_sweep, report_table
+from gpt_serve.train.sweep.report import plot_sweep, report_table, told
 from gpt_serve.train.sweep.sweep import make_axes, make_grid, run_sweep
 from gpt_serve.train.sweep.trial import BackboneFacts, Sweep, open_study, run_trial
 from gpt_serve.train.sweep.workers import Submit, ray_workers, shares
@@ -185,6 +185,13 @@ def test_trials_are_ranked_by_what_epochs_are_selected_by_then_by_order(select: 
     trials = [{"lr": lr, **each} for lr, each in enumerate(came_to, 1)]
     rows = report_table({"axes": {"lr": [1, 2, 3, 4, 5]}, "trials": trials}, select)[1]
     assert [row[0] for row in rows] == order and rows[-1][-1] == "failed: boom"
+
+
+def test_a_trial_that_is_best_before_it_trains_says_so() -> None:
+    trial = {"lr": 1} | outcome(0.8, 0.1) | {"best_epoch": -1}
+    assert told(trial) == "val 80.0 % (before any epoch), 1 s"
+    assert report_table({"axes": {"lr": [1]}, "trials": [trial]}, "loss")[1][0][3] == "before any epoch"
+    assert told(outcome(0.8, 0.1)) == "val 80.0 % (epoch 2 of 2), 1 s"
 
 
 # a sweep

@@ -18,6 +18,7 @@ from gpt_serve.train.data.datasets import open_dataset
 from gpt_serve.train.data.views import View, shuffled_batches
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import build_module
+from gpt_serve.train.inputs import Inputs
 from gpt_serve.train.job import TrainingJob
 from gpt_serve.train.loop import Trainer
 from gpt_serve.train.methods.prompts import AdapterModule
@@ -91,14 +92,14 @@ def test_training_follows_plain_sgd_through_the_reference(
     view = View(open_dataset(str(colours), 0).train[::3], PREPROCESS, None, "none", 0)
     module = build_module(backbone, recipe, 3)
     assert isinstance(module, AdapterModule)
-    start_from_data(backbone, module, TrainingJob("t", "", tmp_path, recipe, workers=0), view, Recorder())
+    start_from_data(backbone, module, TrainingJob("t", "", tmp_path, recipe, workers=0), view, Inputs(0), Recorder())
     start = copies(module)
 
     draws: list[Tensor] = []
     uniform = torch.rand
     with monkeypatch.context() as patch:
         patch.setattr(torch, "rand", lambda *size, **options: draws.append(uniform(*size, **options)) or draws[-1])
-        trainer = Trainer(backbone, module, recipe, train=view, val=view, world=World(), workers=0)
+        trainer = Trainer(backbone, module, recipe, train=view, val=view, world=World(), inputs=Inputs(0))
         trainer.fit(lambda *_: None, lambda _: None)
     assert not any(part.training for part in backbone.model.modules())
 

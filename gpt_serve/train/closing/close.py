@@ -18,6 +18,7 @@ from gpt_serve.train.checkpoint import held, run_folder
 from gpt_serve.train.closing.search import GateSearch
 from gpt_serve.train.data.datasets import open_dataset
 from gpt_serve.train.fit import load_views, make_deterministic
+from gpt_serve.train.inputs import Inputs
 from gpt_serve.train.job import Reporter, TrainingJob, Views
 from gpt_serve.train.loop import predict_all
 from gpt_serve.train.methods.prompts import AdapterModule
@@ -112,7 +113,7 @@ def _on_unseen(
     correct = []
     for adapter in (before, after):
         module = AdapterModule.of(adapter, backbone.spec, 0.0).to(backbone.device)
-        predictions, targets = predict_all(backbone, module, view, workers)
+        predictions, targets = predict_all(backbone, module, view, Inputs(workers))
         correct.append((predictions == targets).double().mean().item())
     return correct, (predictions, targets)
 

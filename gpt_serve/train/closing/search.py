@@ -9,6 +9,7 @@ import torch
 from gpt_serve.adapters.adapter import Adapter, closed_gates
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.train.distributed import World
+from gpt_serve.train.inputs import Inputs
 from gpt_serve.train.job import Reporter, TrainingJob, Views
 from gpt_serve.train.loop import Score, Trainer, evaluate
 from gpt_serve.train.methods.prompts import AdapterModule
@@ -92,7 +93,7 @@ class GateSearch:
         """The published tensors with ``gates`` closed."""
         adapter = closed(self.adapter, gates)
         module = self._module(adapter)
-        val = evaluate(self.backbone, module, self.views.val, self.work.workers)
+        val = evaluate(self.backbone, module, self.views.val, Inputs(self.work.workers))
         return Candidate(adapter, tuple(sorted(gates)), val)
 
     def fine_tune(self, gates: Sequence[int]) -> Candidate:
@@ -107,7 +108,7 @@ class GateSearch:
             train=views.train,
             val=views.val,
             world=World(),
-            workers=self.work.workers,
+            inputs=Inputs(self.work.workers),
         )
         self.reporter.notice(
             f"closing {len(gates)} of {len(self.open)} open gates: validation accuracy"

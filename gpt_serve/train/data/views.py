@@ -95,19 +95,39 @@ def _read(sample: Sample, preprocess: Preprocess) -> tuple[Tensor, str] | Unread
 class View(Dataset[tuple[Tensor, int]]):
     """A split as training reads it: ``view[i]`` is an image, uint8 (3, H, W), and its target.
 
-    An image's augmentation depends on the seed, the epoch and its index alone, so that worker processes and
+    An image's augmentation depends on the seed, its `variant` and its index alone, so that worker processes and
     resumed runs give the same images.
+
+    Args:
+        variants: how many augmented images there are of each, which epochs take in turn; 0 for new ones every epoch.
     """
 
     def __init__(
-        self, samples: Split, preprocess: Preprocess, scaled: list[Tensor] | None, augment: Augment, seed: int
+        self,
+        samples: Split,
+        preprocess: Preprocess,
+        scaled: list[Tensor] | None,
+        augment: Augment,
+        seed: int,
+        variants: int = 0,
     ) -> None:
         self.samples = samples
         self.preprocess = preprocess
         self.scaled = scaled
         self.augment = augment
         self.seed = seed
+        self.variants = variants
         self.epoch = 0
+
+    @property
+    def forms(self) -> int:
+        """How many different images there are of each; 0 for a new one every epoch."""
+        return 1 if self.augment == "none" else self.variants
+
+    @property
+    def variant(self) -> int:
+        """Which of an image's forms this epoch takes."""
+        return self.epoch % self.forms if self.forms else self.epoch
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -125,12 +145,12 @@ class View(Dataset[tuple[Tensor, int]]):
             image = self.scaled[index]
         if self.augment == "none":
             return center_crop(image, self.preprocess), sample.target
-        rng = np.random.default_rng((self.seed, self.epoch, index))
+        rng = np.random.default_rng((self.seed, self.variant, index))
         return _random_crop(image, self.preprocess.input_size, rng, flip=self.augment == "crop-flip"), sample.target
 
     def drawn(self, augment: Augment, epoch: int = 0) -> "View":
         """A view of the same images that is augmented in another way."""
-        view = View(self.samples, self.preprocess, self.scaled, augment, self.seed)
+        view = View(self.samples, self.preprocess, self.scaled, augment, self.seed, self.variants)
         view.epoch = epoch
         return view
 
@@ -149,6 +169,7 @@ class View(Dataset[tuple[Tensor, int]]):
             batch_sampler=indices,
             num_workers=0 if self.scaled is not None else workers,
             collate_fn=_stacked,
+            generator=torch.Generator(),  # or it draws from the global one, and dropout would depend on what is read
         )
         with _workers_errors():
             for batch in loader:
@@ -201,7 +222,8 @@ def _stacked(drawn: list[Drawn]) -> tuple[np.ndarray, np.ndarray] | DataError:
 def joined(first: View, second: View) -> View:
     """A view of the images of both, which are augmented as the first view has it."""
     scaled = None if first.scaled is None or second.scaled is None else first.scaled + second.scaled
-    return View([*first.samples, *second.samples], first.preprocess, scaled, first.augment, first.seed)
+    samples = [*first.samples, *second.samples]
+    return View(samples, first.preprocess, scaled, first.augment, first.seed, first.variants)
 
 
 def thinned(view: View, most: int) -> View:
@@ -217,7 +239,7 @@ def thinned(view: View, most: int) -> View:
     place = rank_in_class(targets) / np.bincount(targets)[targets]
     chosen = np.sort(order[np.argsort(place, kind="stable")[:most]]).tolist()
     scaled = None if view.scaled is None else [view.scaled[index] for index in chosen]
-    return View(pick(view.samples, chosen), view.preprocess, scaled, view.augment, view.seed)
+    return View(pick(view.samples, chosen), view.preprocess, scaled, view.augment, view.seed, view.variants)
 
 
 def _random_crop(image: Tensor, size: tuple[int, int], rng: np.random.Generator, *, flip: bool) -> Tensor:

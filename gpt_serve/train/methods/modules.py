@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.model.batch import AdapterBatch
-from gpt_serve.model.prompted import embed, prompted_features
+from gpt_serve.model.prompted import Trunk, embed, prompted_features
 from gpt_serve.train.methods.heads import HeadInit, HeadNorm, make_head
 
 
@@ -24,16 +24,19 @@ class TaskModule(nn.Module):
     head: nn.Linear
     head_norm: "HeadNorm | None"
 
-    def features(self, model: nn.Module, images: Tensor) -> Tensor:
-        """The features (B, D) of normalised images (B, 3, H, W), after the norm of the frozen ``model``."""
+    def features(self, model: nn.Module, images: Tensor | Trunk) -> Tensor:
+        """The features (B, D) of normalised images (B, 3, H, W), after the norm of the frozen ``model``.
+
+        In place of images, an adapter takes what the first blocks of ``model`` have made of them.
+        """
         raise NotImplementedError
 
     def seen(self, features: Tensor) -> Tensor:
         """``features`` as the head sees them, after `head_norm` if there is one; both are (B, D)."""
         return features if self.head_norm is None else self.head_norm(features)
 
-    def forward(self, model: nn.Module, images: Tensor) -> Tensor:
-        """The logits (B, C) of normalised images (B, 3, H, W)."""
+    def forward(self, model: nn.Module, images: Tensor | Trunk) -> Tensor:
+        """The logits (B, C) of what `features` takes."""
         logits: Tensor = self.head(self.seen(self.features(model, images)))
         return logits
 
@@ -65,8 +68,9 @@ class FullModule(TaskModule):
         self.head = make_head(spec.width, classes, head_init)
         self._bare = AdapterBatch.single(depth=spec.depth, width=spec.width, pool=spec.pool, device=backbone.device)
 
-    def features(self, model: nn.Module, images: Tensor) -> Tensor:
+    def features(self, model: nn.Module, images: Tensor | Trunk) -> Tensor:
         """The features (B, D) of normalised images (B, 3, H, W), by the module's own copy; ``model`` plays no part."""
+        assert isinstance(images, Tensor)  # no block of this module is frozen
         return prompted_features(self.model, embed(self.model, images), self._bare)
 
     def weights(self) -> dict[str, Tensor]:

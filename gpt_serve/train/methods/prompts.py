@@ -13,7 +13,7 @@ from gpt_serve.adapters.adapter import Adapter, closed_gates
 from gpt_serve.errors import UsageError
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.model.batch import AdapterBatch
-from gpt_serve.model.prompted import TAU_MAX, TAU_MIN, embed, prompted_features
+from gpt_serve.model.prompted import TAU_MAX, TAU_MIN, Trunk, embed, prompted_features
 from gpt_serve.specs import BackboneSpec, Pool, Tap
 from gpt_serve.train.methods.gates import gumbel_temperature, harden, sample_gates
 from gpt_serve.train.methods.heads import HeadInit, HeadNorm, Norm, make_head
@@ -265,8 +265,16 @@ class AdapterModule(TaskModule):
             adapter = dataclasses.replace(adapter, prompt=F.dropout(prompt, self.prompt_dropout))
         return adapter
 
-    def features(self, model: nn.Module, images: Tensor) -> Tensor:
-        """Normalised images (B, 3, H, W) to what the backbone's norm puts out, (B, K*D)."""
+    @property
+    def trunk(self) -> int:
+        """How many of the first blocks training leaves as they are."""
+        learned = (self.prompt, self.tau, self.shift)
+        return self.first_block if any(tensor is not None for tensor in learned) else self.spec.depth
+
+    def features(self, model: nn.Module, images: Tensor | Trunk) -> Tensor:
+        """Normalised images (B, 3, H, W), or their `Trunk`, to what the backbone's norm puts out, (B, K*D)."""
+        if isinstance(images, Trunk):
+            return prompted_features(model, images, self.batch(len(images.tokens)))
         with torch.no_grad():
             tokens = embed(model, images)
         return prompted_features(model, tokens, self.batch(len(tokens)))

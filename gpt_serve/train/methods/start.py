@@ -21,8 +21,9 @@ from gpt_serve.model.backbone import Backbone
 from gpt_serve.model.prompted import block, embed
 from gpt_serve.specs import Preprocess
 from gpt_serve.train.data.views import View, ordered_batches, thinned
+from gpt_serve.train.inputs import Inputs, normalized
 from gpt_serve.train.job import Reporter, TrainingJob
-from gpt_serve.train.loop import features_of, normalized
+from gpt_serve.train.loop import features_of
 from gpt_serve.train.methods.heads import lda_head
 from gpt_serve.train.methods.modules import TaskModule
 from gpt_serve.train.methods.prompts import AdapterModule, PromptInit
@@ -34,35 +35,43 @@ LEAST_MINI_BATCH = 1024  # tokens, scikit-learn's own default
 SHARE = 0.3  # of the training images that mean, max and kmeans read
 
 
-def start_from_data(backbone: Backbone, module: TaskModule, job: TrainingJob, view: View, reporter: Reporter) -> None:
+def start_from_data(
+    backbone: Backbone, module: TaskModule, job: TrainingJob, view: View, inputs: Inputs, reporter: Reporter
+) -> None:
     """Set what the recipe takes from the training images: first prompts, then the norm, then the head.
 
     Only the head sees augmented views, beside the images as they are.
+
+    Args:
+        view: the training images, as training augments them.
+        inputs: what training gives to ``module``.
 
     Raises:
         UsageError: there are fewer tokens than prompts.
     """
     plain = view.drawn("none")
-    prompts = module.prompt if isinstance(module, AdapterModule) else None
-    if prompts is not None and job.recipe.initialisation != "random":
-        _start_prompts(backbone, prompts, job, plain, reporter)
+    if isinstance(module, AdapterModule) and module.prompt is not None and job.recipe.initialisation != "random":
+        _start_prompts(backbone, module.prompt, module.first_block, job, plain, reporter)
     if job.recipe.head_init == "lda":
-        _start_head(backbone, module, job, view, reporter)
+        _start_head(backbone, module, job, view, inputs, reporter)
     elif module.head_norm is not None and job.recipe.norm == "standard":
         tick = reporter.scanning(len(plain), "standardising features")
-        module.head_norm.set_standard(features_of(backbone, module, plain, job.workers, tick))
+        module.head_norm.set_standard(features_of(backbone, module, plain, inputs, tick))
 
 
-def _start_head(backbone: Backbone, module: TaskModule, job: TrainingJob, view: View, reporter: Reporter) -> None:
+def _start_head(
+    backbone: Backbone, module: TaskModule, job: TrainingJob, view: View, inputs: Inputs, reporter: Reporter
+) -> None:
     """Fit the head to each image as it is and, where training augments, to `AUGMENTED` more views of it."""
     recipe = job.recipe
-    others = 0 if recipe.augment == "none" else AUGMENTED
+    others = 0 if recipe.augment == "none" else min(AUGMENTED, view.forms or AUGMENTED)
     wider = module.head.in_features // backbone.spec.width
     some = thinned(view, MOST_FEATURES // (1 + others) // wider)
-    # Epochs that training does not come to.
-    views = [some.drawn("none"), *(some.drawn(recipe.augment, recipe.epochs + index) for index in range(others))]
+    first = 0 if view.forms else recipe.epochs
+    # Epochs that training does not come to; of a fixed number of forms the first ones.
+    views = [some.drawn("none"), *(some.drawn(recipe.augment, first + index) for index in range(others))]
     tick = reporter.scanning(len(some) * len(views), "fitting the head")
-    features = [list(features_of(backbone, module, each, job.workers, tick)) for each in views]
+    features = [list(features_of(backbone, module, each, inputs, tick)) for each in views]
     if module.head_norm is not None and recipe.norm == "standard":
         module.head_norm.set_standard(features[0])
     seen = torch.stack([module.seen(torch.cat(rows)) for rows in features]).cpu()
@@ -74,7 +83,7 @@ def _start_head(backbone: Backbone, module: TaskModule, job: TrainingJob, view: 
 
 
 def _start_prompts(
-    backbone: Backbone, prompts: nn.Parameter, job: TrainingJob, plain: View, reporter: Reporter
+    backbone: Backbone, prompts: nn.Parameter, first_block: int, job: TrainingJob, plain: View, reporter: Reporter
 ) -> None:
     recipe = job.recipe
     total = images_to_read(len(plain), backbone.model.patch_embed.num_patches, recipe.initialisation, recipe.prompts)
@@ -83,7 +92,7 @@ def _start_prompts(
         plain,
         recipe.initialisation,
         (prompts.shape[0], prompts.shape[1]),
-        first_block=recipe.first_block,
+        first_block=first_block,
         seed=recipe.seed,
         workers=job.workers,
         on_image=reporter.scanning(total, "drawing prompts"),

@@ -1,8 +1,9 @@
-"""Which blocks and poolings a head reads: named by the user, or chosen on validation images.
+"""What a head reads and which block prompts enter: named by the user, or chosen on validation images.
 
 On self-supervised backbones the best features do not lie after the last block. Which do is found without training: the
 features of all candidates are computed once, and taps are added one by one while a classifier by linear discriminant
-analysis (see `heads`) loses less on validation images.
+analysis (see `heads`) loses less on validation images. Prompts enter behind the block whose features are best alone:
+what lies before makes them better as it is, and what lies behind is left to be mended.
 
 Shapes: images ``n``, candidates ``T``, width ``D``.
 """
@@ -17,11 +18,11 @@ from torch.nn import functional as F
 
 from gpt_serve.errors import UsageError
 from gpt_serve.model.backbone import Backbone
-from gpt_serve.model.batch import AdapterBatch
-from gpt_serve.model.prompted import embed, tapped_features
+from gpt_serve.model.prompted import Trunk
 from gpt_serve.specs import BackboneSpec, Tap
 from gpt_serve.train.data.views import View, ordered_batches, thinned
-from gpt_serve.train.loop import EVAL_BATCH, normalized
+from gpt_serve.train.inputs import Inputs
+from gpt_serve.train.loop import EVAL_BATCH
 
 LAST, AUTO = "last", "auto"
 MOST_TAPS = 4
@@ -69,45 +70,59 @@ def candidates(backbone: Backbone) -> tuple[Tap, ...]:
     return own, *(tap for tap in others if tap != same)
 
 
-def choose_taps(
-    backbone: Backbone, train: View, val: View, classes: int, workers: int, on_image: Callable[[], object]
-) -> tuple[Tap, ...]:
-    """The taps, at most `MOST_TAPS`, with which the classifier loses least on ``val``; none for the backbone's own.
+@dataclass(frozen=True)
+class Choice:
+    """What validation images prefer.
+
+    Attributes:
+        taps: at most `MOST_TAPS`; none for the backbone's own.
+        first_block: the block that prompts should enter.
+    """
+
+    taps: tuple[Tap, ...] = ()
+    first_block: int = 0
+
+
+def choose(
+    backbone: Backbone, train: View, val: View, classes: int, inputs: Inputs, on_image: Callable[[], object]
+) -> Choice:
+    """The taps with which the classifier loses least on ``val``, and the block behind the one with the best of them.
 
     Args:
         train: the training images; they are read without augmentation.
+        inputs: gives what all `candidates` read.
         on_image: called after each image that is read; `images_read` says of how many.
     """
     taps = candidates(backbone)
     some, judged = thinned(train, MOST_IMAGES).drawn("none"), thinned(val, MOST_IMAGES)
     search = _Search.of(
-        _features(backbone, some, taps, workers, on_image),
+        _features(some, taps, inputs, on_image),
         torch.tensor([sample.target for sample in some.samples]),
-        _features(backbone, judged, taps, workers, on_image),
+        _features(judged, taps, inputs, on_image),
         torch.tensor([sample.target for sample in judged.samples]),
         classes,
     )
+    best = taps[min(range(len(taps)), key=lambda index: search.loss([index]))]
     chosen = search.greedy()
-    return () if chosen == [0] else tuple(taps[index] for index in chosen)
+    own = chosen == [0]
+    return Choice(
+        taps=() if own else tuple(taps[index] for index in chosen),
+        first_block=min(best.block + 1, backbone.spec.depth - 1),
+    )
 
 
 def images_read(train: View, val: View) -> int:
-    """How many images `choose_taps` reads."""
+    """How many images `choose` reads."""
     return min(len(train), MOST_IMAGES) + min(len(val), MOST_IMAGES)
 
 
-@torch.no_grad()
-def _features(
-    backbone: Backbone, view: View, taps: Sequence[Tap], workers: int, on_image: Callable[[], object]
-) -> Tensor:
+def _features(view: View, taps: Sequence[Tap], inputs: Inputs, on_image: Callable[[], object]) -> Tensor:
     """float32 (n, T, D) of the backbone alone."""
-    spec = backbone.spec
-    bare = AdapterBatch.single(depth=spec.depth, width=spec.width, pool=spec.pool, taps=taps, device=backbone.device)
     rows = []
-    for images, _ in view.batches(ordered_batches(len(view), EVAL_BATCH), workers):
-        tokens = embed(backbone.model, normalized(images.to(backbone.device), view.preprocess))
-        rows.append(torch.stack(tapped_features(backbone.model, tokens, bare), dim=1).float().cpu())
-        for _ in images:
+    for trunk, targets in inputs.batches(view, ordered_batches(len(view), EVAL_BATCH)):
+        assert isinstance(trunk, Trunk)
+        rows.append(torch.stack([trunk.tapped[tap] for tap in taps], dim=1))
+        for _ in targets:
             on_image()
     return torch.cat(rows)
 

@@ -15,6 +15,7 @@ Optimizer = Literal["sgd", "adamw"]
 Schedule = Literal["epoch", "step"]
 Select = Literal["accuracy", "loss"]
 Preparation = Literal["backbone", "fgvc", "vtab"]
+FirstBlock = int | Literal["auto"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Recipe:
         gate_init: gamma starts at ``-gate_init``.
         temperature: whether attention temperatures are learned; None for the method's own choice.
         prompt_dropout: dropout on the prompt tokens at the input.
-        first_block: the block that prompts enter, from 0.
+        first_block: the block that prompts enter, from 0; ``auto`` for what validation images prefer.
         taps: what the head reads: ``last`` for the last block with the backbone's pooling, ``auto`` for what validation
             images prefer, or blocks with a pooling, see `parse_taps`.
         norm: before the head the backbone's own, a fresh, frozen one as VPT has it for MAE, or the backbone's own and
@@ -47,6 +48,8 @@ class Recipe:
         head_weight_decay: on the head instead; None for the same.
         head_init: of the head, see `make_head` and `lda_head`.
         augment: random crop and horizontal flip, crop only, or the evaluation transform.
+        views: how many augmented images there are of each, which epochs take in turn, so that what frozen blocks give
+            for them can be kept; 0 for new ones every epoch.
         preprocess: the backbone's own evaluation transform, or that of a benchmark, see `prepared`.
         select: what the best epoch is best in, on validation images; the other breaks ties.
         final_fit: train on validation images as well and publish the last epoch, instead of selecting the best.
@@ -60,7 +63,7 @@ class Recipe:
     gate_init: float = 1.0
     temperature: bool | None = None
     prompt_dropout: float = 0.1
-    first_block: int = 0
+    first_block: FirstBlock = 0
     taps: str = "last"
     norm: Norm = "pretrained"
     epochs: int = 20
@@ -76,6 +79,7 @@ class Recipe:
     head_weight_decay: float | None = None
     head_init: HeadInit = "small"
     augment: Augment = "crop-flip"
+    views: int = 0
     preprocess: Preparation = "backbone"
     select: Select = "accuracy"
     final_fit: bool = False
@@ -93,7 +97,7 @@ class Recipe:
             raise UsageError("--method full: leave --norm, --taps and --temperature out, the whole backbone is trained")
         limits: list[tuple[str, float, float]] = [
             ("prompts", 1, 4096),
-            ("first_block", 0, 9999),
+            ("views", 0, 10_000),
             ("epochs", 0 if self.head_init == "lda" else 1, 100_000),
             ("warmup", 0, 100_000),
             ("batch_size", 1, 65_536),
@@ -104,6 +108,8 @@ class Recipe:
             ("head_lr_scale", 1e-6, 1e6),
             ("seed", 0, 2**31 - 1),
         ]
+        if self.first_block != "auto":
+            limits.append(("first_block", 0, 9999))
         if self.head_weight_decay is not None:
             limits.append(("head_weight_decay", 0.0, 10.0))
         for name, low, high in limits:
@@ -121,6 +127,11 @@ class Recipe:
     def tempered(self) -> bool:
         """Whether attention temperatures are learned."""
         return find_method(self.method).tempered if self.temperature is None else self.temperature
+
+    @property
+    def named_block(self) -> int:
+        """The block that prompts enter, as far as the recipe names one; 0 where it is left open."""
+        return 0 if self.first_block == "auto" else self.first_block
 
     @property
     def initialisation(self) -> PromptInit:
@@ -149,8 +160,10 @@ RECIPES = {
         schedule="step",
         select="loss",
     ),
-    # No gradient at all: taps and head in closed form.
-    "instant": Recipe(method="linear", taps="auto", norm="standard", head_init="lda", epochs=0, select="loss"),
+    # No gradient at all: taps and head in closed form, from one look at each image.
+    "instant": Recipe(
+        method="linear", taps="auto", norm="standard", head_init="lda", augment="none", epochs=0, select="loss"
+    ),
     # Full fine-tuning: one small rate for everything.
     "full": Recipe(method="full", lr=3e-4, head_lr_scale=1.0, weight_decay=0.05),
     # Yoo et al., Table 5: 100 prompts, batch 64 and the middle of the rates and gate priors of FGVC with MAE.

@@ -10,7 +10,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from gpt_serve.errors import UsageError
 from gpt_serve.files import replacing
-from gpt_serve.train.loop import Score
+from gpt_serve.train.loop import START, Score
 from gpt_serve.train.recipes.recipe import Select
 from gpt_serve.train.sweep.trial import Sweep
 
@@ -44,8 +44,14 @@ def told(trial: dict[str, Any]) -> str:
     """`came_to` in a few words."""
     if trial["status"] == "failed":
         return f"failed: {trial['failure']}"
-    epoch = f"epoch {trial['best_epoch'] + 1} of {trial['epochs']}"
-    return f"val {100 * trial['val_accuracy']:.1f} % ({epoch}), {trial['seconds']:.0f} s"
+    epoch = _epoch(trial)
+    when = epoch if trial["best_epoch"] == START else f"epoch {epoch}"
+    return f"val {100 * trial['val_accuracy']:.1f} % ({when}), {trial['seconds']:.0f} s"
+
+
+def _epoch(trial: dict[str, Any]) -> str:
+    """Which epoch a trial was best in, counted from 1."""
+    return "before any epoch" if trial["best_epoch"] == START else f"{trial['best_epoch'] + 1} of {trial['epochs']}"
 
 
 def write_report(folder: Path, report: dict[str, Any]) -> None:
@@ -76,8 +82,7 @@ def report_table(sweep: dict[str, Any], select: Select) -> tuple[list[str], list
     for trial in sorted(sweep["trials"], key=lambda trial: score(trial, select), reverse=True):
         measured = ["-", "-", "-"]
         if trial["status"] != "failed":
-            epoch = f"{trial['best_epoch'] + 1} of {trial['epochs']}"
-            measured = [f"{100 * trial['val_accuracy']:.2f} %", f"{trial['val_loss']:.4f}", epoch]
+            measured = [f"{100 * trial['val_accuracy']:.2f} %", f"{trial['val_loss']:.4f}", _epoch(trial)]
         ending = trial["status"] + (f": {trial['failure']}" if trial["failure"] else "")
         rows.append([*(f"{trial[name]:g}" for name in sweep["axes"]), *measured, f"{trial['seconds']:.0f}", ending])
     return [
