@@ -17,13 +17,17 @@ MAX_HEADER_BYTES = 2**20
 MAX_PROMPTS = 4096
 MAX_LABEL_LENGTH = 256
 
-FORMATS = ("gpt-serve/1", "gpt-serve/2")  # the first has neither shifts nor taps
+FORMATS = ("gpt-serve/1", "gpt-serve/2")  # the first has neither shifts, taps nor masks
 REQUIRED = ("head.weight", "head.bias")
-_DIMENSIONS = {"prompt": 3, "gamma": 1, "tau": 1, "shift": 3, "head.weight": 2, "head.bias": 1}
+DECODER = {"head.norm.weight": 1, "head.norm.bias": 1}
+DECODER |= {f"head.conv{number}.{part}": size for number in range(1, 5) for part, size in (("weight", 4), ("bias", 1))}
+"""Tensors of a SETR-PUP decoder, in the order in which they are used, and how many dimensions they have."""
+_DIMENSIONS = {"prompt": 3, "gamma": 1, "tau": 1, "shift": 3, "head.weight": 2, "head.bias": 1, **DECODER}
 _DTYPES = {"F16": "<f2", "BF16": "<u2", "F32": "<f4", "F64": "<f8"}
 _METADATA = {"format", "task", "method", "backbone", "backbone_sha256"}
 _METADATA |= {"labels", "pool", "preprocess", "training", "created"}
-_OPTIONAL = {"first_block", "taps"}
+_OPTIONAL = {"first_block", "taps", "kind", "ignore"}
+_CROP_MODES = ("center", "squash", "pad", "windows")
 _PREPROCESS = ["input_size", "crop_pct", "crop_mode", "interpolation", "mean", "std", "exif"]
 
 
@@ -148,7 +152,7 @@ def parse_preprocess(text: str) -> dict[str, Any]:
     (crop_pct,) = _numbers([value["crop_pct"]], 1, "crop_pct")
     if not 0.05 <= crop_pct <= 1:
         raise ParseError("preprocess: crop_pct must lie between 0.05 and 1")
-    for key, known in (("crop_mode", ("center", "squash")), ("interpolation", ("bilinear", "bicubic"))):
+    for key, known in (("crop_mode", _CROP_MODES), ("interpolation", ("bilinear", "bicubic"))):
         if value[key] not in known:
             raise ParseError(f"preprocess: {key} must be {' or '.join(known)}")
     if not isinstance(value["exif"], bool):

@@ -11,11 +11,21 @@ if TYPE_CHECKING:
     from gpt_serve.adapters.adapter import Adapter
     from gpt_serve.adapters.store import AdapterStore
     from gpt_serve.engine.engine import Engine, Prediction
+    from gpt_serve.engine.segment import Segmentation
     from gpt_serve.errors import GPTServeError
     from gpt_serve.model.backbone import Backbone
 
 __version__ = "0.1.0"
-__all__ = ["Adapter", "AdapterStore", "Backbone", "Engine", "GPTServeError", "Prediction", "__version__"]
+__all__ = [
+    "Adapter",
+    "AdapterStore",
+    "Backbone",
+    "Engine",
+    "GPTServeError",
+    "Prediction",
+    "Segmentation",
+    "__version__",
+]
 
 _HOMES = {
     "Adapter": "adapters.adapter",
@@ -24,6 +34,7 @@ _HOMES = {
     "Engine": "engine.engine",
     "GPTServeError": "errors",
     "Prediction": "engine.engine",
+    "Segmentation": "engine.segment",
 }
 
 # What dependencies report to their makers unless told otherwise. Each reads its variable when it is imported, which is

@@ -10,11 +10,14 @@ TASK_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 Pool = Literal["cls", "mean", "attention"]
 Family = Literal["mae", "mocov3"]
-CropMode = Literal["center", "squash"]
+CropMode = Literal["center", "squash", "pad", "windows"]
+Kind = Literal["classification", "segmentation"]
 Interpolation = Literal["bilinear", "bicubic"]
 Precision = Literal["fp32", "bf16"]
 TapPool = Literal["cls", "mean", "patches", "attention", "grid", "raw"]
 POOLED: tuple[TapPool, ...] = ("cls", "mean", "patches", "attention")
+OF_PATCHES: tuple[TapPool, ...] = ("grid", "raw")
+"""What taps of every patch are called: heads that answer with masks read these, and no others do."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +51,15 @@ class Preprocess:
     """How an image becomes the backbone's input.
 
     ``center`` scales the shorter side to ``floor(side / crop_pct)`` and crops the centre (timm's
-    evaluation transform); ``squash`` scales both sides to ``input_size`` and ignores ``crop_pct``.
+    evaluation transform); ``squash`` scales both sides to ``input_size`` and ignores ``crop_pct``. Two more lose no
+    border and keep the aspect ratio, for masks (`gpt_serve.images.masks`): ``pad`` scales the longer side to
+    ``input_size`` and fills up the rest, and ``windows`` scales the shorter side to ``side / crop_pct`` and covers the
+    image with inputs that overlap.
 
     Attributes:
         input_size: (height, width) in pixels.
-        crop_pct: share of the scaled image that the centre crop keeps, in (0, 1].
-        crop_mode: ``center`` or ``squash``.
+        crop_pct: share of the scaled image's shorter side that one input covers, in (0, 1].
+        crop_mode: ``center``, ``squash``, ``pad`` or ``windows``.
         interpolation: ``bilinear`` or ``bicubic``, always antialiased.
         mean: per RGB channel, for pixel values in [0, 1].
         std: per RGB channel, for pixel values in [0, 1].

@@ -1,6 +1,7 @@
 """Adapters with random weights for any backbone, in memory and without training."""
 
 import dataclasses
+import math
 import shutil
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 
 from gpt_serve.adapters.adapter import Adapter
 from gpt_serve.adapters.store import AdapterStore
-from gpt_serve.specs import BackboneSpec
+from gpt_serve.specs import BackboneSpec, CropMode, Tap
 from tests.tiny_vit import PREPROCESS, random_tensors
 
 TINY_SPEC = BackboneSpec(name="tiny", fingerprint="ab" * 32, depth=3, width=16, pool="mean", preprocess=PREPROCESS)
@@ -53,6 +54,47 @@ def make_adapter(
         **random_tensors(f"{method}-deep" if deep else method, spec.depth, spec.width, prompts=prompts, seed=seed),
     )
     return dataclasses.replace(adapter, **fields)
+
+
+CHANNELS = 5
+"""Of the decoder of `make_segmenter`."""
+
+
+def make_segmenter(
+    spec: BackboneSpec = TINY_SPEC,
+    task: str = "roads",
+    *,
+    decoder: bool = False,
+    mode: CropMode = "squash",
+    classes: int = 4,
+    seed: int = 0,
+    **arguments: Any,
+) -> Adapter:
+    """A valid segmentation adapter of ``spec``: a linear head for each patch, or a small SETR-PUP decoder.
+
+    Args:
+        mode: how images are covered.
+        arguments: of `make_adapter`.
+    """
+    generator = torch.Generator().manual_seed(100 + seed)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) / math.prod(shape[1:]) ** 0.5
+
+    tensors = {"head.norm.weight": 1 + noise(spec.width), "head.norm.bias": noise(spec.width)}
+    for number in range(1, 5):
+        read = spec.width if number == 1 else CHANNELS
+        tensors[f"head.conv{number}.weight"] = 2 * noise(CHANNELS, read, 3, 3)
+        tensors[f"head.conv{number}.bias"] = 0.1 * noise(CHANNELS)
+    fields: dict[str, Any] = {
+        "kind": "segmentation",
+        "ignore": (255,),
+        "preprocess": dataclasses.replace(spec.preprocess, crop_mode=mode),
+        "taps": (Tap(spec.depth - 1, "raw" if decoder else "grid"),),
+    }
+    if decoder:
+        fields |= {"decoder": tensors, "head_weight": noise(classes, CHANNELS)}
+    return make_adapter(spec, task, classes=classes, seed=seed, **fields | arguments)
 
 
 def remove_adapter(store: AdapterStore, task: str) -> None:

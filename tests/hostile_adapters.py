@@ -13,17 +13,19 @@ import pickle
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from gpt_serve.adapters.adapter import Adapter
+from gpt_serve.adapters.file import to_file
 from gpt_serve.adapters.parse import MAX_FILE_BYTES, MAX_PROMPTS
 from gpt_serve.adapters.store import FILE_NAME
 from gpt_serve.errors import AdapterError, BackboneMismatch, InvalidAdapter
 from gpt_serve.specs import BackboneSpec, Tap
-from tests.factories import make_adapter
+from tests.factories import make_adapter, make_segmenter
 
 Header = dict[str, Any]
 
@@ -57,7 +59,7 @@ class Hostile:
 
 def hostile_adapters(spec: BackboneSpec) -> list[Hostile]:
     """All cases for a server with the backbone ``spec`` (depth above 1), named in order of their kind."""
-    kinds = (_files, _headers, _tensors, _shifts, _values, _metadata, _taps, _foreign)
+    kinds = (_files, _headers, _tensors, _shifts, _values, _metadata, _taps, _masks, _foreign)
     return [case for kind in kinds for case in kind(spec)]
 
 
@@ -306,7 +308,7 @@ def _taps(spec: BackboneSpec) -> Iterator[Hostile]:
     def case(name: str, message: str, taps: str) -> Hostile:
         return Hostile(name, message, with_metadata(make_adapter(spec, name), taps=taps))
 
-    texts = ("[]", "{}", '[["cls", 1]]', '[[-1, "cls"]]', '[[1, "max"]]', '[[1, "raw"]]', "[[1]]", "[[true, 1]]")
+    texts = ("[]", "{}", '[["cls", 1]]', '[[-1, "cls"]]', '[[1, "max"]]', "[[1]]", "[[true, 1]]")
     for number, text in enumerate(texts):
         yield case(f"taps-{number}", "taps '.*' is not a list of 1 to 64 pairs", text)
     yield case("taps-twice", "taps must all be different", '[[1, "cls"], [1, "cls"]]')
@@ -315,6 +317,50 @@ def _taps(spec: BackboneSpec) -> Iterator[Hostile]:
     yield Hostile("foreign-tap", f"the head reads block {spec.depth}, the", late.to_bytes())
     early = make_adapter(spec, "early-mean", taps=(Tap(0, "mean"),))
     yield Hostile("early-mean", "the head reads prompts after block 0, which is not the last", early.to_bytes())
+
+
+def _masks(spec: BackboneSpec) -> Iterator[Hostile]:
+    """Heads for each patch that do not fit together, and what only they may have."""
+    width = spec.width
+
+    def case(name: str, message: str, base: str = "linear", **values: object) -> Hostile:
+        make = {"linear": make_segmenter, "decoder": partial(make_segmenter, decoder=True), "plain": make_adapter}[base]
+        return Hostile(name, message, with_metadata(make(spec, name), **values))
+
+    def decoder(name: str, message: str, tensor: str, value: torch.Tensor | None) -> Hostile:
+        adapter = make_segmenter(spec, name, decoder=True)
+        tensors = {key: item for key, item in (adapter.decoder | {tensor: value}).items() if item is not None}
+        whole = {"head.weight": adapter.head_weight, "head.bias": adapter.head_bias, **tensors}
+        header, _ = unpack(adapter.to_bytes())
+        return Hostile(name, message, to_file(whole, header["__metadata__"]))
+
+    geometry = {mode: json.dumps(spec.preprocess.to_dict() | {"crop_mode": mode}) for mode in ("center", "windows")}
+    yield case("kind-unknown", "kind 'detection' is not classification or segmentation", kind="detection")
+    yield case("kind-missing", "reads every patch, as only one of kind 'segmentation'", kind=None)
+    yield case("kind-pooled", "must read one or more taps of pooling 'grid'", taps='[[1, "cls"]]')
+    yield case("kind-no-taps", "must read one or more taps of pooling 'grid'", taps=None)
+    yield case("kind-raw", "must read one or more taps of pooling 'grid'", taps='[[1, "raw"]]')
+    yield case("kind-mixed", "must read one or more taps of pooling 'grid'", taps='[[1, "grid"], [2, "cls"]]')
+    yield case("crop-lossy", "crop_mode 'center' would lose the borders", preprocess=geometry["center"])
+    yield case("crop-of-masks", "crop_mode 'windows' is for kind 'segm", "plain", preprocess=geometry["windows"])
+    for number, text in enumerate(("255", "[256]", "[-1]", "[1.0]", "[true]", '["x"]')):
+        yield case(f"ignore-{number}", "ignore '.*' is not a list of whole numbers", ignore=text)
+    yield case("ignore-classes", "reads every patch, as only one of", "plain", ignore="[255]")
+    yield case("decoder-grid", "must read one tap of pooling 'raw'", "decoder", taps='[[1, "grid"]]')
+    yield case("decoder-taps", "must read one tap of pooling 'raw'", "decoder", taps='[[1, "raw"], [0, "raw"]]')
+    yield case("decoder-no-kind", "reads every patch, as only one of kind", "decoder", kind=None)
+    many = make_segmenter(spec, "mask-classes")
+    labels = [str(number) for number in range(256)]
+    tensors = {"head.weight": torch.zeros(256, width), "head.bias": torch.zeros(256)}
+    metadata = unpack(many.to_bytes())[0]["__metadata__"] | {"labels": json.dumps(labels)}
+    yield Hostile("mask-classes", "labels names 256 classes, a mask has 255 at most", to_file(tensors, metadata))
+    yield decoder("decoder-missing", "tensor 'head.conv3.bias' of the decoder is missing", "head.conv3.bias", None)
+    yield decoder("decoder-kernel", "'head.conv2.weight' has shape", "head.conv2.weight", torch.zeros(5, 5, 1, 1))
+    yield decoder("decoder-norm", "'head.norm.bias' has shape", "head.norm.bias", torch.zeros(width + 1))
+    yield decoder("decoder-flat", "'head.conv1.weight' has shape .*, not 4", "head.conv1.weight", torch.zeros(5, width))
+    yield decoder("decoder-unknown", "unknown tensor 'head.conv5.bias'", "head.conv5.bias", torch.zeros(5))
+    nan = torch.full((5,), float("nan"))
+    yield decoder("decoder-nan", "tensor 'head.conv4.bias' holds values", "head.conv4.bias", nan)
 
 
 def _foreign(spec: BackboneSpec) -> Iterator[Hostile]:

@@ -18,6 +18,7 @@ def test_all_is_pinned() -> None:
         "Engine",
         "GPTServeError",
         "Prediction",
+        "Segmentation",
         "__version__",
     ]
 

@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import torch
@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gpt_serve.adapters.file import FORMAT, PLAIN, from_file, to_file
+from gpt_serve.adapters.parse import DECODER
 from gpt_serve.errors import BackboneMismatch, InvalidAdapter
-from gpt_serve.specs import BackboneSpec, Pool, Preprocess, Tap
+from gpt_serve.specs import BackboneSpec, Kind, Pool, Preprocess, Tap
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,14 +25,19 @@ class Adapter:
         gamma: (L - 1 - first_block,) gate priors, +-inf for hard gates; None for gates 1 (shallow) or 0 (deep).
         tau: (L,) attention temperatures; None for 1.
         shift: (L, 3, D), what is added after attention, before and after the MLP of each block; None for 0.
-        head_weight: (C, K*D) for the ``K`` taps, in their order.
+        head_weight: (C, K*D) for the ``K`` taps, in their order; (C, M) for the ``M`` channels of a decoder.
         head_bias: (C,).
-        labels: the ``C`` class names.
+        labels: the ``C`` class names; the index of a class is its id in a mask.
         pool: what the last block's tokens become where there are no taps.
         training: hyperparameters, data and metrics, as JSON values.
         created: UTC, ISO 8601.
         first_block: the block that prompts enter, from 0; those before it compute images alone.
-        taps: what the head reads; none stands for the last block with ``pool``, see `taps_of`.
+        taps: what the head reads; none stands for the last block with ``pool``, see `taps_of`. Those of a segmentation
+            task are of every patch.
+        kind: ``classification``: one answer an image; ``segmentation``: one a pixel.
+        ignore: which values of a segmentation task's label files belong to no class.
+        decoder: what stands between the tap and the head of a segmentation task, by `parse.DECODER`'s names; see
+            `gpt_serve.model.heads`. Empty for none.
     """
 
     task: str
@@ -51,6 +57,16 @@ class Adapter:
     shift: Tensor | None = None
     first_block: int = 0
     taps: tuple[Tap, ...] = ()
+    kind: Kind = "classification"
+    ignore: tuple[int, ...] = ()
+    decoder: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def width(self) -> int:
+        """``D``."""
+        if self.decoder:
+            return self.decoder["head.norm.weight"].shape[0]
+        return self.head_weight.shape[1] // max(1, len(self.taps))
 
     @property
     def prompts(self) -> int:
@@ -76,7 +92,7 @@ class Adapter:
         Raises:
             InvalidAdapter: what `from_bytes` would refuse is never written.
         """
-        tensors = {"head.weight": self.head_weight, "head.bias": self.head_bias}
+        tensors = {"head.weight": self.head_weight, "head.bias": self.head_bias, **self.decoder}
         learned = {"prompt": self.prompt, "gamma": self.gamma, "tau": self.tau, "shift": self.shift}
         tensors |= {name: tensor for name, tensor in learned.items() if tensor is not None}
         metadata = {"format": FORMAT} | {name: getattr(self, name) for name in PLAIN}
@@ -84,6 +100,8 @@ class Adapter:
             metadata["first_block"] = str(self.first_block)
         if self.taps:
             metadata["taps"] = json.dumps([[tap.block, tap.pool] for tap in self.taps])
+        if self.kind != "classification":
+            metadata |= {"kind": self.kind, "ignore": json.dumps(self.ignore)}
         metadata |= {
             "labels": json.dumps(self.labels, ensure_ascii=False),
             "preprocess": json.dumps(self.preprocess.to_dict()),
@@ -110,6 +128,7 @@ class Adapter:
             gamma=tensors.get("gamma"),
             tau=tensors.get("tau"),
             shift=tensors.get("shift"),
+            decoder={name: tensors[name] for name in DECODER if name in tensors},
         )
 
     def check_backbone(self, spec: BackboneSpec) -> None:
@@ -122,9 +141,8 @@ class Adapter:
         if not spec.fits(self.backbone_sha256, self.preprocess.input_size):
             told = spec.told_from(self.backbone, self.backbone_sha256, self.preprocess.input_size)
             raise BackboneMismatch(f"trained on backbone {told} or train again")
-        width = self.head_weight.shape[1] // max(1, len(self.taps))
-        if width != spec.width:
-            raise InvalidAdapter(f"width {width} is not the backbone's {spec.width}")
+        if self.width != spec.width:
+            raise InvalidAdapter(f"width {self.width} is not the backbone's {spec.width}")
         self._check_taps(spec)
         first = self.first_block
         if first >= spec.depth:

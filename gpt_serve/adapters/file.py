@@ -11,6 +11,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from gpt_serve.adapters.parse import (
+    DECODER,
     FORMATS,
     MAX_HEADER_BYTES,
     MAX_PROMPTS,
@@ -25,10 +26,12 @@ from gpt_serve.adapters.parse import (
     short,
 )
 from gpt_serve.errors import InvalidAdapter, InvalidTaskName
-from gpt_serve.specs import POOLED, Pool, Preprocess, Tap, check_task_name
+from gpt_serve.specs import OF_PATCHES, POOLED, Kind, Pool, Preprocess, Tap, check_task_name
 
 FORMAT = FORMATS[-1]
 MAX_TAPS = 64
+MAX_MASK_CLASSES = 255  # a mask has a byte for each pixel, and 255 is what label files call no class
+MAX_CHANNELS = 1024  # of a decoder
 
 _CREATED = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?(Z|\+00:00)", re.ASCII)
 PLAIN = ("task", "method", "backbone", "backbone_sha256", "pool", "created")  # the others hold JSON
@@ -63,6 +66,7 @@ def from_file(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         parsed = parse(data)
         fields = _read_metadata(parsed.metadata)
+        _check_kind(fields, parsed.shapes)
         _check_shapes(parsed.shapes, len(fields["labels"]), fields["first_block"], max(1, len(fields["taps"])))
         return fields, {name: torch.from_numpy(array) for name, array in parsed.tensors().items()}
     except ParseError as error:
@@ -78,6 +82,8 @@ def _read_metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
         "training": parse_object(metadata["training"], "training"),
         "first_block": _parse_first_block(metadata.get("first_block")),
         "taps": _parse_taps(metadata.get("taps")),
+        "kind": _parse_kind(metadata.get("kind")),
+        "ignore": _parse_ignore(metadata.get("ignore")),
     }
 
 
@@ -123,14 +129,65 @@ def _parse_taps(text: str | None) -> tuple[Tap, ...]:
     return taps
 
 
+def _parse_kind(text: str | None) -> Kind:
+    if text not in (None, *get_args(Kind)):
+        raise InvalidAdapter(f"kind {short(text)} is not {' or '.join(get_args(Kind))}")
+    return "segmentation" if text == "segmentation" else "classification"
+
+
+def _parse_ignore(text: str | None) -> tuple[int, ...]:
+    values = [] if text is None else parse_json(text, "ignore")
+    if not isinstance(values, list) or not are_sizes(values, len(values), 0) or max(values, default=0) > 255:
+        raise InvalidAdapter(f"ignore {short(text)} is not a list of whole numbers from 0 to 255")
+    return tuple(values)
+
+
 def _is_tap(pair: Any) -> bool:
     return (
         isinstance(pair, list)
         and are_sizes(pair[:1], 1, 0)
         and len(pair) == 2
         and isinstance(pair[1], str)
-        and pair[1] in POOLED
+        and pair[1] in POOLED + OF_PATCHES
     )
+
+
+def _check_kind(fields: Mapping[str, Any], shapes: Mapping[str, list[int]]) -> None:
+    """Raise `InvalidAdapter` unless head, taps and geometry are such as the kind has."""
+    kind, mode, taps = fields["kind"], fields["preprocess"].crop_mode, fields["taps"]
+    decoder = [name for name in DECODER if name in shapes]
+    if kind == "classification":
+        if decoder or fields["ignore"] or any(tap.pool in OF_PATCHES for tap in taps):
+            raise InvalidAdapter("its head reads every patch, as only one of kind 'segmentation' may")
+        if mode not in ("center", "squash"):
+            raise InvalidAdapter(f"crop_mode {mode!r} is for kind 'segmentation' alone")
+        return
+    if mode == "center":
+        raise InvalidAdapter("crop_mode 'center' would lose the borders of a mask: use squash, pad or windows")
+    if len(fields["labels"]) > MAX_MASK_CLASSES:
+        raise InvalidAdapter(f"labels names {len(fields['labels'])} classes, a mask has {MAX_MASK_CLASSES} at most")
+    pools = {tap.pool for tap in taps}
+    if pools != ({"raw"} if decoder else {"grid"}) or (decoder and len(taps) != 1):
+        wanted = "one tap of pooling 'raw', for its decoder" if decoder else "one or more taps of pooling 'grid'"
+        raise InvalidAdapter(f"its head must read {wanted}")
+    if decoder:
+        _check_decoder(shapes)
+
+
+def _check_decoder(shapes: Mapping[str, list[int]]) -> None:
+    """Raise `InvalidAdapter` unless the decoder's tensors fit each other, and the head them; see `model.heads`."""
+    if missing := [name for name in DECODER if name not in shapes]:
+        raise InvalidAdapter(f"tensor {missing[0]!r} of the decoder is missing")
+    width, channels = shapes["head.norm.weight"][0], shapes["head.weight"][1]
+    if channels > MAX_CHANNELS:
+        raise InvalidAdapter(f"its decoder has {channels} channels, more than the {MAX_CHANNELS} allowed")
+    expected = {"head.norm.weight": [width], "head.norm.bias": [width]}
+    for number in range(1, 5):
+        expected[f"head.conv{number}.weight"] = [channels, width if number == 1 else channels, 3, 3]
+        expected[f"head.conv{number}.bias"] = [channels]
+    for name, shape in expected.items():
+        if shapes[name] != shape:
+            raise InvalidAdapter(f"tensor {name!r} has shape {shapes[name]}, not {shape}")
 
 
 def _check_shapes(shapes: Mapping[str, list[int]], classes: int, first_block: int, taps: int) -> None:
@@ -138,6 +195,7 @@ def _check_shapes(shapes: Mapping[str, list[int]], classes: int, first_block: in
         if shapes[name][0] != classes:
             raise InvalidAdapter(f"tensor {name!r} is for {shapes[name][0]} classes, labels names {classes}")
     width, rest = divmod(shapes["head.weight"][1], taps)
+    width = shapes.get("head.norm.weight", [width])[0]
     if rest:
         raise InvalidAdapter(
             f"tensor 'head.weight' has {shapes['head.weight'][1]} columns for {taps} taps of equal width"

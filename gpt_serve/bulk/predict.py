@@ -8,8 +8,9 @@ import pyarrow as pa
 
 from gpt_serve.bulk.inputs import Entry, Images
 from gpt_serve.bulk.parts import SCHEMA, Parts
-from gpt_serve.engine.engine import Engine, Prediction
-from gpt_serve.errors import GPTServeError, ImageError
+from gpt_serve.engine.engine import Answer, Engine
+from gpt_serve.engine.segment import Segmentation
+from gpt_serve.errors import GPTServeError, ImageError, UsageError
 
 T = TypeVar("T")
 
@@ -63,11 +64,13 @@ def _rows(engine: Engine, tasks: Sequence[str], entries: Sequence[Entry]) -> Ite
             yield {"image": entry.name, "task": task} | _outcome(result)
 
 
-def _outcome(result: Prediction | GPTServeError) -> dict[str, Any]:
+def _outcome(result: Answer | ImageError) -> dict[str, Any]:
     if isinstance(result, ImageError):
         return {"error": str(result)}
     if isinstance(result, GPTServeError):  # of the adapter: no image is to blame
         raise result
+    if isinstance(result, Segmentation):
+        raise UsageError(f"task {result.task!r} answers with masks, which a table does not hold: leave it out")
     ((label, probability),) = result.top(1)
     return {"label": label, "probability": probability, "revision": result.revision}
 

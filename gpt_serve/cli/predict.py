@@ -104,6 +104,8 @@ def predict(
 
 def _entries(engine: "Engine", task: str, images: Sequence[Path], top_k: int) -> Iterator[dict[str, Any]]:
     """What ``--json`` has of each image, in order."""
+    from gpt_serve.engine.segment import Segmentation
+
     for start in range(0, len(images), CHUNK):
         read = [(path, _read(path)) for path in images[start : start + CHUNK]]
         results = iter(engine.predict([(task, data) for _, data in read if isinstance(data, bytes)]))
@@ -113,6 +115,8 @@ def _entries(engine: "Engine", task: str, images: Sequence[Path], top_k: int) ->
                 yield {"image": str(path), "error": str(result)}
             elif isinstance(result, GPTServeError):
                 raise result
+            elif isinstance(result, Segmentation):
+                raise UsageError(f"task {task!r} answers with masks, which this command does not write")
             else:
                 best = [{"label": label, "probability": probability} for label, probability in result.top(top_k)]
                 yield {"image": str(path), "revision": result.revision, "predictions": best}

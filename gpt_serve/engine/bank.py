@@ -63,6 +63,11 @@ class Resident(Revision):
         """Weight (C, K*D) and bias (C,)."""
         return self.place.head
 
+    @property
+    def masks(self) -> bool:
+        """Whether it answers with a mask: its task is one of segmentation."""
+        return self.place.form.masks
+
 
 class HostTier:
     """Adapters in host memory: read, checked and packed. The least recently used leaves first.

@@ -4,8 +4,9 @@ import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Protocol, overload
+from typing import Protocol, cast, overload
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -13,10 +14,12 @@ from torch import Tensor
 from gpt_serve.adapters.store import AdapterStore
 from gpt_serve.engine.bank import DEFAULT_BANK_BYTES, DEFAULT_HOST_BYTES, AdapterBank, Resident
 from gpt_serve.engine.passes import COSTS, PassPlanner
+from gpt_serve.engine.segment import Cover, Segmentation, segment
 from gpt_serve.engine.slab import gather, on_device
 from gpt_serve.errors import BankFull, GPTServeError, ImageError, InvalidAdapter, UndecodableImage, UsageError
 from gpt_serve.images.decode import ImageLimits, decode, from_pil
-from gpt_serve.images.preprocess import normalize, preprocess_image
+from gpt_serve.images.masks import Floats
+from gpt_serve.images.preprocess import cut_windows, normalize, plan_windows, preprocess_image
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.model.heads import linear, read_taps
 from gpt_serve.model.prompted import block, embed, tapped_features
@@ -50,7 +53,9 @@ class Prediction:
         return [(self.labels[index], value) for index, value in zip(indices.tolist(), values.tolist(), strict=True)]
 
 
-Answer = Prediction | GPTServeError
+Prepared = Tensor | Cover
+"""An image as rows take it: the input of the backbone, or for a mask all that cover it."""
+Answer = Prediction | Segmentation | GPTServeError
 """What one task says of one image, or why it cannot."""
 
 
@@ -63,12 +68,30 @@ class Row:
     Attributes:
         work: what the row costs beside others of its kind, in row-blocks; see `gpt_serve.engine.passes`.
         trunk: the part of ``work`` that all rows of the image share.
+        cover: of a segmentation task all inputs that cover the image: the row stands for one for each, see `parts`.
     """
 
     resident: Resident
     image: Tensor
     work: float = 1.0
     trunk: float = 0.0
+    cover: Cover | None = None
+
+    @property
+    def prepared(self) -> Prepared:
+        """What rows of other adapters that want the image alike may have, too."""
+        return self.image if self.cover is None else self.cover
+
+    @property
+    def windows(self) -> int:
+        """How many rows a pass computes for it."""
+        return 1 if self.cover is None else len(self.cover.images)
+
+    def parts(self) -> list["Row"]:
+        """The rows that a pass computes."""
+        if self.cover is None:
+            return [self]
+        return [Row(self.resident, image) for image in self.cover.images]
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,6 +195,7 @@ class Engine:
         self.bank = AdapterBank(backbone, store, bank_bytes=bank_bytes, host_bytes=host_bytes)
         self.forward = forward or TorchForward(backbone)
         self.planner = planner_for(backbone)
+        self.grid: tuple[int, int] = backbone.model.patch_embed.grid_size
         self._threads = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="decode")
 
     def close(self) -> None:
@@ -206,14 +230,22 @@ class Engine:
         """The row that the forward pass takes, or the reason why there is none. Safe to call in many threads."""
         try:
             pixels = _pixels(image, self.limits, resident.preprocess)
-            return self.row(resident, preprocess_image(pixels, resident.preprocess))
         except ImageError as error:
             return error
+        if not resident.masks:
+            return self.row(resident, preprocess_image(pixels, resident.preprocess))
+        plan = plan_windows(pixels, resident.preprocess, self.grid)
+        return self.row(resident, Cover(plan, cut_windows(pixels, resident.preprocess, plan)))
 
-    def row(self, resident: Resident, image: Tensor) -> Row:
+    def row(self, resident: Resident, prepared: Prepared) -> Row:
         """The row of an image that was prepared already, for this adapter or for another one that wants it alike."""
         layout = resident.place.layout
-        return Row(resident, image, self.planner.image(layout), self.planner.trunk(layout))
+        work, trunk = self.planner.image(layout), self.planner.trunk(layout)
+        if isinstance(prepared, Tensor):
+            return Row(resident, prepared, work, trunk)
+        work += self.planner.head(resident.place.form, self.grid)
+        count = len(prepared.images)
+        return Row(resident, prepared.images[0], count * work, count * trunk, prepared)
 
     @torch.inference_mode()
     def compute(self, rows: Sequence[Row]) -> list[Answer]:
@@ -223,13 +255,16 @@ class Engine:
         """
         if not rows:
             return []
-        answers: dict[int, Answer] = {}
-        images = [id(row.image) for row in rows]
-        for part in self.planner.plan([row.resident.place.layout for row in rows], images):
-            chosen = [rows[index] for index in part]
-            predictions = classify(self.forward(chosen), [row.resident for row in chosen])
-            answers |= zip(part, map(_checked, predictions), strict=True)
-        return [answers[index] for index in range(len(rows))]
+        parts = [part for row in rows for part in row.parts()]
+        found: dict[int, Prediction | Floats] = {}
+        images = [id(part.image) for part in parts]
+        for chosen in self.planner.plan([part.resident.place.layout for part in parts], images):
+            some = [parts[index] for index in chosen]
+            found |= zip(
+                chosen, read_heads(self.forward(some), [part.resident for part in some], self.grid), strict=True
+            )
+        ordered = iter(found[index] for index in range(len(parts)))
+        return [_joined(row, [next(ordered) for _ in row.parts()]) for row in rows]
 
     def _predict_batch(self, requests: Sequence[tuple[str | Tasks, ImageInput]]) -> list[Answer | list[Answer]]:
         """Task by task: those that the bank holds together share a batch, and each is taken once."""
@@ -284,14 +319,14 @@ class Engine:
             else:
                 answers[number][task] = resident.fresh()
         # The same image for several tasks, or from several requests, is decoded once for each way of preprocessing.
-        keys = [(_identity(requests[number][1]), resident.preprocess) for number, _, resident in usable]
+        keys = [(_identity(requests[number][1]), resident.preprocess, resident.masks) for number, _, resident in usable]
         first = {key: (resident, requests[number][1]) for key, (number, _, resident) in zip(keys, usable, strict=True)}
         prepared = dict(zip(first, self._threads.map(lambda item: self.prepare(*item), first.values()), strict=True))
         rows: list[tuple[int, str, Row]] = []
         for key, (number, task, resident) in zip(keys, usable, strict=True):
             row = prepared[key]
             if isinstance(row, Row):
-                rows.append((number, task, self.row(resident, row.image)))
+                rows.append((number, task, self.row(resident, row.prepared)))
             else:
                 answers[number][task] = row.fresh()
         for (number, task, _), answer in zip(rows, self.compute([row for *_, row in rows]), strict=True):
@@ -310,11 +345,28 @@ def planner_for(backbone: Backbone) -> PassPlanner:
     return PassPlanner(body, backbone.spec.width, COSTS[backbone.device.type])
 
 
-def classify(features: Features, residents: Sequence[Resident]) -> list[Prediction]:
-    """Each row's head and softmax in float32; rows of one adapter share a product, and all share one copy back."""
+def read_heads(features: Features, residents: Sequence[Resident], grid: tuple[int, int]) -> list[Prediction | Floats]:
+    """What each row's head makes of a pass: a prediction, or the logits (C, y, x) of a segmentation task."""
+    found: dict[int, Prediction | Floats] = dict(segment(features.tapped, features.taps, residents, grid))
+    others = [index for index in range(len(residents)) if index not in found]
+    if others:
+        found |= zip(others, classify(features, residents, others), strict=True)
+    return [found[index] for index in range(len(residents))]
+
+
+def classify(
+    features: Features, residents: Sequence[Resident], chosen: Sequence[int] | None = None
+) -> list[Prediction]:
+    """Each row's head and softmax in float32; rows of one adapter share a product, and all share one copy back.
+
+    Args:
+        residents: of all rows.
+        chosen: the rows that are wanted, in their order; None for all.
+    """
+    chosen = range(len(residents)) if chosen is None else chosen
     members: dict[Resident, list[int]] = {}
-    for index, resident in enumerate(residents):
-        members.setdefault(resident, []).append(index)
+    for index in chosen:
+        members.setdefault(residents[index], []).append(index)
     device = features.tapped[0].device
     classes = max(len(resident.labels) for resident in members)
     logits = torch.full((len(residents), classes), float("-inf"), device=device)
@@ -323,17 +375,22 @@ def classify(features: Features, residents: Sequence[Resident]) -> list[Predicti
         rows = on_device(indices, device)
         own = read_taps(features.tapped, features.taps, resident.place.layout.taps, rows)
         logits[rows, : len(resident.labels)] = linear(own.float(), weight.float(), bias.float())
-    scores = logits.softmax(dim=1).cpu()
+    scores = logits.softmax(dim=1).cpu().unbind()
+    owners = [(residents[index], scores[index]) for index in chosen]
     return [
         Prediction(resident.task, resident.revision, resident.labels, row[: len(resident.labels)])
-        for resident, row in zip(residents, scores.unbind(), strict=True)
+        for resident, row in owners
     ]
 
 
-def _checked(prediction: Prediction) -> Answer:
-    if prediction.probabilities.isfinite().all():
-        return prediction
-    return InvalidAdapter(f"adapter {prediction.task!r} is refused: its probabilities for this image are no numbers")
+def _joined(row: Row, found: Sequence[Prediction | Floats]) -> Answer:
+    """The answer to a row from what its parts came to, if that is numbers."""
+    answer = found[0] if row.cover is None else row.cover.answer(row.resident, cast(Sequence[Floats], found))
+    assert isinstance(answer, Prediction | Segmentation)
+    numbers = answer.probabilities.numpy() if isinstance(answer, Prediction) else answer.logits
+    if np.isfinite(numbers).all():
+        return answer
+    return InvalidAdapter(f"adapter {answer.task!r} is refused: its probabilities for this image are no numbers")
 
 
 def _pixels(image: ImageInput, limits: ImageLimits, preprocess: Preprocess) -> Tensor:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from gpt_serve.engine.engine import Engine
+from gpt_serve.engine.engine import Engine, Prediction
 from gpt_serve.errors import GPTServeError, ImageError, UsageError
 from gpt_serve.train.data.datasets import Sample, open_evaluation
 from gpt_serve.train.data.samples import cannot_read
@@ -29,6 +29,8 @@ def evaluate_task(
     """
     with engine.bank.holding(task) as resident:
         revision, known = resident.revision, resident.labels
+        if resident.masks:
+            raise UsageError(f"task {task!r} answers with masks, which this command does not measure")
     dataset = open_evaluation(source, known)
     for line in dataset.unused:
         notice(line)
@@ -42,6 +44,7 @@ def evaluate_task(
                 raise cannot_read(sample, result)
             if isinstance(result, GPTServeError):
                 raise result
+            assert isinstance(result, Prediction)
             if result.revision != revision:
                 raise UsageError(f"adapter {task!r} was replaced while it was evaluated: repeat the command")
             correct += result.top(1)[0][0] == known[sample.target]

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from gpt_serve.engine.malloc import REUSED_BYTES
 from gpt_serve.model.batch import Layout
+from gpt_serve.model.heads import HeadForm
 
 OPERATIONS = 24  # of a row in a block, in D^2: query, keys, values and projection 8, MLP 16
 HIDDEN = 4  # the MLP's width by D
@@ -85,6 +86,10 @@ class PassPlanner:
         if layout.reads_class_token_last:
             return cost + READING * self.body + keys
         return cost + self.body + attending + (keys if layout.reads_prompts_last else prompts)
+
+    def head(self, form: HeadForm, grid: tuple[int, int]) -> float:
+        """Row-blocks of the head of one image, where it is worth counting."""
+        return form.operations(grid[0] * grid[1]) / (OPERATIONS * self.width**2)
 
     def _merge(
         self, groups: list[tuple[Layout, list[int]]], images: Sequence[Hashable]

@@ -7,6 +7,7 @@ S-LoRA's unified memory pool, Sheng et al. 2023). Row 0 is zero and pads.
 Shapes: batch rows ``A``, blocks ``L``, width ``D``, prompts ``P``, classes ``C``, taps ``K``.
 """
 
+import math
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 
 from gpt_serve.adapters.adapter import Adapter
 from gpt_serve.model.batch import AdapterBatch, Layout
+from gpt_serve.model.heads import HeadForm, head_tensors
 from gpt_serve.specs import BackboneSpec
 
 MIN_ROWS_PER_SLOT = 8  # a slab has one slot for this many rows: adapters of 8 rows fill both
@@ -80,14 +82,14 @@ class Packed:
 
     Attributes:
         layout: what the host knows of it.
-        classes: ``C``.
-        rows: float32 (layers * P + 3 L + C * K + ceil(C / D), D): prompts, shifts where there are any, head weight,
-            head bias.
+        form: the same of its head.
+        rows: float32 (R, D): ``layers * P`` of prompts, ``3 L`` of shifts where there are any, then each tensor of the
+            head, filled up to whole rows.
         scalars: float32 (2L - 1,): gates, temperatures.
     """
 
     layout: Layout
-    classes: int
+    form: HeadForm
     rows: Tensor
     scalars: Tensor
 
@@ -95,15 +97,15 @@ class Packed:
     def of(cls, adapter: Adapter, spec: BackboneSpec, *, pinned: bool = False) -> "Packed":
         """Pack a stored adapter of the backbone ``spec``; ``pinned`` for asynchronous copies to a GPU."""
         layout = Layout.of(adapter, spec.depth)
-        classes = len(adapter.head_bias)
         parts = [] if adapter.prompt is None else [adapter.prompt.flatten(0, 1)]
         if adapter.shift is not None and layout.shifted:
             parts.append(adapter.shift.flatten(0, 1))
-        parts.append(adapter.head_weight.reshape(-1, spec.width))
-        parts.append(F.pad(adapter.head_bias, (0, -classes % spec.width)).view(-1, spec.width))
+        for tensor in head_tensors(adapter).values():
+            parts.append(F.pad(tensor.flatten(), (0, -tensor.numel() % spec.width)).view(-1, spec.width))
         tau = torch.ones(spec.depth) if adapter.tau is None else adapter.tau
         rows, scalars = torch.cat(parts), torch.cat([adapter.gates(spec.depth), tau])
-        return cls(layout, classes, rows.pin_memory() if pinned else rows, scalars.pin_memory() if pinned else scalars)
+        form = HeadForm.of(adapter)
+        return cls(layout, form, rows.pin_memory() if pinned else rows, scalars.pin_memory() if pinned else scalars)
 
     @property
     def nbytes(self) -> int:
@@ -121,13 +123,14 @@ class Place:
 
     Attributes:
         slot: index of its gates and temperatures.
-        start: its first row; prompts, shifts, head weight, head bias, then keys and values of the remembered blocks.
+        form: of its head.
+        start: its first row; prompts, shifts, the head, then keys and values of the remembered blocks.
         length: the number of its rows.
     """
 
     slab: "Slab"
     layout: Layout
-    classes: int
+    form: HeadForm
     slot: int
     start: int
     length: int
@@ -143,13 +146,21 @@ class Place:
         return self.start + self.length - 2 * self.layout.remembered * self.layout.prompts
 
     @cached_property
-    def head(self) -> tuple[Tensor, Tensor]:
-        """Weight (C, K*D) and bias (C,), views into the slab."""
-        rows, width = self.slab.rows, self.slab.width
+    def head_tensors(self) -> dict[str, Tensor]:
+        """All tensors of the head by their names, views into the slab; see `gpt_serve.model.heads`."""
         first = self.shifts + (SHIFTS * self.slab.depth if self.layout.shifted else 0)
-        behind = first + self.classes * len(self.layout.taps)
-        bias = rows[behind : behind + -(-self.classes // width)]
-        return rows[first:behind].view(self.classes, -1), bias.flatten()[: self.classes]
+        tensors = {}
+        for name, shape in self.form.shapes:
+            size = math.prod(shape)
+            behind = first + -(-size // self.slab.width)
+            tensors[name] = self.slab.rows[first:behind].flatten()[:size].view(shape)
+            first = behind
+        return tensors
+
+    @property
+    def head(self) -> tuple[Tensor, Tensor]:
+        """Weight (C, K*D), or (C, M) behind a decoder, and bias (C,) of the classifier, views into the slab."""
+        return self.head_tensors["head.weight"], self.head_tensors["head.bias"]
 
     @cached_property
     def batch(self) -> AdapterBatch:
@@ -229,7 +240,7 @@ class Slab:
             self._extents.give_back(start, length)
             return None
         layout = replace(packed.layout, remembered=remembered)
-        return Place(self, layout, packed.classes, slot, start + 1, length)
+        return Place(self, layout, packed.form, slot, start + 1, length)
 
     def free(self, place: Place) -> None:
         """Give room back; nobody may read it any more."""
@@ -318,7 +329,19 @@ def gather(places: Sequence[Place]) -> AdapterBatch:
         deep=is_deep.bool() if len(prompted) > 1 else None,
         counts=count if len({own.prompts for own in layouts}) > 1 else None,
         kv=_GatheredKV(slab.rows, kv[:, None], count[:, None], inside, layout.remembered),
+        patch_rows=_patch_rows(places, device),
     )
+
+
+def _patch_rows(places: Sequence[Place], device: torch.device) -> Tensor | None:
+    """Which rows' heads read every patch, (G,); None where all do, or none does."""
+    rows = patch_readers(places)
+    return on_device(rows, device) if 0 < len(rows) < len(places) else None
+
+
+def patch_readers(places: Sequence[Place]) -> list[int]:
+    """The rows whose heads read every patch, in the order in which a pass hands their patches on."""
+    return [index for index, place in enumerate(places) if place.form.masks]
 
 
 def _shifts(slab: Slab, start: Tensor) -> Tensor:

@@ -90,6 +90,8 @@ def export_task(
     """
     stored = _load(backbone, store, task)
     adapter, revision = stored.adapter, stored.revision
+    if adapter.kind != "classification":
+        raise ExportError(f"task {task!r} answers with masks, which graphs do not hold")
     options.check([adapter])
     with staged(output) as folder:
         path = folder / output.name
@@ -267,6 +269,8 @@ def _check_shared(adapter: Adapter, backbone: Backbone, pool: str) -> None:
     own, shared = adapter.preprocess, backbone.spec.preprocess
     if (own.mean, own.std) != (shared.mean, shared.std):
         raise ExportError(f"{adapter.task!r} is normalised with other values than its backbone: export it alone")
+    if adapter.kind != "classification":
+        raise ExportError(f"a graph for many tasks has no place for the masks of {adapter.task!r}: leave it out")
     if adapter.first_block:
         raise ExportError(
             f"the prompts of {adapter.task!r} enter block {adapter.first_block}, not the first: export it alone"

@@ -10,9 +10,11 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
+from gpt_serve.images.masks import Tiling, tiling
 from gpt_serve.specs import Preprocess
 
 # Scaling the shorter side of a 1 x 50,000 image up to 256 would make 12.8 million columns, of which the centre crop
@@ -31,6 +33,34 @@ def preprocess_image(image: Tensor, preprocess: Preprocess) -> Tensor:
         uint8 (3, H, W), contiguous.
     """
     return center_crop(resize(image, preprocess), preprocess).contiguous()
+
+
+def plan_windows(image: Tensor, preprocess: Preprocess, grid: tuple[int, int]) -> Tiling:
+    """Say how the image (3, h, w) of a segmentation task is covered by inputs of ``grid`` patches each."""
+    height, width = preprocess.input_size
+    patch = (height // grid[0], width // grid[1])
+    return tiling((image.shape[1], image.shape[2]), grid, patch, preprocess.crop_mode, preprocess.crop_pct)
+
+
+def cut_windows(image: Tensor, preprocess: Preprocess, plan: Tiling) -> tuple[Tensor, ...]:
+    """Scale an image, antialiased, and cut the inputs of ``plan`` out of it; what lies outside of it is black.
+
+    Args:
+        image: uint8 (3, h, w).
+        preprocess: gives the input size and the interpolation.
+        plan: from `plan_windows`.
+
+    Returns:
+        uint8 (3, H, W) for each window, contiguous.
+    """
+    height, width = preprocess.input_size
+    patch = (height // plan.grid[0], width // plan.grid[1])
+    scaled = _resized(image, (plan.patches[0] * patch[0], plan.patches[1] * patch[1]), preprocess)
+    missing = [max(0, side - have) for side, have in zip((height, width), scaled.shape[1:], strict=True)]
+    if any(missing):
+        scaled = pad(scaled, (0, missing[1], 0, missing[0]))
+    corners = [(top * patch[0], left * patch[1]) for top, left in plan.windows]
+    return tuple(scaled[:, top : top + height, left : left + width].contiguous() for top, left in corners)
 
 
 def resize(image: Tensor, preprocess: Preprocess) -> Tensor:
@@ -52,6 +82,10 @@ def resize(image: Tensor, preprocess: Preprocess) -> Tensor:
         cover = (math.floor(size[0] / preprocess.crop_pct), math.floor(size[1] / preprocess.crop_pct))
         image = _cut_ends(image, cover)
         size = _covering_size((image.shape[1], image.shape[2]), cover)
+    return _resized(image, size, preprocess)
+
+
+def _resized(image: Tensor, size: tuple[int, int], preprocess: Preprocess) -> Tensor:
     mode = InterpolationMode(preprocess.interpolation)
     scaled: Tensor = transforms.resize(image, list(size), mode, antialias=True)  # type: ignore[attr-defined]
     return scaled

@@ -126,6 +126,7 @@ class AdapterBatch:
         counts: (A,) int, prompts of each row when rows are padded to ``P``; None when every row has ``P``.
         kv: keys and values (A, P, H*d) of the prompts in the blocks from ``first_block``, see `prompted.remember`.
         images: (B,) int, which of the ``U`` images each row is about, where they are fewer; None for one image a row.
+        patch_rows: (G,) int, the rows whose heads read every patch; None for all rows. Others get none.
     """
 
     prompt: Tensor
@@ -137,6 +138,7 @@ class AdapterBatch:
     counts: Tensor | None = None
     kv: KeysAndValues = ()
     images: Tensor | None = None
+    patch_rows: Tensor | None = None
 
     @classmethod
     def single(

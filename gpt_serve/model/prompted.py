@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gpt_serve.model.batch import AdapterBatch
-from gpt_serve.specs import Tap
+from gpt_serve.specs import OF_PATCHES, Tap
 
 TAU_MIN = 0.01
 TAU_MAX = 10.0
@@ -252,6 +252,16 @@ def _read(model: Any, tap: Tap, x: Tensor, body: int, valid: Tensor | None) -> T
     return pooled if tap.pool == "raw" else norm(pooled)
 
 
+def _hand_on(
+    model: Any, tap: Tap, x: Tensor, body: int, valid: Tensor | None, images: Tensor | None, patch_rows: Tensor | None
+) -> Tensor:
+    """`_read` for each row, whose images are ``images`` where rows share some; of patches for ``patch_rows`` alone."""
+    if tap.pool in OF_PATCHES and patch_rows is not None:
+        return _read(model, tap, x[patch_rows if images is None else images[patch_rows]], body, None)
+    features = _read(model, tap, x, body, valid)
+    return features if images is None else features[images]
+
+
 def _pooled(tap: Tap, x: Tensor, prefix: int, body: int, valid: Tensor | None) -> Tensor:
     """The pooling of `_read` without the norm."""
     if tap.pool == "cls":
@@ -296,7 +306,7 @@ def tapped_features(
         run_block: `block`, what ``torch.compile`` made of it, or a function around it that looks at what it is given.
 
     Returns:
-        For each tap of the layout (B, D), or (B, N, D) for one of all patches.
+        For each tap of the layout (B, D), or (G, N, D) for one of all patches, of ``adapter.patch_rows`` alone.
     """
     begun = tokens if isinstance(tokens, Trunk) else Trunk(0, tokens, {})
     layout, body = adapter.layout, begun.tokens.shape[1]
@@ -328,8 +338,7 @@ def tapped_features(
         x = y
         for tap in layout.taps:
             if tap.block == index:
-                features = _read(model, tap, x, body, valid)
-                tapped[tap] = features if images is None else features[images]
+                tapped[tap] = _hand_on(model, tap, x, body, valid, images, adapter.patch_rows)
         if on_block is not None:
             on_block(index, x)
     return tuple(tapped[tap] for tap in layout.taps)

@@ -31,6 +31,7 @@ class Resident:
     """Of an adapter that wants images in a way of its own, unless ``shared`` says that they are alike."""
 
     shared = False
+    masks = False
 
     def __init__(self, task: str) -> None:
         self.task = task

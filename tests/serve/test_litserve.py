@@ -34,6 +34,7 @@ from gpt_serve.serve.messages import Answer, Answered, Asked, Failure, Item, Rea
 class Resident:
     task: str
     preprocess: None = None
+    masks: bool = False
 
 
 class Bank:

@@ -20,8 +20,12 @@ def decode_seconds(pixels: int, size: int) -> float:
 
 @dataclass
 class _Image:
-    """The rows of a pass about one image: how many, how many of them have blocks of their own, the sum of trunks."""
+    """The rows of a pass about one image: how many, how many of them have blocks of their own, the sum of trunks.
 
+    Each of them stands for as many as it has ``windows``.
+    """
+
+    windows: int
     rows: int = 0
     apart: int = 0
     trunks: float = 0.0
@@ -33,7 +37,7 @@ class _Image:
 
     @property
     def computed(self) -> int:
-        return self.apart + (self.rows > self.apart)
+        return self.windows * (self.apart + (self.rows > self.apart))
 
 
 class Load:
@@ -44,7 +48,7 @@ class Load:
         work: what they cost together, in row-blocks.
         largest: what the dearest of them would cost alone.
         computed: how many rows a block computes at most: one for each image and task, but only one for all tasks of
-            an image that have no block of their own.
+            an image that have no block of their own. Of an image that several inputs cover, each of these counts.
     """
 
     def __init__(self, rows: Iterable[Row] = ()) -> None:
@@ -56,7 +60,7 @@ class Load:
 
     def add(self, row: Row) -> None:
         """One row more."""
-        image = self._images.setdefault(id(row.image), _Image())
+        image = self._images.setdefault(id(row.image), _Image(row.windows))
         self.work -= image.trunk
         self.computed -= image.computed
         image.rows += 1

@@ -8,7 +8,7 @@ from threading import Barrier, Condition, Lock, Thread
 
 import torch
 
-from gpt_serve.engine.engine import Engine, Prediction, Row
+from gpt_serve.engine.engine import Answer, Engine, Prediction, Row
 from gpt_serve.engine.scheduler.admission import Admission
 from gpt_serve.engine.scheduler.jobs import (
     Batch,
@@ -25,7 +25,8 @@ from gpt_serve.engine.scheduler.jobs import (
 )
 from gpt_serve.engine.scheduler.pace import Load, Pace, decode_seconds
 from gpt_serve.engine.scheduler.sharing import ReadyQueue, SharedImages, Turn
-from gpt_serve.errors import GPTServeError, UsageError
+from gpt_serve.engine.segment import Segmentation
+from gpt_serve.errors import GPTServeError, InvalidRequest, UsageError
 from gpt_serve.images.headers import pixels
 
 LARGE = 0.1
@@ -167,7 +168,7 @@ class Scheduler:
         while (turn := self._next_to_decode()) is not None:
             result = self._prepare(turn)
             with self._lock:
-                followers = self._shared.end(turn, result.image if isinstance(result, Row) else None)
+                followers = self._shared.end(turn, result.prepared if isinstance(result, Row) else None)
             self._decoded(turn.job, [(turn.job, result), *((job, self._alike(job, result)) for job in followers)])
 
     def _decoded(self, leader: Job, results: list[tuple[Job, Row | GPTServeError]]) -> None:
@@ -227,8 +228,8 @@ class Scheduler:
         resident = turn.job.resident
         assert resident is not None
         try:
-            if turn.pixels is not None:
-                return self.engine.row(resident, turn.pixels)
+            if turn.prepared is not None:
+                return self.engine.row(resident, turn.prepared)
             return self.engine.prepare(resident, turn.key[0])
         except Exception as error:
             return explained(error, self.on_error)
@@ -238,7 +239,7 @@ class Scheduler:
         if isinstance(result, GPTServeError):
             return result.fresh()
         assert job.resident is not None
-        return self.engine.row(job.resident, result.image)
+        return self.engine.row(job.resident, result.prepared)
 
     def _compute_loop(self) -> None:
         while (jobs := self._next_batch()) is not None:
@@ -318,7 +319,15 @@ class Scheduler:
     def _compute(self, jobs: list[Job]) -> list[Result]:
         """A result for each; should the batch break the engine, each alone, so that only the culprit fails."""
         try:
-            return list(self.engine.compute([job.row for job in jobs if job.row is not None])) if jobs else []
+            answers = self.engine.compute([job.row for job in jobs if job.row is not None]) if jobs else []
+            return [_sendable(answer) for answer in answers]
         except Exception as error:
             known = explained(error, self.on_error)
             return [known] if len(jobs) == 1 else [self._compute([job])[0] for job in jobs]
+
+
+def _sendable(answer: Answer) -> Result:
+    """A mask is refused: nothing behind the scheduler encodes any."""
+    if isinstance(answer, Segmentation):
+        return InvalidRequest(f"task {answer.task!r} answers with a mask, which this server does not send")
+    return answer

@@ -6,13 +6,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from weakref import WeakValueDictionary
 
-from torch import Tensor
-
+from gpt_serve.engine.engine import Prepared
 from gpt_serve.engine.scheduler.jobs import FairQueue, Job, Shares
 from gpt_serve.specs import Preprocess
 
-Key = tuple[bytes, Preprocess]
-"""A file, byte by byte, and how it is prepared: equal for jobs that share an image."""
+Key = tuple[bytes, Preprocess, bool]
+"""A file, byte by byte, how it is prepared, and whether for a mask: equal for jobs that share an image."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,12 +21,12 @@ class Turn:
     Attributes:
         job: whose image it is.
         key: None when nobody waits for the answer any more.
-        pixels: the image as a row takes it, if a job under way has it already.
+        prepared: the image as a row takes it, if a job under way has it already.
     """
 
     job: Job
     key: Key | None
-    pixels: Tensor | None = None
+    prepared: Prepared | None = None
 
 
 class SharedImages:
@@ -35,7 +34,7 @@ class SharedImages:
 
     def __init__(self) -> None:
         self._following: dict[Key, list[Job]] = {}
-        self._decoded: WeakValueDictionary[Key, Tensor] = WeakValueDictionary()  # as long as a row has them
+        self._decoded: WeakValueDictionary[Key, Prepared] = WeakValueDictionary()  # as long as a row has them
 
     def begin(self, job: Job) -> Turn | None:
         """The turn of ``job``; None if another job's image is the same and being decoded: see `end`."""
@@ -43,19 +42,19 @@ class SharedImages:
         if job.expires <= time.monotonic():
             return Turn(job, None)
         assert job.resident is not None
-        key = image, job.resident.preprocess
+        key = image, job.resident.preprocess, job.resident.masks
         if key in self._following:
             self._following[key].append(job)
             return None
         self._following[key] = []
         return Turn(job, key, self._decoded.get(key))
 
-    def end(self, turn: Turn, pixels: Tensor | None) -> Iterable[Job]:
-        """The jobs that have followed since `begin`; ``pixels`` is their image, if it could be decoded."""
+    def end(self, turn: Turn, prepared: Prepared | None) -> Iterable[Job]:
+        """The jobs that have followed since `begin`; ``prepared`` is their image, if it could be decoded."""
         if turn.key is None:
             return ()
-        if pixels is not None:
-            self._decoded[turn.key] = pixels
+        if prepared is not None:
+            self._decoded[turn.key] = prepared
         return self._following.pop(turn.key)
 
 
