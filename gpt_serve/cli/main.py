@@ -25,6 +25,7 @@ from gpt_serve.cli.options import (
     data_by_task,
     device_option,
     export_options,
+    half_of_the_cores,
     json_option,
     resolve_device,
     serving_options,
@@ -103,6 +104,19 @@ main.add_command(backbones)
 @main.command()
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for all.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 picks a free one.")
+@click.option(
+    "--http-workers",
+    type=click.IntRange(1, 256),
+    default=half_of_the_cores,
+    show_default="half of the cores",
+    help="Processes that answer HTTP.",
+)
+@click.option(
+    "--trusted-proxies",
+    metavar="ADDRESSES",
+    default="",
+    help="Proxies whose X-Forwarded-For tells who asks; networks too, separated by commas; * for all.",
+)
 @adapters_option
 @backbone_options
 @serving_options

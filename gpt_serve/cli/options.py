@@ -1,5 +1,6 @@
 """The options that commands share."""
 
+import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -207,6 +208,12 @@ bench_options = option_group(
         help="Folder for results.json, tables.md and plots; what was measured again replaces itself there.",
     ),
 )
+
+
+def half_of_the_cores() -> int:
+    """Of those that this process may use, and at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // 2)
 
 
 def resolve_device(name: str) -> str:

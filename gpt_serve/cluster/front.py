@@ -14,6 +14,7 @@ from ray.serve.exceptions import RayServeException
 from gpt_serve.errors import DeadlineExceeded, NotReady
 from gpt_serve.serve.app import Door, build_app
 from gpt_serve.serve.config import ServeConfig
+from gpt_serve.serve.desk import LocalDesk
 from gpt_serve.serve.messages import Answer, Failure, Item
 from gpt_serve.serve.metrics import Metrics
 from gpt_serve.serve.process import configure_logging
@@ -82,12 +83,13 @@ def build_front(config: ServeConfig, engine_name: str) -> FastAPI:
     state = ServerState(config.queue_limit)
     context = serve.get_replica_context()
     handle = serve.get_deployment_handle(engine_name, app_name=context.app_name)
-    door = Door(config, Replicas(handle), state, Metrics(state))
+    desk = LocalDesk(config, Replicas(handle), state, Metrics(state))
+    door = Door(config, desk)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         state.spec = await handle.spec.remote()
-        await asyncio.to_thread(getattr, door, "store")  # lists the adapters, perhaps beyond a network
+        await asyncio.to_thread(getattr, desk, "store")  # lists the adapters, perhaps beyond a network
         state.phase = "ready"
         yield
         door.close()

@@ -16,12 +16,14 @@ from gpt_serve.errors import (
     ImageError,
     InvalidAdapter,
     InvalidRequest,
+    NotReady,
     Overloaded,
     TaskForbidden,
 )
 from gpt_serve.serve import problems
 from gpt_serve.serve.access import KEY, AnswerRecord, Record
 from gpt_serve.serve.bodies import ClientLeft
+from gpt_serve.serve.gate import failed
 from gpt_serve.serve.inputs import PredictRequest, check_media_type, media_type, parse
 from gpt_serve.serve.keyfile import Tenant
 from gpt_serve.serve.messages import Answer, Item
@@ -54,7 +56,6 @@ class Call:
         self.door = door
         self.request = request
         self.expires = time.monotonic() + door.config.deadline
-        self._displaced: set[asyncio.Future[Answer]] = set()
         self.record: Record = request.scope[KEY]
         self.tenant: Tenant
 
@@ -66,9 +67,11 @@ class Call:
             asked = [(task, image) for image in wanted.images for task in tasks]
             self._check_number(len(asked))
             self.record.images = len(wanted.images)
-            with self.door.keeper.answers(self.tenant, len(asked)):
-                self.door.keeper.charge(self.tenant, len(asked) - 1)  # the request itself was counted as one
+            await self.door.desk.take(self.tenant, len(asked))
+            try:
                 outcomes = await self._outcomes(asked, wanted.top_k)
+            finally:
+                self.door.desk.give(self.tenant, len(asked))
         except ClientLeft:
             return Response(status_code=499)  # nobody hears it; for the log and the metrics
         except Overloaded as error:
@@ -83,7 +86,7 @@ class Call:
         """The tasks that are asked, all that the key opens where none are named."""
         if wanted.tasks is not None:
             return wanted.tasks
-        stored = await self.door.read(lambda: self.door.store.tasks())
+        stored = await self.door.desk.tasks()
         return [task for task in stored if self.tenant.may_ask(task)]
 
     def _check_number(self, count: int) -> None:
@@ -109,8 +112,8 @@ class Call:
         """The request, once it is there; what can be refused before the body is read is refused then."""
         door, request = self.door, self.request
         self.tenant = door.tenant(request)
-        door.keeper.count_request(self.tenant)
-        door.state.check_ready()
+        await door.desk.count_request(self.tenant)
+        door.desk.state.check_ready()
         task = request.path_params.get("task", "")
         kind = media_type(request.headers)
         if not task:
@@ -131,35 +134,21 @@ class Call:
             for task, image in asked:
                 jobs.append(self._ask(Item(task, image, top_k, self.expires)))
             await self._finished(jobs)
-            return [self._outcome(job) for job in jobs]
+            outcomes = [self._outcome(job) for job in jobs]
         finally:
             for job in jobs:
                 job.cancel()  # nobody waits for it any more, if it is not done
+        refused = [outcome for outcome in outcomes if isinstance(outcome, NotReady | Overloaded)]
+        if refused and len(refused) == len(outcomes):
+            raise refused[0]  # there is no room for any of it
+        return outcomes
 
     def _ask(self, item: Item) -> "asyncio.Future[Answer]":
-        state = self.door.state
         try:
             self.door.keeper.check_task(self.tenant, item.task)
         except TaskForbidden as error:
-            return _failed(error)
-        slot = state.admit(item.task, lambda: self._displace(job))
-        try:
-            job = self.door.asks.ask(item)
-        except BaseException:
-            state.release(slot)
-            raise
-
-        def settled(job: "asyncio.Future[Answer]") -> None:
-            state.release(slot)
-            if not job.cancelled():
-                job.exception()  # when nobody waits for the answer any more, nobody need hear of it
-
-        job.add_done_callback(settled)
-        return job
-
-    def _displace(self, job: "asyncio.Future[Answer]") -> None:
-        self._displaced.add(job)
-        job.cancel()
+            return failed(error)
+        return self.door.desk.ask(item)
 
     async def _finished(self, jobs: "Sequence[asyncio.Future[Answer]]") -> None:
         """Wait for all ``jobs``, or for the deadline. Raises `ClientLeft` if that comes first."""
@@ -184,20 +173,10 @@ class Call:
     def _outcome(self, job: "asyncio.Future[Answer]") -> Outcome:
         if not job.done():
             return DeadlineExceeded(f"no answer within {self.door.config.deadline:g} s: try again later")
-        if job.cancelled():
-            return self.door.state.overloaded("the place in the queue went to a task with fewer images waiting")
         error = job.exception()
         if error is None:
             return job.result()
         return error if isinstance(error, GPTServeError) else GPTServeError(repr(error))
-
-
-def _failed(error: GPTServeError) -> "asyncio.Future[Answer]":
-    """An answer that was refused before anybody was asked."""
-    job: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-    job.set_exception(error)
-    job.exception()  # as in `Call._ask`: nobody need hear of it
-    return job
 
 
 def _response(wanted: PredictRequest, tasks: Sequence[str], outcomes: Sequence[Outcome]) -> Response:

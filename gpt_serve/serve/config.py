@@ -1,5 +1,6 @@
 """What a server can be told."""
 
+import ipaddress
 import math
 import os
 import re
@@ -42,7 +43,11 @@ class ServeConfig:
         max_pixels: largest image, width times height; beyond it 413.
         queue_limit: most images admitted at once, which also bounds the memory for them; beyond it 503. When all
             places are taken, the task with most of them gives one up to a task with fewer.
+        http_workers: how many processes answer HTTP; limits, metrics and readiness are those of all together.
+        trusted_proxies: addresses or networks, separated by commas, whose ``X-Forwarded-For`` and ``X-Forwarded-Proto``
+            say who asks and how; ``*`` for all, empty for none.
         max_connections: most connections open at once; one more takes the place of the one that has been idle longest.
+            Each HTTP process has an equal share of them.
         deadline: seconds from the first header to the answer; beyond it 504.
         drain: seconds that admitted requests get to finish after SIGTERM, SIGINT or SIGHUP.
         load_timeout: seconds that a worker may take to load the backbone.
@@ -70,6 +75,8 @@ class ServeConfig:
     max_body_bytes: int = 10 * 2**20
     max_pixels: int = 50_000_000
     queue_limit: int = 128
+    http_workers: int = 1
+    trusted_proxies: str = ""
     max_connections: int = 1024
     deadline: float = 30.0
     drain: float = 30.0
@@ -88,6 +95,7 @@ class ServeConfig:
             "max_body_bytes",
             "max_pixels",
             "queue_limit",
+            "http_workers",
             "max_connections",
             "deadline",
             "drain",
@@ -98,6 +106,7 @@ class ServeConfig:
         for name in ("host_bytes", "batch_timeout"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UsageError(f"{name} is {getattr(self, name)}: it must be a number and not negative")
+        _check_proxies(self.trusted_proxies)
         kind, _, index = self.device.partition(":")
         if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
             raise UsageError(f"unknown device {self.device!r}: use cpu, cuda or cuda:<index>")
@@ -118,6 +127,16 @@ class ServeConfig:
     @property
     def _needs_torch(self) -> bool:
         return self.compile or self.precision == "bf16"
+
+
+def _check_proxies(proxies: str) -> None:
+    for proxy in filter(None, map(str.strip, proxies.split(","))):
+        try:
+            proxy == "*" or ipaddress.ip_network(proxy)
+        except ValueError:
+            raise UsageError(
+                f"trusted proxy {proxy!r} is no address: give one such as 127.0.0.1, a network such as 10.0.0.0/8, or *"
+            ) from None
 
 
 def _key_of_environment() -> str | None:

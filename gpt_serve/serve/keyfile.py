@@ -65,6 +65,11 @@ class Tenant:
     in_flight: int | None = None
     keys: tuple[StoredKey, ...] = field(default=(), repr=False)
 
+    @property
+    def is_limited(self) -> bool:
+        """Whether what it uses need be counted."""
+        return self.rate is not None or self.in_flight is not None
+
     def may_ask(self, task: str) -> bool:
         """Whether a pattern matches ``task``."""
         return any(fnmatchcase(task, pattern) for pattern in self.tasks)

@@ -13,6 +13,7 @@ import socket
 import struct
 from collections.abc import Callable
 from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from queue import Empty, SimpleQueue
 from typing import Any, cast
 
@@ -22,15 +23,18 @@ _MOST_SHORT = 0x7FFFFFFF
 
 
 class Link(asyncio.Protocol):
-    """The server's side; only the event loop touches it.
+    """The side of an event loop, which alone touches it.
+
+    Args:
+        end: the end that another process gave to this one; by default there is a new pair of them.
 
     Attributes:
-        worker: the worker's end. Each ``recv`` gives a list of what was sent, one item or more; what it sends is
-            received one by one.
+        worker: of a new pair the end that is to be given away. Each ``recv`` gives a list of what was sent, one item or
+            more; what it sends is received one by one.
     """
 
-    def __init__(self) -> None:
-        ours, self.worker = Pipe(duplex=True)
+    def __init__(self, end: "Connection[Any, Any] | None" = None) -> None:
+        ours, self.worker = Pipe(duplex=True) if end is None else (end, end)
         self._socket = socket.socket(fileno=os.dup(ours.fileno()))
         ours.close()
         self._loop: asyncio.AbstractEventLoop

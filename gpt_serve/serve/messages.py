@@ -1,18 +1,26 @@
-"""What travels between the HTTP side and whoever runs the engine: plain values, which pickle without torch.
+"""What travels between processes: plain values, which pickle without torch.
 
-::
+Between the server and whoever runs the engine::
 
     Asked ->                     an Item with its number, or that nobody waits for that number any more
           <- Answered            an Answer for each number, or a Failure that says which error it was
           <- Ready or Failure    once, when the worker has loaded the backbone or cannot
           <- Beat                every second from then on
+
+Between an HTTP process and the desk, where there are several of them::
+
+    Call, NoLonger ->
+          <- Returned            for each call with a number
+          <- Standing            at the beginning, and when it changes
+          <- Stop                at the end
 """
 
 import asyncio
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, fields
+from typing import Any, Protocol
 
-from gpt_serve.errors import GPTServeError, revive
+from gpt_serve.errors import GPTServeError, TurnedAway, revive
+from gpt_serve.serve.state import Phase, ServerState
 from gpt_serve.specs import BackboneSpec
 
 
@@ -73,19 +81,24 @@ class Failure:
     Attributes:
         name: of the error's class.
         message: what ``str`` of the error says.
+        seconds: of a `TurnedAway`, after which trying again may help.
     """
 
     name: str
     message: str
+    seconds: float = 1.0
 
     @classmethod
     def of(cls, error: BaseException) -> "Failure":
         """What of ``error`` travels."""
-        return cls(type(error).__name__, str(error))
+        return cls(type(error).__name__, str(error), error.seconds if isinstance(error, TurnedAway) else 1.0)
 
     def error(self) -> GPTServeError:
         """The error, as it was raised in the other process."""
-        return revive(self.name, self.message)
+        error = revive(self.name, self.message)
+        if isinstance(error, TurnedAway):
+            error.seconds = self.seconds
+        return error
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +153,61 @@ class Beat:
     """
 
     busy: float
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """What an HTTP process says to the desk: a method of `gpt_serve.serve.desk.Desk`, or ``beat``, a sign of life.
+
+    Attributes:
+        number: comes back with the result; None where none is waited for.
+        name: of the method.
+        arguments: of the call.
+    """
+
+    number: int | None
+    name: str
+    arguments: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class NoLonger:
+    """Nobody waits any more for the result of the call ``number``."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Returned:
+    """The result of a call, or a `Failure` that says which error it raised."""
+
+    number: int
+    value: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """An HTTP process is to answer what it has, and end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What an HTTP process has to know of `gpt_serve.serve.state.ServerState`; the fields are the same."""
+
+    phase: Phase
+    spec: BackboneSpec | None
+    store_fault: str
+    draining: bool
+
+    @classmethod
+    def of(cls, state: ServerState) -> "Standing":
+        """Of the state as it is now. A server that must end takes on no more than one that drains."""
+        return cls(state.phase, state.spec, state.store_fault, state.draining or state.fatal is not None)
+
+    def apply(self, state: ServerState) -> None:
+        """Make ``state`` say the same."""
+        for own in fields(self):
+            setattr(state, own.name, getattr(self, own.name))
 
 
 Message = Ready | Failure | Answered | Beat

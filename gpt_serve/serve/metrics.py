@@ -1,7 +1,8 @@
 """What ``/metrics`` shows.
 
-Everything is counted in the API process (the worker's numbers come along with its answers), so a plain registry is
-exact; Prometheus's multiprocess mode would only add files that a killed worker leaves behind.
+Everything is counted in the process that has the desk (the worker's numbers come along with its answers, and HTTP
+processes tell what they answered), so a plain registry is exact; Prometheus's multiprocess mode would only add files
+that a killed process leaves behind.
 """
 
 from collections.abc import Callable, Iterable

@@ -6,7 +6,7 @@ from opentelemetry import trace
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gpt_serve.serve.access import KEY, AccessLog, Record
-from gpt_serve.serve.metrics import Metrics
+from gpt_serve.serve.desk import Desk
 
 
 class Observed:
@@ -14,13 +14,13 @@ class Observed:
 
     Args:
         app: what answers.
-        metrics: where answers are counted.
+        desk: where answers are counted.
         log: where they are logged, if anywhere.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, log: AccessLog | None) -> None:
+    def __init__(self, app: ASGIApp, desk: Desk, log: AccessLog | None) -> None:
         self.app = app
-        self.metrics = metrics
+        self.desk = desk
         self.log = log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -48,7 +48,7 @@ class Observed:
         route = getattr(scope.get("route"), "path", "")
         line = record.line(status)
         answers = [(answer.task, answer.status) for answer in record.answers] or [("", status)]
-        self.metrics.answered(route, record.tenant, status, answers, line["seconds"]["total"])
+        self.desk.answered(route, record.tenant, status, answers, line["seconds"]["total"])
         _trace(line)
         if self.log is not None:
             self.log.write(line)

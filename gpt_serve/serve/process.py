@@ -1,5 +1,6 @@
 """What processes do first, and the children at the end."""
 
+import asyncio
 import logging
 import multiprocessing
 import os
@@ -12,6 +13,8 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from typing import NoReturn
 
+MAX_DEATHS = 5  # this many deaths of a child ...
+DEATH_WINDOW = 60.0  # ... within this many seconds are a crash loop
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -52,6 +55,19 @@ def guard_child() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_exit_after, args=(parent.sentinel,), name="parent-watch", daemon=True).start()
+
+
+def readable(sentinel: int) -> asyncio.Event:
+    """An event that is set once the process of ``sentinel`` has ended."""
+    event = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def ended() -> None:
+        loop.remove_reader(sentinel)
+        event.set()
+
+    loop.add_reader(sentinel, ended)
+    return event
 
 
 def end_child() -> NoReturn:

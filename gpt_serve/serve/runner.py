@@ -6,29 +6,33 @@ import logging
 import os
 import signal
 import socket
-import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from functools import partial
 from types import FrameType
 
-import uvicorn
+import uvloop
 from fastapi import FastAPI
 
 from gpt_serve.errors import NotReady, UsageError
-from gpt_serve.serve.app import Door, Lifespan, build_app
+from gpt_serve.serve.app import Door, build_app
 from gpt_serve.serve.config import ServeConfig
-from gpt_serve.serve.connections import BACKLOG, KEEP_ALIVE_SECONDS, Connection, Connections, connections_possible
+from gpt_serve.serve.connections import BACKLOG
+from gpt_serve.serve.desk import LocalDesk
+from gpt_serve.serve.drain import Drain
+from gpt_serve.serve.fronts import Fronts
+from gpt_serve.serve.http import HTTPServer
 from gpt_serve.serve.litserve import Launcher, PredictAPI
-from gpt_serve.serve.process import configure_logging
+from gpt_serve.serve.process import STOPPING, configure_logging
 from gpt_serve.serve.server import Server
+from gpt_serve.serve.state import ServerState
 from gpt_serve.serve.supervisor import Supervisor
 from gpt_serve.serve.watch import StoreWatch
 
 logger = logging.getLogger("gpt_serve.serve")
 
 FOLDER_SECONDS = 5.0  # for the adapter folder to be listed
-LAST_BYTES = 5  # seconds for clients to take their last answers
+TICK = 0.1  # seconds between looks at whether it is time to end
 
 
 def run_server(config: ServeConfig, api: type[PredictAPI] = PredictAPI) -> int:
@@ -47,54 +51,32 @@ def run_server(config: ServeConfig, api: type[PredictAPI] = PredictAPI) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with _listen(config) as sock:
         server = Server(config, Launcher(config, api(config)).start)
-        door = Door(config, server, server.state, server.metrics)
-        if door.keeper.is_open and not _is_loopback(config.host):
-            logger.warning(
-                "anybody who reaches %s may ask: give out keys (--keys), or listen on 127.0.0.1", config.host
-            )
-        supervisor = Supervisor(server, partial(_announce, door, sock))
+        desk = LocalDesk(config, server, server.state, server.metrics)
+        supervisor = Supervisor(server, partial(_announce, desk, sock))
+        beside = [supervisor.run, StoreWatch(config.adapters, server.state).run]
+        door, drain = Door(config, desk), Drain(server)
         try:
-            app = build_app(door, _lifespan(server, supervisor, StoreWatch(door)))
-            front = DrainingServer(server, app, connections_possible(config.max_connections))
-            front.run(sockets=[sock])
+            _warn_if_open(door)
+            if config.http_workers == 1:
+                app = build_app(door, lambda _: _running(beside, server.state))
+                DrainingServer(door, app, drain).run(sockets=[sock])
+            else:
+                with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                    runner.run(_run_fronts(Fronts(config, sock, desk), drain, _running(beside, server.state)))
         finally:
             server.close(supervisor.worker)
             door.close()
     if server.state.fatal is not None:
         raise server.state.fatal
-    return 1 if front.dropped else 0
+    return 1 if drain.dropped else 0
 
 
-class DrainingServer(uvicorn.Server):
-    """uvicorn, except that a signal first stops admission and waits for the admitted requests.
+class DrainingServer(HTTPServer):
+    """Answers HTTP in the process that also has the desk, and drains at a signal."""
 
-    The port stays open meanwhile, so that newcomers get a 503 instead of a refused connection.
-
-    Attributes:
-        dropped: how many admitted images were still unanswered when the server gave up waiting for them.
-    """
-
-    def __init__(self, server: Server, app: FastAPI, max_connections: int) -> None:
-        state = server.state
-        self.connections = Connections(max_connections, draining=lambda: state.draining, refused=server.metrics.refused)
-        # No websockets: nothing here speaks them.
-        config = uvicorn.Config(
-            app,
-            http=partial(Connection, connections=self.connections),  # type: ignore[arg-type]
-            loop="uvloop",
-            ws="none",
-            lifespan="on",
-            backlog=BACKLOG,
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            timeout_keep_alive=int(KEEP_ALIVE_SECONDS),
-            timeout_graceful_shutdown=LAST_BYTES,
-        )
-        super().__init__(config)
-        self.server = server
-        self.drain_until = float("inf")
-        self.dropped = 0
+    def __init__(self, door: Door, app: FastAPI, drain: Drain) -> None:
+        super().__init__(door, app, stopping=lambda: self.should_exit or drain.over())
+        self.drain = drain
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -105,53 +87,54 @@ class DrainingServer(uvicorn.Server):
             yield
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to drain; a second signal ends it. Runs in the main thread between two bytecodes."""
-        if self.server.state.draining:
-            self.should_exit = True
-            return
-        self.server.state.draining = True
-        self.drain_until = time.monotonic() + self.server.config.drain
-        logger.info("%s: finishing %d image(s)", signal.Signals(sig).name, self.server.state.admitted)
-
-    async def on_tick(self, counter: int) -> bool:
-        """Ten times a second: whether to stop."""
-        if counter % 10 == 0:
-            self.connections.sweep()
-        state = self.server.state
-        if state.draining and (state.admitted == 0 or time.monotonic() > self.drain_until):
-            self.should_exit = True
-        if state.fatal is not None:
-            self.should_exit = True
-        if self.should_exit:
-            self._drop()
-        return await super().on_tick(counter)
-
-    def _drop(self) -> None:
-        self.dropped += self.server.state.admitted
-        if self.dropped:
-            logger.error("%d admitted image(s) could not be answered before the end", self.dropped)
-        self.server.fail_pending("the server is shutting down: try another one, or again later")
+        """Begin to drain. Runs in the main thread between two bytecodes."""
+        self.drain.begin(sig)
 
 
-def _lifespan(server: Server, supervisor: Supervisor, watch: StoreWatch) -> Lifespan:
-    def ended(task: asyncio.Task[None]) -> None:
-        """Without these tasks the server could wait for ever, so the end of either is the end of all."""
-        if not task.cancelled() and server.state.fatal is None:
+async def _run_fronts(fronts: Fronts, drain: Drain, beside: AbstractAsyncContextManager[None]) -> None:
+    """Have the HTTP processes answer until a signal, and then until all is answered."""
+    loop = asyncio.get_running_loop()
+    for sig in STOPPING:
+        if signal.getsignal(sig) != signal.SIG_IGN:  # as ``nohup`` leaves it
+            loop.add_signal_handler(sig, drain.begin, sig)
+    running = asyncio.create_task(fronts.run())
+    try:
+        async with beside:
+            while not drain.over():
+                fronts.stand()
+                await asyncio.sleep(TICK)
+            await fronts.stop()
+            await running
+    finally:
+        fronts.kill()
+
+
+@asynccontextmanager
+async def _running(functions: Sequence[Callable[[], Awaitable[None]]], state: ServerState) -> AsyncIterator[None]:
+    """``functions`` run meanwhile. Without one the server could wait for ever, so the end of any is the end of all."""
+
+    def ended(task: "asyncio.Future[None]") -> None:
+        if not task.cancelled() and state.fatal is None:
             logger.error("an internal task ended", exc_info=task.exception())
-            server.state.fatal = NotReady("an internal task ended: the server cannot go on")
+            state.fatal = NotReady("an internal task ended: the server cannot go on")
 
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        tasks = [asyncio.create_task(supervisor.run()), asyncio.create_task(watch.run())]
-        for task in tasks:
-            task.add_done_callback(ended)
+    tasks = [asyncio.ensure_future(function()) for function in functions]
+    for task in tasks:
+        task.add_done_callback(ended)
+    try:
         yield
+    finally:
         for task in tasks:
             task.remove_done_callback(ended)
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    return lifespan
+
+def _warn_if_open(door: Door) -> None:
+    if door.keeper.is_open and not _is_loopback(door.config.host):
+        logger.warning(
+            "anybody who reaches %s may ask: give out keys (--keys), or listen on 127.0.0.1", door.config.host
+        )
 
 
 def _is_loopback(host: str) -> bool:
@@ -178,11 +161,11 @@ def _listen(config: ServeConfig) -> socket.socket:
         ) from None
 
 
-async def _announce(door: Door, sock: socket.socket) -> None:
+async def _announce(desk: LocalDesk, sock: socket.socket) -> None:
     host, port = sock.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
-    spec, count = door.state.spec, "an unknown number of"
+    spec, count = desk.state.spec, "an unknown number of"
     assert spec is not None
     with suppress(UsageError, TimeoutError):  # the watch says what is wrong with the folder
-        count = str(len(await asyncio.wait_for(door.read(lambda: door.store.tasks()), FOLDER_SECONDS)))
+        count = str(len(await asyncio.wait_for(desk.tasks(), FOLDER_SECONDS)))
     logger.info("ready on http://%s:%d: %s, %s task(s)", host, port, spec.name, count)

@@ -9,14 +9,13 @@ from importlib import import_module
 from multiprocessing.context import SpawnProcess
 
 from gpt_serve.errors import GPTServeError, NotReady
+from gpt_serve.serve.process import DEATH_WINDOW, MAX_DEATHS, readable
 from gpt_serve.serve.server import Server
 
 logger = logging.getLogger("gpt_serve.serve")
 
 POLL = 0.05  # seconds between looks at a loading worker
 RETRY = 1.0  # seconds between attempts to start one
-MAX_DEATHS = 5  # this many deaths ...
-DEATH_WINDOW = 60.0  # ... within this many seconds are a crash loop
 TOO_SLOW = "the worker did not load the backbone within"
 NOT_LOADED = "the worker died while loading the backbone: see the log above"
 
@@ -47,7 +46,7 @@ class Supervisor:
                 continue
             # The worker needs seconds to load; meanwhile this process imports what it needs of torch.
             await asyncio.to_thread(import_module, "gpt_serve.adapters.store")
-            died = _readable(self.worker.sentinel)
+            died = readable(self.worker.sentinel)
             loaded = await self._until_ready(died)
             if loaded:
                 state.phase = "ready"
@@ -98,16 +97,3 @@ class Supervisor:
         if deaths >= MAX_DEATHS:
             return NotReady(f"the worker died {deaths} times within {DEATH_WINDOW:.0f} s: the server gives up")
         return None
-
-
-def _readable(sentinel: int) -> asyncio.Event:
-    """An event that is set once the process of ``sentinel`` has ended."""
-    event = asyncio.Event()
-    loop = asyncio.get_running_loop()
-
-    def ended() -> None:
-        loop.remove_reader(sentinel)
-        event.set()
-
-    loop.add_reader(sentinel, ended)
-    return event

@@ -1,14 +1,13 @@
 """Who asks, and how much: keys become tenants, and tenants keep to their limits.
 
-Only the event loop counts; one thread watches the file of keys, so that a slow disk holds nobody up.
+Each process that answers HTTP knows the keys; one counts what tenants have used, in its event loop. A thread watches
+the file of keys, so that a slow disk holds nobody up.
 """
 
 import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,7 +50,6 @@ class Doorkeeper:
         self._own = {} if key is None else {digest_of(key): OWNER}
         self._signature = _signature(path) if path else None
         self._tenants = self._own | (_by_digest(path) if path else {})
-        self._usage: dict[str, _Usage] = {}
         self._closed = threading.Event()
         if path:
             threading.Thread(target=self._watch, args=(path,), name="keys", daemon=True).start()
@@ -76,8 +74,31 @@ class Doorkeeper:
         if not tenant.may_ask(task):
             raise TaskForbidden(f"this key does not open the task {task!r}: ask the server's operator for it")
 
+    def close(self) -> None:
+        """End the thread that watches the file."""
+        self._closed.set()
+
+    def _watch(self, path: Path) -> None:
+        while not self._closed.wait(POLL):
+            signature = _signature(path)
+            if signature == self._signature:
+                continue
+            self._signature = signature
+            try:
+                self._tenants = self._own | _by_digest(path)
+                logger.info("%s was read again: %d key(s)", path, len(self._tenants) - len(self._own))
+            except UsageError as error:
+                logger.error("the keys stay as they were: %s", error)
+
+
+class Allowances:
+    """What tenants have used of their limits."""
+
+    def __init__(self) -> None:
+        self._usage: dict[str, _Usage] = {}
+
     def count_request(self, tenant: Tenant) -> None:
-        """Count a request as one answer (token bucket, a second's worth deep); see `charge` for more than one.
+        """Count a request as one answer (token bucket, a second's worth deep); see `take` for more than one.
 
         Raises:
             RateLimited: it is one too many.
@@ -92,14 +113,10 @@ class Doorkeeper:
             raise RateLimited(f"more than {tenant.rate:g} answers a second: try again in {seconds:.1f} s", seconds)
         usage.tokens -= 1
 
-    def charge(self, tenant: Tenant, count: int) -> None:
-        """Count a request of several answers as ``count`` more: the next one has to wait until they are paid for."""
-        if tenant.rate is not None:
-            self._used(tenant).tokens -= max(0, count)
+    def take(self, tenant: Tenant, count: int) -> None:
+        """``count`` answers, one for each image and task, are in flight until `give`.
 
-    @contextmanager
-    def answers(self, tenant: Tenant, count: int) -> Iterator[None]:
-        """``count`` answers, one for each image and task, are in flight meanwhile.
+        All but the first, which was counted before, count as requests: the next has to wait until they are paid for.
 
         Raises:
             InvalidRequest: a request must never ask for so many.
@@ -113,31 +130,17 @@ class Doorkeeper:
         if most is not None and usage.in_flight + count > most:
             raise RateLimited(f"more than {most} answers at once: wait for some before you send the next", 1.0)
         usage.in_flight += count
-        try:
-            yield
-        finally:
-            usage.in_flight -= count
+        if tenant.rate is not None:
+            usage.tokens -= max(0, count - 1)
 
-    def close(self) -> None:
-        """End the thread that watches the file."""
-        self._closed.set()
+    def give(self, tenant: Tenant, count: int) -> None:
+        """What `take` took."""
+        self._used(tenant).in_flight -= count
 
     def _used(self, tenant: Tenant) -> _Usage:
         if tenant.name not in self._usage:
             self._usage[tenant.name] = _Usage(max(1.0, tenant.rate or 0.0), time.monotonic())
         return self._usage[tenant.name]
-
-    def _watch(self, path: Path) -> None:
-        while not self._closed.wait(POLL):
-            signature = _signature(path)
-            if signature == self._signature:
-                continue
-            self._signature = signature
-            try:
-                self._tenants = self._own | _by_digest(path)
-                logger.info("%s was read again: %d key(s)", path, len(self._tenants) - len(self._own))
-            except UsageError as error:
-                logger.error("the keys stay as they were: %s", error)
 
 
 def _by_digest(path: Path) -> dict[str, Tenant]:

@@ -5,10 +5,8 @@ import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from gpt_serve.serve.app import Door
+from gpt_serve.serve.state import ServerState
 
 logger = logging.getLogger("gpt_serve.serve")
 
@@ -22,13 +20,14 @@ class StoreWatch:
     A store that is elsewhere has nothing to be watched here: what was fetched from it is served while it is away.
 
     Args:
-        door: whose folder it watches.
+        adapters: the folder, or the address of a store.
+        state: says what is wrong.
     """
 
-    def __init__(self, door: "Door") -> None:
-        self.state = door.state
-        self.root = Path(door.config.adapters)
-        self.is_folder = isinstance(door.config.adapters, Path) or "://" not in door.config.adapters
+    def __init__(self, adapters: Path | str, state: ServerState) -> None:
+        self.state = state
+        self.root = Path(adapters)
+        self.is_folder = isinstance(adapters, Path) or "://" not in adapters
         self._device: int | None = None  # of the folder when it last held anything
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="watch")  # a hung file system holds it alone
 

@@ -11,7 +11,8 @@ from starlette.testclient import TestClient
 from gpt_serve.errors import UndecodableImage
 from gpt_serve.serve import ServeConfig
 from gpt_serve.serve.app import Door, build_app
-from gpt_serve.serve.messages import Answer, Item
+from gpt_serve.serve.desk import LocalDesk
+from gpt_serve.serve.messages import Answer, Asks, Item
 from gpt_serve.serve.metrics import Metrics
 from gpt_serve.serve.state import ServerState
 from gpt_serve.specs import BackboneSpec
@@ -33,6 +34,12 @@ class Stub:
         return future
 
 
+def door_to(asks: Asks, config: ServeConfig, spec: BackboneSpec) -> Door:
+    """With 8 slots."""
+    state = ServerState(8, phase="ready", spec=spec)
+    return Door(config, LocalDesk(config, asks, state, Metrics(state)))
+
+
 @pytest.fixture
 def stub() -> Stub:
     return Stub()
@@ -40,8 +47,7 @@ def stub() -> Stub:
 
 @pytest.fixture
 def client(stub: Stub, adapters: Path, spec: BackboneSpec) -> TestClient:
-    state = ServerState(8, phase="ready", spec=spec)
-    return TestClient(build_app(Door(ServeConfig(adapters=adapters), stub, state, Metrics(state))))
+    return TestClient(build_app(door_to(stub, ServeConfig(adapters=adapters), spec)))
 
 
 def test_the_routes_need_only_someone_to_ask(client: TestClient, stub: Stub) -> None:

@@ -59,6 +59,13 @@ def test_numbers_that_cannot_work(options: dict[str, float]) -> None:
         ServeConfig(**options)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("proxies", ["localhost", "10.0.0.0/40", "127.0.0.1,proxy"])
+def test_proxies_are_addresses(proxies: str) -> None:
+    assert ServeConfig(trusted_proxies="127.0.0.1, 10.0.0.0/8,::1").trusted_proxies and ServeConfig(trusted_proxies="*")
+    with pytest.raises(UsageError, match="is no address: give one such as"):
+        ServeConfig(trusted_proxies=proxies)
+
+
 @pytest.mark.parametrize(
     ("text", "size"),
     [("1048576", 2**20), ("1M", 2**20), ("1024k", 2**20), ("0.5G", 2**29), ("2GiB", 2**31), ("3TB", 3 * 2**40)],

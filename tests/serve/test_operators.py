@@ -16,13 +16,14 @@ from gpt_serve.errors import UsageError
 from gpt_serve.serve import ServeConfig, access
 from gpt_serve.serve.access import AccessLog
 from gpt_serve.serve.app import Door, build_app
+from gpt_serve.serve.http import HTTPServer
 from gpt_serve.serve.keyfile import add_key
 from gpt_serve.serve.metrics import MOST_PAIRS, OTHER, Metrics
 from gpt_serve.serve.runner import _is_loopback
 from gpt_serve.serve.state import ServerState
 from gpt_serve.specs import BackboneSpec
 from tests.serve.harness import ServerProcess, check_problem, until
-from tests.serve.test_app import Stub
+from tests.serve.test_app import Stub, door_to
 
 Make = Callable[..., TestClient]
 
@@ -33,8 +34,7 @@ def make(adapters: Path, spec: BackboneSpec) -> Iterator[Make]:
     doors: list[Door] = []
 
     def client(**options: Any) -> TestClient:
-        state = ServerState(8, phase="ready", spec=spec)
-        doors.append(Door(ServeConfig(adapters=adapters, **options), Stub(), state, Metrics(state)))
+        doors.append(door_to(Stub(), ServeConfig(adapters=adapters, **options), spec))
         return TestClient(build_app(doors[-1]))
 
     yield client
@@ -201,6 +201,24 @@ def test_each_request_is_a_line(make: Make, tmp_path: Path, path: Path) -> None:
     assert (second["status"], second["task"], second["tenant"]) == (400, "", "acme")
     assert (third["status"], third["tenant"]) == (401, "")
     assert (fourth["status"], fourth["path"]) == (404, "/none") and "secret" not in log.read_text()
+
+
+@pytest.mark.parametrize(
+    "trusted, logged", [("", "127.0.0.1"), ("10.0.0.1", "127.0.0.1"), ("127.0.0.0/8", "203.0.113.7")]
+)
+def test_who_asks_is_what_trusted_proxies_say(
+    adapters: Path, spec: BackboneSpec, tmp_path: Path, trusted: str, logged: str
+) -> None:
+    """Anybody can send the header; uvicorn believes all of this machine's unless it is told not to."""
+    log = tmp_path / "access.jsonl"
+    config = ServeConfig(adapters=adapters, access_log=str(log), trusted_proxies=trusted)
+    door = door_to(Stub(), config, spec)
+    server = HTTPServer(door, build_app(door), stopping=lambda: True)
+    server.config.load()
+    client = TestClient(server.config.loaded_app, client=("127.0.0.1", 50_000))
+    assert client.get("/health", headers={"X-Forwarded-For": "203.0.113.7"}).status_code == 200
+    door.close()
+    assert json.loads(log.read_text())["client"] == logged
 
 
 def test_a_log_may_be_rotated(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from starlette.testclient import TestClient
 from gpt_serve.errors import InvalidAdapter, UndecodableImage, UnknownTask
 from gpt_serve.serve import ServeConfig
 from gpt_serve.serve.app import Door, build_app
+from gpt_serve.serve.desk import LocalDesk
 from gpt_serve.serve.keyfile import add_key
 from gpt_serve.serve.messages import Answer, Item
 from gpt_serve.serve.metrics import Metrics
@@ -58,12 +59,12 @@ def make(stub: Stub, adapters: Path, spec: BackboneSpec) -> Iterator[Make]:
     def client(**options: Any) -> TestClient:
         config = ServeConfig(**{"adapters": adapters, "queue_limit": 16} | options)
         state = ServerState(config.queue_limit, phase="ready", spec=spec)
-        doors.append(Door(config, stub, state, Metrics(state)))
+        doors.append(Door(config, LocalDesk(config, stub, state, Metrics(state))))
         return TestClient(build_app(doors[-1]))
 
     yield client
     for door in doors:
-        assert door.state.admitted == 0
+        assert door.desk.state.admitted == 0
         door.close()
 
 

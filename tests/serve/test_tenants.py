@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from gpt_serve.errors import InvalidKey, RateLimited, TaskForbidden, UsageError
+from gpt_serve.errors import InvalidKey, InvalidRequest, RateLimited, TaskForbidden, UsageError
 from gpt_serve.serve import tenants
 from gpt_serve.serve.keyfile import Tenant, add_key, revoke
-from gpt_serve.serve.tenants import EVERYBODY, OWNER, Doorkeeper
+from gpt_serve.serve.tenants import EVERYBODY, OWNER, Allowances, Doorkeeper
 from tests.serve.harness import until
 
 
@@ -93,29 +93,29 @@ def test_a_key_opens_its_tasks_only() -> None:
 
 @pytest.mark.parametrize(("rate", "burst"), [(5.0, 5), (0.5, 1)])
 def test_requests_are_limited_by_the_second(now: list[float], rate: float, burst: int) -> None:
-    door, tenant = Doorkeeper(), Tenant("acme", rate=rate)
+    allowances, tenant = Allowances(), Tenant("acme", rate=rate)
     for _ in range(burst):
-        door.count_request(tenant)
+        allowances.count_request(tenant)
     with pytest.raises(RateLimited) as caught:
-        door.count_request(tenant)
+        allowances.count_request(tenant)
     assert caught.value.seconds == pytest.approx(1 / rate)
     now[0] += caught.value.seconds
-    door.count_request(tenant)
+    allowances.count_request(tenant)
     with pytest.raises(RateLimited):
-        door.count_request(tenant)
+        allowances.count_request(tenant)
     now[0] += 3600  # what is not used is not saved up
     for _ in range(burst):
-        door.count_request(tenant)
+        allowances.count_request(tenant)
     with pytest.raises(RateLimited):
-        door.count_request(tenant)
+        allowances.count_request(tenant)
 
 
 def test_over_a_long_time_the_rate_holds(now: list[float]) -> None:
-    door, tenant, taken = Doorkeeper(), Tenant("acme", rate=4.0), 0
+    allowances, tenant, taken = Allowances(), Tenant("acme", rate=4.0), 0
     for _ in range(1000):
         now[0] += 0.1
         try:
-            door.count_request(tenant)
+            allowances.count_request(tenant)
             taken += 1
         except RateLimited:
             pass
@@ -123,34 +123,40 @@ def test_over_a_long_time_the_rate_holds(now: list[float]) -> None:
 
 
 def test_answers_in_flight_are_limited_and_given_back() -> None:
-    door, tenant, other = Doorkeeper(), Tenant("acme", in_flight=3), Tenant("umbrella", in_flight=3)
-    with door.answers(tenant, 2), door.answers(other, 3):
-        with (
-            door.answers(tenant, 1),
-            pytest.raises(RateLimited, match="more than 3 answers at once"),
-            door.answers(tenant, 1),
-        ):
-            pass
-        with pytest.raises(KeyError), door.answers(tenant, 1):
-            raise KeyError
-        with door.answers(tenant, 1):
-            pass
-    with door.answers(tenant, 3):
-        pass
+    allowances, tenant, other = Allowances(), Tenant("acme", in_flight=3), Tenant("umbrella", in_flight=3)
+    allowances.take(tenant, 2)
+    allowances.take(other, 3)
+    allowances.take(tenant, 1)
+    with pytest.raises(RateLimited, match="more than 3 answers at once"):
+        allowances.take(tenant, 1)
+    allowances.give(tenant, 1)
+    allowances.take(tenant, 1)
+    allowances.give(tenant, 3)
+    allowances.take(tenant, 3)
+    with pytest.raises(InvalidRequest, match="ask for fewer"):
+        allowances.take(tenant, 4)
+
+
+def test_several_answers_are_paid_for_by_those_that_come_later(now: list[float]) -> None:
+    allowances, tenant = Allowances(), Tenant("acme", rate=1.0)
+    allowances.count_request(tenant)
+    allowances.take(tenant, 5)
+    with pytest.raises(RateLimited) as caught:
+        allowances.count_request(tenant)
+    assert caught.value.seconds == pytest.approx(5)
 
 
 def test_limits_hold_for_a_tenant_not_for_each_key(path: Path, now: list[float]) -> None:
     (one, _), (two, _) = add_key(path, "acme", rate=1.0), add_key(path, "acme")
-    door = Doorkeeper(path)
-    door.count_request(door.tenant(one))
+    door, allowances = Doorkeeper(path), Allowances()
+    allowances.count_request(door.tenant(one))
     with pytest.raises(RateLimited):
-        door.count_request(door.tenant(two))
+        allowances.count_request(door.tenant(two))
     door.close()
 
 
 def test_nothing_is_counted_where_there_is_no_limit(now: list[float]) -> None:
-    door = Doorkeeper()
+    allowances = Allowances()
     for _ in range(10_000):
-        door.count_request(EVERYBODY)
-    with door.answers(EVERYBODY, 10**6):
-        pass
+        allowances.count_request(EVERYBODY)
+    allowances.take(EVERYBODY, 10**6)

@@ -1,0 +1,165 @@
+"""One of several processes that answer HTTP on the same port. Everything that must be exact is at the desk, elsewhere.
+
+It imports no torch, so it is small and starts quickly. It obeys no signals: it ends when it is told to by the process
+that started it, or with that process.
+"""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
+from functools import partial
+from itertools import count
+from multiprocessing.connection import Connection
+from typing import Any
+
+from fastapi import FastAPI
+
+from gpt_serve.serve.app import Door, build_app
+from gpt_serve.serve.config import ServeConfig
+from gpt_serve.serve.http import HTTPServer
+from gpt_serve.serve.keyfile import Tenant
+from gpt_serve.serve.link import Link
+from gpt_serve.serve.messages import Answer, Call, Failure, Item, NoLonger, Returned, Standing, Stop
+from gpt_serve.serve.process import configure_logging, end_child, guard_child
+from gpt_serve.serve.state import ServerState
+
+
+def run_front(config: ServeConfig, sock: socket.socket, end: "Connection[Any, Any]") -> None:
+    """Answer HTTP on ``sock``, asking the desk at the other end of ``end``, until told to stop.
+
+    Args:
+        config: the options; limits that count connections and memory are this process's share of them.
+        sock: listening; other processes may accept from it, too.
+    """
+    guard_child()
+    configure_logging()
+    desk = RemoteDesk()
+    door = Door(config, desk)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        link = Link(end)
+        desk.link = link
+        await link.start(desk.receive, end_child)
+        yield
+        door.close()
+
+    Front(door, build_app(door, lifespan), stopping=lambda: desk.stopped, every_second=desk.beat).run(sockets=[sock])
+
+
+class Front(HTTPServer):
+    """Answers HTTP, and leaves signals to the process that started it."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """None."""
+        yield
+
+
+def share_of(config: ServeConfig, fronts: int) -> ServeConfig:
+    """The options of one of ``fronts`` processes: its part of the connections."""
+    return replace(config, max_connections=-(-config.max_connections // fronts))
+
+
+class RemoteDesk:
+    """The desk in another process, see `gpt_serve.serve.desk.Desk`.
+
+    Attributes:
+        state: as the desk's was when it last told.
+        link: to it; set before anything is asked.
+        stopped: whether this process is to end.
+    """
+
+    link: Link
+
+    def __init__(self) -> None:
+        self.state = ServerState(limit=0)
+        self.stopped = False
+        self._numbers = count()
+        self._pending: dict[int, asyncio.Future[Any]] = {}
+
+    def receive(self, messages: list[Returned | Standing | Stop]) -> None:
+        """Take what the desk says."""
+        for message in messages:
+            if isinstance(message, Returned):
+                self._settle(message)
+            elif isinstance(message, Standing):
+                message.apply(self.state)
+            else:
+                self.stopped = True
+
+    def ask(self, item: Item) -> "asyncio.Future[Answer]":
+        """Have ``item`` answered. The future raises the error that the desk's raised."""
+        return self._call("ask", item)
+
+    async def count_request(self, tenant: Tenant) -> None:
+        """Count a request; a tenant without limits is not counted."""
+        if tenant.rate is not None:
+            await self._call("count_request", tenant)
+
+    async def take(self, tenant: Tenant, count: int) -> None:
+        """Count ``count`` answers until `give`."""
+        if tenant.is_limited:
+            await self._call("take", tenant, count)
+
+    def give(self, tenant: Tenant, count: int) -> None:
+        """They are no longer on their way."""
+        if tenant.is_limited:
+            self._tell("give", tenant, count)
+
+    def answered(
+        self, route: str, tenant: str, status: int, answers: Iterable[tuple[str, int]], seconds: float
+    ) -> None:
+        """Count a request that has its answer."""
+        self._tell("answered", route, tenant, status, list(answers), seconds)
+
+    def refused(self, status: int) -> None:
+        """Count an answer to what never became a request."""
+        self._tell("refused", status)
+
+    def beat(self) -> None:
+        """Say that this process's event loop runs."""
+        self._tell("beat")
+
+    async def exposition(self) -> bytes:
+        """The metrics of all processes."""
+        return bytes(await self._call("exposition"))
+
+    async def tasks(self) -> list[str]:
+        """The names of the stored tasks."""
+        return list(await self._call("tasks"))
+
+    async def listing(self, tenant: Tenant) -> bytes:
+        """The tasks that ``tenant`` may ask, as JSON."""
+        return bytes(await self._call("listing", tenant))
+
+    async def summary(self, task: str) -> dict[str, Any]:
+        """One adapter."""
+        return dict(await self._call("summary", task))
+
+    def _tell(self, name: str, *arguments: Any) -> None:
+        self.link.send(Call(None, name, arguments))
+
+    def _call(self, name: str, *arguments: Any) -> "asyncio.Future[Any]":
+        number = next(self._numbers)
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._pending[number] = future
+        future.add_done_callback(partial(self._done, number))
+        self.link.send(Call(number, name, arguments))
+        return future
+
+    def _done(self, number: int, future: "asyncio.Future[Any]") -> None:
+        del self._pending[number]
+        if future.cancelled():
+            self.link.send(NoLonger(number))
+
+    def _settle(self, returned: Returned) -> None:
+        future = self._pending.get(returned.number)
+        if future is None or future.done():
+            return
+        if isinstance(returned.value, Failure):
+            future.set_exception(returned.value.error())
+        else:
+            future.set_result(returned.value)
