@@ -145,11 +145,15 @@ class Place:
         """The row where the remembered keys and values begin."""
         return self.start + self.length - 2 * self.layout.remembered * self.layout.prompts
 
+    @property
+    def head_start(self) -> int:
+        """The row where the head begins."""
+        return self.shifts + (SHIFTS * self.slab.depth if self.layout.shifted else 0)
+
     @cached_property
     def head_tensors(self) -> dict[str, Tensor]:
         """All tensors of the head by their names, views into the slab; see `gpt_serve.model.heads`."""
-        first = self.shifts + (SHIFTS * self.slab.depth if self.layout.shifted else 0)
-        tensors = {}
+        first, tensors = self.head_start, {}
         for name, shape in self.form.shapes:
             size = math.prod(shape)
             behind = first + -(-size // self.slab.width)
@@ -331,6 +335,17 @@ def gather(places: Sequence[Place]) -> AdapterBatch:
         kv=_GatheredKV(slab.rows, kv[:, None], count[:, None], inside, layout.remembered),
         patch_rows=_patch_rows(places, device),
     )
+
+
+def gather_heads(places: Sequence[Place]) -> tuple[Tensor, Tensor]:
+    """Weights (G, C, K*D) and biases (G, C) of the linear heads at ``places`` of one slab, which have one shape."""
+    slab = places[0].slab
+    classes, features = places[0].form.shapes[0][1]
+    weights, biases = classes * features // slab.width, -(-classes // slab.width)
+    start = on_device([place.head_start for place in places], slab.rows.device)
+    rows = slab.rows[start[:, None] + torch.arange(weights + biases, device=slab.rows.device)]
+    weight, bias = torch.split(rows, [weights, biases], dim=1)
+    return weight.reshape(len(places), classes, features), bias.flatten(1)[:, :classes]
 
 
 def _patch_rows(places: Sequence[Place], device: torch.device) -> Tensor | None:

@@ -82,6 +82,19 @@ def linear(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.linear(features, weight, bias)
 
 
+def linear_each(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Logits (G, M, C) of ``G`` linear classifiers of one shape, of ``M`` rows each, in one product.
+
+    ``logits[g, m] = weight[g] @ features[g, m] + bias[g]``
+
+    Args:
+        features: (G, M, K*D), the taps side by side.
+        weight: (G, C, K*D).
+        bias: (G, C).
+    """
+    return torch.baddbmm(bias[:, None], features, weight.mT)
+
+
 def per_patch(tokens: Tensor, weight: Tensor, bias: Tensor, grid: tuple[int, int]) -> Tensor:
     """Logits (B, C, gh, gw) of a linear classifier on each patch.
 

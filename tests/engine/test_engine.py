@@ -477,3 +477,30 @@ def test_probabilities_that_are_no_numbers_are_the_adapters_fault(tmp_path: Path
     answers = Engine(tiny, store).predict([("good", image), ("huge", image), ("good", image)])
     assert [type(answer) for answer in answers] == [Prediction, InvalidAdapter, Prediction]
     assert "'huge'" in str(answers[1])
+
+
+# Heads
+
+
+def test_heads_of_one_shape_share_a_product(tiny: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nine tasks of two shapes, one of them with two rows and one with a head that is not worth the copy."""
+    adapters = [
+        make_adapter(tiny.spec, f"task-{seed}", method="linear", classes=4 + seed % 2, seed=seed) for seed in range(8)
+    ]
+    adapters.append(make_adapter(tiny.spec, "large", method="linear", classes=40, seed=8))
+    engine = Engine(tiny, stored(tmp_path, adapters))
+    monkeypatch.setitem(engine_module.SMALL_HEAD, "cpu", 39 * tiny.spec.width)
+    shared: list[int] = []
+    linear_each = engine_module.linear_each
+
+    def counted(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        shared.append(len(weight))
+        return linear_each(features, weight, bias)
+
+    monkeypatch.setattr(engine_module, "linear_each", counted)
+    requests: list[Request] = [(adapter.task, pixels(seed, 16, 16)) for seed, adapter in enumerate(adapters)]
+    requests.append(("task-0", pixels(20, 16, 16)))
+    together = answers(engine.predict(requests))
+    assert sorted(shared) == [3, 4], "task-0 has two rows"
+    for request, result in zip(requests, together, strict=True):
+        check_same(result, answers(engine.predict([request]))[0])
