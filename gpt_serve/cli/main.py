@@ -33,7 +33,7 @@ from gpt_serve.cli.options import (
 )
 from gpt_serve.cli.predict import evaluate, predict
 from gpt_serve.cli.sweep import sweep
-from gpt_serve.cli.train import close_gates, train
+from gpt_serve.cli.train import calibrate, close_gates, train
 from gpt_serve.engine.malloc import reuse_freed_memory
 from gpt_serve.errors import GPTServeError, UsageError
 
@@ -92,6 +92,7 @@ main.add_command(predict)
 main.add_command(train)
 main.add_command(sweep)
 main.add_command(close_gates)
+main.add_command(calibrate)
 main.add_command(inspect)
 main.add_command(reconstruct)
 main.add_command(deploy)

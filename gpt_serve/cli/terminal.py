@@ -138,6 +138,14 @@ def echo_closing(summary: dict[str, Any], adapters: Path) -> None:
     click.echo(f"{task}: {text}; revision {summary['revision']} in {adapters / task}")
 
 
+def echo_calibrated(summary: dict[str, Any], adapters: Path) -> None:
+    """What calibration came to, in one line."""
+    task, record = summary["task"], summary["calibration"]
+    before, after = (f"{100 * record[key]:.1f} %" for key in ("error_before", "error_after"))
+    text = f"calibration error on {record['measured_on']} {record['split']} images {before} before, {after} after"
+    click.echo(f"{task}: {text}; revision {summary['revision']} in {adapters / task}")
+
+
 def echo_tasks(described: Sequence[TaskSummary | BrokenAdapter]) -> None:
     """A line per adapter; of a refused one, the reason."""
     rows = []

@@ -1,7 +1,7 @@
-"""The commands that fit adapters: ``train`` and ``close-gates``. Heavy imports live inside them."""
+"""The commands that fit adapters: ``train``, ``close-gates`` and ``calibrate``. Heavy imports live inside them."""
 
 import json
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 @training_options
 @reading_options
 @cache_option
-@click.option("--close-gates", "closing", is_flag=True, help="Then close gates, as gpt-serve close-gates does.")
+@click.option("--close-gates", "closes", is_flag=True, help="Then close gates, as gpt-serve close-gates does.")
 @click.option(
     "--instant/--no-instant",
     default=True,
@@ -53,7 +53,7 @@ def train(
     skip_unreadable: bool,
     workers: int,
     cache_bytes: int,
-    closing: bool,
+    closes: bool,
     instant: bool,
     nmi: bool,
     adapters: Path,
@@ -78,13 +78,13 @@ def train(
     published = find_benchmark(data or task)
     with ExitStack() as stack:
         world, device = stack.enter_context(join_world(resolve_device(device)))
-        if closing and world.size > 1:
+        if closes and world.size > 1:
             raise UsageError("--close-gates takes one process: leave it out, and run gpt-serve close-gates afterwards")
         model = Backbone.load(backbone, checkpoint=checkpoint, input_size=input_size, pool=pool, device=device)
         settings, taken = choose_recipe(recipe, task, model, published, **hyperparameters)
-        if closing and not find_method(settings.method).gated:
+        if closes and not find_method(settings.method).gated:
             raise UsageError(f"--close-gates: the method {settings.method} learns no gates: leave it out")
-        if closing and settings.final_fit:
+        if closes and settings.final_fit:
             raise UsageError("--close-gates decides by validation images, which a final fit trains on: --no-final-fit")
         if nmi and not find_method(settings.method).prompts:
             raise UsageError(f"--nmi: the method {settings.method} has no prompts: leave it out")
@@ -105,13 +105,13 @@ def train(
             return
         if not as_json:
             echo_trained(summary, adapters)
-        if closing:
+        if closes:
             again = ClosingJob(task, job.data, adapters, skip_unreadable=skip_unreadable, workers=workers)
             step = _close(model, again, terminal)
             summary |= step | {"closing": [step["closing"]]}
     if as_json:
         click.echo(json.dumps(summary))
-    elif closing:
+    elif closes:
         echo_closing(step, adapters)
 
 
@@ -157,6 +157,46 @@ def close_gates(
         click.echo(json.dumps(step))
     else:
         echo_closing(step, adapters)
+
+
+@click.command()
+@task_option
+@data_option
+@backbone_options
+@reading_options
+@adapters_folder_option
+@json_option
+def calibrate(
+    task: str,
+    data: str,
+    backbone: str,
+    checkpoint: Path | None,
+    input_size: int | None,
+    device: str,
+    adapters: Path,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Let an adapter's probabilities mean what they say, as training does at its end.
+
+    For an adapter of an earlier version. Takes the images that it was trained on: validation images decide. Its answers
+    keep their order.
+    """
+    from gpt_serve.adapters.store import AdapterStore
+
+    AdapterStore(adapters).load(task)  # an unknown or broken one is reported before the backbone is loaded
+    from gpt_serve.cli.terminal import Terminal, echo_calibrated
+    from gpt_serve.model.backbone import Backbone
+    from gpt_serve.train.published import PublishedJob, calibrate_published
+
+    job = PublishedJob(task, data, adapters, **options)
+    model = Backbone.load(backbone, checkpoint=checkpoint, input_size=input_size, device=resolve_device(device))
+    with closing(Terminal()) as terminal:
+        summary = calibrate_published(model, job, terminal)
+    if as_json:
+        click.echo(json.dumps(summary))
+    else:
+        echo_calibrated(summary, adapters)
 
 
 def _close(backbone: "Backbone", job: "ClosingJob", terminal: "Terminal") -> dict[str, Any]:

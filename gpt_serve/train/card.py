@@ -11,6 +11,8 @@ from gpt_serve.adapters.adapter import Adapter
 from gpt_serve.files import replacing
 from gpt_serve.insight.figures import save_figure
 from gpt_serve.insight.inspect import Inspection, inspect_adapter, plot_inspection
+from gpt_serve.train.calibration import BINS
+from gpt_serve.train.loop import Answers
 
 MOST_CLASSES = 120  # in a picture; more could not be told apart, and their matrix takes gigabytes
 
@@ -42,18 +44,24 @@ def confusion_shares(predictions: Tensor, targets: Tensor, classes: int, shown: 
     return counts.view(len(shown), len(shown)).double() / images[:, None]
 
 
-def write_card(folder: Path, adapter: Adapter, revision: str, answers: tuple[Tensor, Tensor], split: str) -> None:
+def write_card(folder: Path, adapter: Adapter, revision: str, answers: Answers, split: str) -> None:
     """Write ``README.md``, ``gates.png`` and ``confusion.png`` into the adapter's folder, each as a whole.
 
     Args:
-        answers: predicted and true classes of the images of ``split``, int64 (n,) each.
+        answers: for the images of ``split``.
 
     Raises:
         OSError: the disk refuses.
     """
     inspection = inspect_adapter(adapter)
     plot_inspection(inspection, f"{adapter.task} ({adapter.method})", folder / "gates.png")
-    plot_confusion(*answers, adapter.labels, f"{adapter.task}: {split} images", folder / "confusion.png")
+    plot_confusion(
+        answers.predictions,
+        answers.targets,
+        adapter.labels,
+        f"{adapter.task}: {split} images",
+        folder / "confusion.png",
+    )
     with replacing(folder / "README.md") as temporary:
         temporary.write_text(card_text(adapter, revision, inspection, split), encoding="utf-8")
 
@@ -122,6 +130,7 @@ def card_text(adapter: Adapter, revision: str, inspection: Inspection, split: st
         *block_table(inspection),
         "",
         *[line for step in training.get("closing", []) for line in _closing(step)],
+        *_calibration(training.get("calibration")),
         "## Training",
         "",
         "| | |",
@@ -131,6 +140,25 @@ def card_text(adapter: Adapter, revision: str, inspection: Inspection, split: st
         "",
     ]
     return "\n".join(lines)
+
+
+def _calibration(record: dict[str, Any] | None) -> list[str]:
+    """How far probabilities are to be believed, before and after they were calibrated."""
+    if record is None:
+        return []
+    before, after = (f"{100 * record[key]:.2f} %" for key in ("error_before", "error_after"))
+    return [
+        "## Calibration",
+        "",
+        f"Logits are divided by {record['temperature']:.4g}, which is folded into the head and was fitted to "
+        f"{record['fitted_to']} validation images.",
+        "",
+        "| | before | after |",
+        "|---|---|---|",
+        f"| expected calibration error ({BINS} bins, {record['measured_on']} {record['split']} images) "
+        f"| {before} | {after} |",
+        "",
+    ]
 
 
 def _closing(step: dict[str, Any]) -> list[str]:

@@ -14,6 +14,7 @@ from gpt_serve.adapters.store import AdapterStore
 from gpt_serve.errors import DataError
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.specs import BackboneSpec, Preprocess, Tap, check_task_name
+from gpt_serve.train.calibration import calibrate
 from gpt_serve.train.checkpoint import RunCheckpoint, held, run_folder
 from gpt_serve.train.data.counts import count_lines
 from gpt_serve.train.data.datasets import Dataset, Split, digest, open_dataset
@@ -21,7 +22,7 @@ from gpt_serve.train.data.views import CACHE_BYTES, Scan, View, joined, scan
 from gpt_serve.train.distributed import World
 from gpt_serve.train.inputs import Inputs, TrunkInputs
 from gpt_serve.train.job import Reporter, TrainingJob, Views
-from gpt_serve.train.loop import EpochRecord, Trainer, predict_all
+from gpt_serve.train.loop import EpochRecord, Trainer
 from gpt_serve.train.methods.modules import FullModule, TaskModule
 from gpt_serve.train.methods.prompts import AdapterModule, find_method
 from gpt_serve.train.methods.start import start_from_data
@@ -82,11 +83,14 @@ def train_on(
     if not world.leader:
         return None
     module.load_state_dict(progress.best)
-    predictions, targets = predict_all(backbone, module, views.unseen[0], Inputs(job.workers))
+    kept_apart = None if job.recipe.final_fit else views.val
+    calibration, answers = calibrate(backbone, module, kept_apart, views.unseen, trainer.inputs)
     training = describe(job, views, module, progress, time.perf_counter() - started)
     if views.test is not None:
-        training["metrics"]["test_accuracy"] = (predictions == targets).double().mean().item()
-    summary = publish_trained(backbone, job, views, module, training, (predictions, targets))
+        training["metrics"]["test_accuracy"] = answers.accuracy
+    if calibration:
+        training["calibration"] = calibration
+    summary = publish_trained(backbone, job, views, module, training, answers)
     checkpoint.delete()
     return summary
 

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -277,13 +277,51 @@ def evaluate(backbone: Backbone, module: TaskModule, view: View, inputs: Inputs,
 
 
 @torch.no_grad()
-def predict_all(backbone: Backbone, module: TaskModule, view: View, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Predicted classes and targets of a whole split, int64 (n,) each, on the CPU."""
+def logits_of(backbone: Backbone, module: TaskModule, view: View, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Logits (n, C), float32, and targets, int64 (n,), of a whole split, on the CPU."""
     module.eval()
-    predictions: list[Tensor] = []
+    logits: list[Tensor] = []
     targets: list[Tensor] = []
     for images, target in inputs.batches(view, ordered_batches(len(view), EVAL_BATCH)):
-        logits = forward_logits(backbone, module, images.to(backbone.device), view.preprocess)
-        predictions.append(logits.argmax(1).cpu())
+        logits.append(forward_logits(backbone, module, images.to(backbone.device), view.preprocess).cpu())
         targets.append(target)
-    return torch.cat(predictions), torch.cat(targets)
+    return torch.cat(logits), torch.cat(targets)
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """What a module says of the ``n`` images of a split, on the CPU.
+
+    Attributes:
+        predictions: int64 (n,), the most probable classes.
+        targets: int64 (n,), the true ones.
+        confidences: float32 (T, n), the probabilities of ``predictions`` at each temperature that was asked for.
+    """
+
+    predictions: Tensor
+    targets: Tensor
+    confidences: Tensor
+
+    @property
+    def accuracy(self) -> float:
+        """The share of predictions that are right, in [0, 1]."""
+        return (self.predictions == self.targets).double().mean().item()
+
+
+@torch.no_grad()
+def predict_all(
+    backbone: Backbone, module: TaskModule, view: View, inputs: Inputs, temperatures: Sequence[float] = (1.0,)
+) -> Answers:
+    """Answer for every image of a split; the logits, of which there may be very many, are not kept.
+
+    Args:
+        temperatures: that the logits are divided by, for the confidences.
+    """
+    module.eval()
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    for images, targets in inputs.batches(view, ordered_batches(len(view), EVAL_BATCH)):
+        logits = forward_logits(backbone, module, images.to(backbone.device), view.preprocess)
+        confidences = torch.stack([(logits / value).softmax(1).max(1).values for value in temperatures])
+        parts.append((logits.argmax(1).cpu(), targets, confidences.cpu()))
+    predictions, truths, shares = zip(*parts, strict=True)
+    return Answers(torch.cat(predictions), torch.cat(truths), torch.cat(shares, dim=1))

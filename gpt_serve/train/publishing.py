@@ -8,7 +8,6 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
 
 from gpt_serve.adapters.adapter import Adapter
 from gpt_serve.adapters.store import AdapterStore
@@ -18,7 +17,7 @@ from gpt_serve.model.backbone import Backbone
 from gpt_serve.specs import Preprocess
 from gpt_serve.train.card import write_card
 from gpt_serve.train.job import TrainingJob, Views
-from gpt_serve.train.loop import Progress
+from gpt_serve.train.loop import Answers, Progress
 from gpt_serve.train.methods.modules import FullModule, TaskModule
 from gpt_serve.train.methods.prompts import AdapterModule
 
@@ -53,13 +52,13 @@ def publish_trained(
     views: Views,
     module: TaskModule,
     training: dict[str, Any],
-    answers: tuple[Tensor, Tensor],
+    answers: Answers,
 ) -> dict[str, Any]:
     """Publish an adapter, or store a fine-tuned model, which nobody serves.
 
     Args:
         training: from `describe`.
-        answers: predicted and true classes of `Views.unseen`, (n,) each.
+        answers: for `Views.unseen`.
 
     Returns:
         The summary that ``--json`` prints.
@@ -90,11 +89,11 @@ def store_model(path: Path, module: FullModule, labels: tuple[str, ...], summary
         raise UsageError(f"the fine-tuned model {path} cannot be written: {reason}") from error
 
 
-def publish(adapters: Path, adapter: Adapter, answers: tuple[Tensor, Tensor], split: str) -> str:
+def publish(adapters: Path, adapter: Adapter, answers: Answers, split: str) -> str:
     """Put the adapter into the store and write its card.
 
     Args:
-        answers: predicted and true classes of the images of ``split``, int64 (n,) each.
+        answers: for the images of ``split``.
 
     Returns:
         The new revision.

@@ -24,7 +24,7 @@ from tests.factories import make_adapter
 
 LABELS = ("ant", "bee", "cow")
 COMMANDS = (
-    *("train", "sweep", "close-gates", "eval", "predict", "serve"),
+    *("train", "sweep", "close-gates", "calibrate", "eval", "predict", "serve"),
     *("tasks", "inspect", "reconstruct", "bench", "export", "push", "pull", "deploy", "keys", "backbones"),
 )
 
@@ -470,6 +470,11 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["close-gates", "--task", "alpha", "--data", "data", "--tolerance", "-1"],
         "--tolerance must lie between 0 and 100 percentage points, not -1.0",
     ),
+    "calibrating without a record": (
+        ["calibrate", "--task", "probe", "--data", "data"],
+        "adapter 'probe' does not tell how it was trained: train it with gpt-serve train",
+    ),
+    "calibrating nobody": (["calibrate", "--task", "nobody", "--data", "data"], "unknown task 'nobody'"),
     "training gates that are not there": (
         ["train", "--task", "a", "--data", "data", "--method", "linear", "--close-gates"],
         "--close-gates: the method linear learns no gates: leave it out",
@@ -540,7 +545,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_mistake_is_one_line_and_exit_code_2(folder, name):
     args, reason = MISTAKES[name]
-    if args[0] in ("predict", "eval", "close-gates") and "--device" not in args:
+    if args[0] in ("predict", "eval", "close-gates", "calibrate") and "--device" not in args:
         args = [*args[:1], "--device", "cpu", *args[1:]]
     result = run(*args)
     assert (result.exit_code, result.stdout) == (2, "")

@@ -18,7 +18,7 @@ from gpt_serve.cli.main import main
 from gpt_serve.errors import BackboneMismatch, DataError, UnknownTask, UsageError
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.model.batch import AdapterBatch
-from gpt_serve.train import card, loop
+from gpt_serve.train import calibration, card, loop
 from gpt_serve.train.closing import close as closing
 from gpt_serve.train.closing import search as gate_search
 from gpt_serve.train.closing.close import ClosingJob, close_gates
@@ -29,7 +29,7 @@ from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import train_adapter
 from gpt_serve.train.inputs import Inputs
 from gpt_serve.train.job import TrainingJob
-from gpt_serve.train.loop import Score, Trainer, evaluate, predict_all
+from gpt_serve.train.loop import Answers, Score, Trainer, evaluate, predict_all
 from gpt_serve.train.methods.prompts import AdapterModule
 from gpt_serve.train.recipes.recipe import Optimizer, make_recipe
 from tests.tiny_vit import PREPROCESS, random_images, random_tensors, tiny_backbone
@@ -163,7 +163,7 @@ def test_the_published_adapter_is_the_module_that_was_chosen(
     deep_enough: Backbone, colours: Path, adapters: Path
 ) -> None:
     before = stored(adapters)
-    summary = close_gates(deep_enough, ClosingJob("colours", str(colours), adapters, 100.0), Recorder())
+    summary = close_gates(deep_enough, ClosingJob("colours", str(colours), adapters, tolerance=100.0), Recorder())
     after, step = stored(adapters), summary["closing"]
     assert after.gamma is not None and torch.sigmoid(after.gamma).tolist() == [0] * GATES
     assert step["closed"] == [1, 2, 3, 4, 5] and step["best_epoch"] > 0
@@ -181,7 +181,7 @@ def test_the_file_and_the_card_tell_what_closed_and_what_it_cost(
     deep_enough: Backbone, colours: Path, adapters: Path
 ) -> None:
     old = stored(adapters)
-    summary = close_gates(deep_enough, ClosingJob("colours", str(colours), adapters, 100.0), Recorder())
+    summary = close_gates(deep_enough, ClosingJob("colours", str(colours), adapters, tolerance=100.0), Recorder())
     new = stored(adapters)
     assert new.training["closing"] == [summary["closing"]]
     assert {key: new.training[key] for key in ("recipe", "data")} == {
@@ -211,15 +211,16 @@ def test_test_images_select_nothing(
 
     monkeypatch.setattr(gate_search, "evaluate", watched)
     monkeypatch.setattr(loop, "evaluate", watched)
-    good = close_gates(deep_enough, ClosingJob("colours", str(colours), adapters, 100.0), Recorder())
+    good = close_gates(deep_enough, ClosingJob("colours", str(colours), adapters, tolerance=100.0), Recorder())
     assert seen == {sample.name for sample in open_dataset(str(colours), 0).val}
 
-    def wrong(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        targets = predict_all(*args)[1]
-        return (targets + 1) % 3, targets
+    def wrong(*args: Any) -> Answers:
+        answers = predict_all(*args)
+        return dataclasses.replace(answers, predictions=(answers.targets + 1) % 3)
 
     monkeypatch.setattr(closing, "predict_all", wrong)
-    bad = close_gates(deep_enough, ClosingJob("colours", str(colours), other, 100.0), Recorder())
+    monkeypatch.setattr(calibration, "predict_all", wrong)
+    bad = close_gates(deep_enough, ClosingJob("colours", str(colours), other, tolerance=100.0), Recorder())
     assert bad["closing"]["test_accuracy"] == [0, 0] != good["closing"]["test_accuracy"]
     assert bad["closing"]["tried"] == good["closing"]["tried"]
     for name in ("prompt", "gamma", "tau", "head_weight", "head_bias"):
@@ -244,7 +245,9 @@ def test_a_fine_tune_that_only_harms_is_undone(
 ) -> None:
     monkeypatch.setattr(loop, "evaluate", lambda *_: Score(0.0, 9.0))
     old = stored(adapters)
-    step = close_gates(deep_enough, ClosingJob("colours", str(colours), adapters, 100.0), Recorder())["closing"]
+    step = close_gates(deep_enough, ClosingJob("colours", str(colours), adapters, tolerance=100.0), Recorder())[
+        "closing"
+    ]
     assert (step["closed"], step["best_epoch"]) == ([1, 2, 3, 4, 5], 0)
     assert torch.equal(old.head_weight, stored(adapters).head_weight)
 
@@ -309,7 +312,7 @@ def test_an_interrupted_step_leaves_the_adapter_as_it_was(
         monkeypatch.setattr("gpt_serve.adapters.folder.os.replace", interrupt)
     recorder = Recorder(interrupt_at=0 if moment == "fine-tuning" else None)
     with pytest.raises(KeyboardInterrupt):
-        close_gates(deep_enough, ClosingJob("colours", str(colours), adapters, 100.0), recorder)
+        close_gates(deep_enough, ClosingJob("colours", str(colours), adapters, tolerance=100.0), recorder)
     assert {path: path.read_bytes() for path in adapters.rglob("*") if path.is_file()} == before
 
 
@@ -321,7 +324,7 @@ def test_an_adapter_that_was_replaced_meanwhile_is_not_overwritten(
             republish(adapters, created="2026-01-01T00:00:00Z")
 
     with pytest.raises(UsageError, match="was replaced while its gates were closed: repeat the command"):
-        close_gates(deep_enough, ClosingJob("colours", str(colours), adapters, 100.0), Rival())
+        close_gates(deep_enough, ClosingJob("colours", str(colours), adapters, tolerance=100.0), Rival())
     assert stored(adapters).created == "2026-01-01T00:00:00Z"
 
 

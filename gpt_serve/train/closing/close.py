@@ -3,54 +3,37 @@
 import math
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from gpt_serve.adapters.adapter import Adapter, closed_gates
 from gpt_serve.adapters.store import AdapterStore
-from gpt_serve.errors import DataError, UsageError
-from gpt_serve.insight.inspect import inspect_adapter
+from gpt_serve.errors import UsageError
 from gpt_serve.model.backbone import Backbone
-from gpt_serve.train.card import card_text
 from gpt_serve.train.checkpoint import held, run_folder
 from gpt_serve.train.closing.search import GateSearch
-from gpt_serve.train.data.datasets import open_dataset
-from gpt_serve.train.fit import load_views, make_deterministic
 from gpt_serve.train.inputs import Inputs
-from gpt_serve.train.job import Reporter, TrainingJob, Views
+from gpt_serve.train.job import Reporter
 from gpt_serve.train.loop import predict_all
-from gpt_serve.train.methods.prompts import AdapterModule
+from gpt_serve.train.published import PublishedJob, calibrated_adapter, check_still, images_of, module_of, recipe_of
 from gpt_serve.train.publishing import publish, utc_now
 from gpt_serve.train.recipes.recipe import Recipe
 
 LEAST_EPOCHS = 5  # of a fine-tune: fewer do not settle
 
 
-@dataclass(frozen=True)
-class ClosingJob:
+@dataclass(frozen=True, kw_only=True)
+class ClosingJob(PublishedJob):
     """Whose gates to close and what that may cost.
 
     Attributes:
-        task: name of a published task.
-        data: the image folder or data set that it was trained on.
-        adapters: folder of the adapter store.
         tolerance: percentage points of validation accuracy that may be lost.
         epochs: of each fine-tune; None for a quarter of training's, at least 5.
         lr: peak learning rate of each fine-tune; None for a quarter of training's.
-        skip_unreadable: go on without the images that cannot be read.
-        workers: processes that decode when the images exceed the cache.
     """
 
-    task: str
-    data: str
-    adapters: Path
     tolerance: float = 0.0
     epochs: int | None = None
     lr: float | None = None
-    skip_unreadable: bool = False
-    workers: int = 2
 
     def __post_init__(self) -> None:
         if not 0 <= self.tolerance <= 100:
@@ -79,43 +62,26 @@ def _close_in_folder(backbone: Backbone, job: ClosingJob, reporter: Reporter) ->
     started = time.perf_counter()
     store = AdapterStore(job.adapters, backbone.spec)
     stored = store.load(job.task)
-    recipe, sha256 = _check(stored.adapter, job)
-    make_deterministic(backbone)
-    work = TrainingJob(
-        job.task, job.data, job.adapters, recipe, skip_unreadable=job.skip_unreadable, workers=job.workers
-    )
-    views = load_views(open_dataset(job.data, recipe.seed), stored.adapter.preprocess, work, reporter)
-    if views.digest != sha256:
-        raise DataError(f"--data {job.data} is not what {job.task!r} was trained on: use the same images and split")
-    search = GateSearch(backbone, stored.adapter, work, views, reporter)
+    recipe = _fine_tune(stored.adapter, job)
+    views = images_of(backbone, stored.adapter, job, recipe, reporter)
+    search = GateSearch(backbone, stored.adapter, job.training(recipe), views, reporter)
     kept = search.run(job.tolerance)
     step = search.record(kept, job.tolerance) | {"seconds": round(time.perf_counter() - started, 1)}
     revision, adapter = stored.revision, stored.adapter
     if kept is not None:
-        accuracies, answers = _on_unseen(backbone, stored.adapter, kept.adapter, views, job.workers)
+        before = predict_all(backbone, module_of(backbone, stored.adapter), views.unseen[0], Inputs(job.workers))
+        adapter, answers = calibrated_adapter(backbone, _uncalibrated(kept.adapter), views, job.workers)
         if views.test is not None:
-            step["test_accuracy"] = accuracies
-        adapter = _with_step(kept.adapter, step)
-        if store.signature(job.task) != stored.signature:
-            raise UsageError(f"adapter {job.task!r} was replaced while its gates were closed: repeat the command")
+            step["test_accuracy"] = [before.accuracy, answers.accuracy]
+        adapter = _with_step(adapter, step)
+        check_still(store, stored, "its gates were closed")
         revision = publish(job.adapters, adapter, answers, views.unseen[1])
     return {"task": job.task, "revision": revision, "metrics": adapter.training["metrics"], "closing": step}
 
 
-def _on_unseen(
-    backbone: Backbone, before: Adapter, after: Adapter, views: Views, workers: int
-) -> tuple[list[float], tuple[Tensor, Tensor]]:
-    """Accuracies of both adapters on test images, validation images when there are none, and ``after``'s answers.
-
-    Nothing is selected by them.
-    """
-    view, _ = views.unseen
-    correct = []
-    for adapter in (before, after):
-        module = AdapterModule.of(adapter, backbone.spec, 0.0).to(backbone.device)
-        predictions, targets = predict_all(backbone, module, view, Inputs(workers))
-        correct.append((predictions == targets).double().mean().item())
-    return correct, (predictions, targets)
+def _uncalibrated(adapter: Adapter) -> Adapter:
+    """``adapter`` without the record of a calibration that its present head, fine-tuned since, does not have."""
+    return replace(adapter, training={key: item for key, item in adapter.training.items() if key != "calibration"})
 
 
 def _with_step(adapter: Adapter, step: dict[str, Any]) -> Adapter:
@@ -128,8 +94,8 @@ def _with_step(adapter: Adapter, step: dict[str, Any]) -> Adapter:
     return replace(adapter, training=training, created=utc_now())
 
 
-def _check(adapter: Adapter, job: ClosingJob) -> tuple[Recipe, str]:
-    """How to fine-tune, and the digest of the images that the adapter was trained on.
+def _fine_tune(adapter: Adapter, job: ClosingJob) -> Recipe:
+    """How to fine-tune.
 
     Raises:
         UsageError: the adapter has no open gates, or no record of its training.
@@ -138,19 +104,8 @@ def _check(adapter: Adapter, job: ClosingJob) -> tuple[Recipe, str]:
         raise UsageError(f"adapter {job.task!r} learns no gates (method {adapter.method}): there is nothing to close")
     if closed_gates(adapter.gamma).all():
         raise UsageError(f"all gates of adapter {job.task!r} are closed already")
-    try:
-        recipe = Recipe(**adapter.training["recipe"])
-        sha256 = adapter.training["data"]["sha256"]
-        card_text(adapter, "", inspect_adapter(adapter), "test")  # the new card needs all that the old one did
-    except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
-        raise UsageError(
-            f"adapter {job.task!r} does not tell how it was trained: train it with gpt-serve train"
-        ) from error
-    if recipe.final_fit:
-        raise UsageError(
-            f"{job.task!r} was trained on the validation images, which decide: train it with --no-final-fit"
-        )
+    recipe = recipe_of(adapter)
     epochs = max(LEAST_EPOCHS, math.ceil(recipe.epochs / 4)) if job.epochs is None else job.epochs
     lr = recipe.lr / 4 if job.lr is None else job.lr
     # The tolerance is of accuracy, so that is what an epoch must be good in, whatever it was while training.
-    return replace(recipe, epochs=epochs, warmup=0, lr=lr, min_lr=min(recipe.min_lr, lr), select="accuracy"), sha256
+    return replace(recipe, epochs=epochs, warmup=0, lr=lr, min_lr=min(recipe.min_lr, lr), select="accuracy")
