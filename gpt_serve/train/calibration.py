@@ -26,7 +26,12 @@ STEPS = 50  # of the optimizer; it needs about ten
 
 
 def calibrate(
-    backbone: Backbone, module: TaskModule, val: View | None, unseen: tuple[View, str], inputs: Inputs, known: float = 1.0
+    backbone: Backbone,
+    module: TaskModule,
+    val: View | None,
+    unseen: tuple[View, str],
+    inputs: Inputs,
+    known: float = 1.0,
 ) -> tuple[dict[str, Any], Answers]:
     """Divide the module's head by the temperature that suits the validation images, and answer for ``unseen``.
 

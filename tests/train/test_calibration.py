@@ -18,6 +18,7 @@ from gpt_serve.train.calibration import BINS, calibrate, calibration_error, fit_
 from gpt_serve.train.data.datasets import open_dataset
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import load_views, train_adapter
+from gpt_serve.train.inputs import Inputs
 from gpt_serve.train.job import Silent, TrainingJob
 from gpt_serve.train.loop import logits_of
 from gpt_serve.train.published import PublishedJob, calibrate_published, module_of
@@ -79,8 +80,8 @@ def test_training_calibrates_and_records_it(tiny: Backbone, colours: Path, tmp_p
     views = load_views(open_dataset(str(colours), 0), adapter.preprocess, job, Silent())
     assert views.test is not None and record["split"] == "test" and record["measured_on"] == len(views.test)
     module = module_of(tiny, adapter)
-    assert fit_temperature(*logits_of(tiny, module, views.val, 0)) == pytest.approx(1, rel=1e-3)
-    logits, targets = logits_of(tiny, module, views.test, 0)
+    assert fit_temperature(*logits_of(tiny, module, views.val, Inputs(0))) == pytest.approx(1, rel=1e-3)
+    logits, targets = logits_of(tiny, module, views.test, Inputs(0))
     confidences, predictions = logits.softmax(1).max(1)
     assert record["error_after"] == pytest.approx(calibration_error(confidences, predictions == targets), abs=1e-6)
     confidences = (logits * record["temperature"]).softmax(1).max(1).values
@@ -104,9 +105,9 @@ def test_calibration_keeps_the_order_of_answers(tiny: Backbone, colours: Path, t
     module = module_of(tiny, adapter)
     with torch.no_grad():
         module.head.weight.mul_(40)  # far too sure
-    before, _ = logits_of(tiny, module, views.val, 0)
-    calibrate(tiny, module, views.val, views.unseen, 0)
-    after, _ = logits_of(tiny, module, views.val, 0)
+    before, _ = logits_of(tiny, module, views.val, Inputs(0))
+    calibrate(tiny, module, views.val, views.unseen, Inputs(0))
+    after, _ = logits_of(tiny, module, views.val, Inputs(0))
     assert torch.equal(before.argsort(1), after.argsort(1))
 
 
