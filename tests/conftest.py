@@ -4,6 +4,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+# Commands and servers of the tests take the smaller backbone where they name none: before anything reads the default.
+os.environ["GPT_SERVE_BACKBONE"] = "mae-vit-tiny-32"
+
 import pytest
 import torch
 from filelock import FileLock

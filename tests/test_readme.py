@@ -11,6 +11,7 @@ import click
 import pytest
 
 from gpt_serve.cli.main import main
+from gpt_serve.model.catalog import SMALL
 from gpt_serve.serve.problems import STATUS
 from gpt_serve.train.data.datasets import open_dataset
 from tests.serve.harness import ServerProcess, serving
@@ -56,7 +57,7 @@ def test_the_table_of_errors_lists_every_status() -> None:
 
 @pytest.fixture(scope="module")
 def shipped_server() -> Iterator[ServerProcess]:
-    yield from serving(ROOT / "adapters")
+    yield from serving(ROOT / "adapters", backbone=SMALL.name)
 
 
 def answers() -> list[tuple[dict[str, str], dict[str, object]]]:

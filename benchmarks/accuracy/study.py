@@ -21,6 +21,8 @@ from typing import Any
 from plan import ABLATIONS, BY_NAME, FOLDERS, NMI, SEARCHED_ON, SEEDS, Ablation, Run, Variant, selects_by_loss
 from report import write_report
 
+from gpt_serve.model.catalog import TINY
+
 HERE = Path(__file__).parent
 RUNS = HERE / "runs"
 PHASES = ("search", "methods", "ablations", "nmi")
@@ -60,7 +62,15 @@ class Study:
         if path.exists():
             return
         RUNS.mkdir(exist_ok=True)
-        command = [str(Path(sys.executable).with_name("gpt-serve")), "train", "--json", "--workers", "0"]
+        command = [
+            str(Path(sys.executable).with_name("gpt-serve")),
+            "train",
+            "--json",
+            "--backbone",
+            TINY.name,
+            "--workers",
+            "0",
+        ]
         command += [
             *run.arguments,
             "--data",

@@ -15,7 +15,7 @@ import numpy as np
 
 from gpt_serve.bench.setting import temporary_store, untrained_adapter
 from gpt_serve.model.backbone import Backbone
-from gpt_serve.model.catalog import DEFAULT_BACKBONE
+from gpt_serve.model.catalog import TINY
 
 START_SECONDS = 180
 
@@ -26,14 +26,26 @@ def serving(*options: str, dear_prompts: int = 2048) -> Iterator["subprocess.Pop
 
     Its tasks are ``honest``, ``noisy-0`` and ``noisy-1`` with 8 prompts each, and ``dear`` with ``dear_prompts``.
     """
-    backbone = Backbone.load(DEFAULT_BACKBONE)
+    backbone = Backbone.load(TINY.name)
     with temporary_store(backbone) as store:
         for task in ("honest", "noisy-0", "noisy-1"):
             store.publish(untrained_adapter(backbone, task, prompts=8))
         store.publish(untrained_adapter(backbone, "dear", prompts=dear_prompts))
         log = store.root.parent / "server.log"
         code = "from gpt_serve.cli.main import main; main()"
-        command = [sys.executable, "-c", code, "serve", "--port", "0", "--adapters", str(store.root), *options]
+        command = [
+            sys.executable,
+            "-c",
+            code,
+            "serve",
+            "--backbone",
+            TINY.name,
+            "--port",
+            "0",
+            "--adapters",
+            str(store.root),
+            *options,
+        ]
         with open(log, "wb") as file:
             process = subprocess.Popen(command, stderr=file, env=os.environ)
         try:

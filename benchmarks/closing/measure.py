@@ -2,9 +2,9 @@
 
     python benchmarks/closing/measure.py --data ../shared/data
 
-Copies ``adapters/`` to ``--work`` and runs ``gpt-serve close-gates`` there, on ``DATA/flowers12``, ``DATA/caltech101``
-and the built-in digits; a step that is done is not repeated. Then times the forward pass before and after, in turns.
-Writes ``results.json`` and ``table.md`` beside this file.
+Copies ``adapters/mae-vit-tiny-32`` to ``--work`` and runs ``gpt-serve close-gates`` there, on ``DATA/flowers12``,
+``DATA/caltech101`` and the built-in digits; a step that is done is not repeated. Then times the forward pass before and
+after, in turns. Writes ``results.json`` and ``table.md`` beside this file.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from gpt_serve.model.catalog import TINY
 from gpt_serve.model.prompted import embed, prompted_features, remember
 
 HERE = Path(__file__).parent
-SHIPPED = HERE.parents[1] / "adapters"
+SHIPPED = HERE.parents[1] / "adapters" / TINY.name
 TASKS = {"flowers": "flowers12", "caltech101": "caltech101", "digits": None}
 BATCH = 32
 PROMPTS = (10, 100)  # as trained; as in the paper's recipe
@@ -43,7 +43,15 @@ def close(task: str, data: Path, work: Path) -> dict[str, Any]:
     if not result.exists():
         shutil.copytree(SHIPPED / task, work / "adapters" / task, dirs_exist_ok=True)
         folder = TASKS[task]
-        command = [str(Path(sys.executable).with_name("gpt-serve")), "close-gates", "--json", "--task", task]
+        command = [
+            str(Path(sys.executable).with_name("gpt-serve")),
+            "close-gates",
+            "--json",
+            "--backbone",
+            TINY.name,
+            "--task",
+            task,
+        ]
         command += ["--data", "digits" if folder is None else str(data / folder), "--device", "cpu"]
         command += ["--adapters", str(work / "adapters")]
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout

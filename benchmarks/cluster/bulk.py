@@ -48,7 +48,7 @@ def loop(engine: Engine, task: str, paths: list[Path]) -> None:
 def compare(task: str, paths: list[Path], folder: Path, rounds: int) -> list[float]:
     """Throughput of batch prediction by that of the loop, in rounds that take turns on other images each."""
     backbone = Backbone.load("mae-vit-tiny-32")
-    engine = Engine(backbone, AdapterStore("adapters"))
+    engine = Engine(backbone, AdapterStore("adapters/mae-vit-tiny-32"))
     loop(engine, task, paths[:ROUND])  # warm
     ratios = []
     for number in range(rounds):

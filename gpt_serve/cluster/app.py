@@ -62,7 +62,7 @@ def from_args(args: dict[str, Any]) -> Any:
 
 
 def to_args(config: ServeConfig, cluster: ClusterConfig) -> dict[str, Any]:
-    """What is not as it is by default, as plain values.
+    """What is not as it is by default, and the backbone, whose default may be another elsewhere, as plain values.
 
     Host and port are the proxy's; the key stays out of files: fronts take it from their environment.
     """
@@ -70,7 +70,7 @@ def to_args(config: ServeConfig, cluster: ClusterConfig) -> dict[str, Any]:
         field.name: getattr(config, field.name)
         for field in fields(config)
         if field.name not in ("host", "port", "api_key") and getattr(config, field.name) != field.default
-    }
+    } | {"backbone": config.backbone}
     plain = {name: str(value) if isinstance(value, Path) else value for name, value in changed.items()}
     return {"serve": plain, "cluster": asdict(cluster)}
 

@@ -1,5 +1,6 @@
 """The backbones that ship with the package, as plain data: reading this table loads neither torch nor weights."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -72,8 +73,8 @@ SMALL = Bundled(
 BUNDLED = {backbone.name: backbone for backbone in (TINY, SMALL)}
 """The bundled backbones by their names."""
 
-DEFAULT_BACKBONE = TINY.name
-"""What commands use when ``--backbone`` is not given."""
+DEFAULT_BACKBONE = os.environ.get("GPT_SERVE_BACKBONE") or SMALL.name
+"""What commands use when ``--backbone`` is not given: what the environment names, or the one for photographs."""
 
 
 def known_names() -> str:

@@ -160,8 +160,9 @@ def test_the_files_hold_the_application_and_not_the_key(tmp_path: Path) -> None:
     assert (restored.checkpoint, restored.keys, restored.deadline) == (Path("/w.pth"), Path("/k"), 9)
 
 
-def test_only_what_was_changed_is_written() -> None:
-    assert to_args(ServeConfig(), ClusterConfig())["serve"] == {}
+def test_only_what_was_changed_is_written_and_the_backbone() -> None:
+    """Whose default the environment may set, here and not where a replica runs."""
+    assert to_args(ServeConfig(), ClusterConfig())["serve"] == {"backbone": ServeConfig().backbone}
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from gpt_serve.model.backbone import Backbone
 from gpt_serve.specs import Pool
 from tests.conftest import Once
 
-ADAPTERS = Path(__file__).parents[2] / "adapters"
+ADAPTERS = Path(__file__).parents[2] / "adapters" / "mae-vit-tiny-32"
 
 
 class Exporter:
@@ -44,7 +44,7 @@ def exporter(once: Once) -> Exporter:
 
 
 def run_export(*args: str) -> Result:
-    """``gpt-serve export`` with the adapters that ship."""
+    """``gpt-serve export`` with the adapters that ship for the smaller backbone."""
     return CliRunner(catch_exceptions=False).invoke(
         main, ["export", "--adapters", str(ADAPTERS), *args], prog_name="gpt-serve"
     )

@@ -105,7 +105,7 @@ def test_single_graph_answers_as_predict_does(flowers_graph: Path, bundled: Back
     assert (done.returncode, done.stderr) == (0, "")
     value = json.loads(done.stdout)
     assert set(value) == {"task", "images"} and value["task"] == "flowers"
-    results = Engine(bundled, AdapterStore(ROOT / "adapters")).predict(
+    results = Engine(bundled, AdapterStore(ROOT / "adapters" / "mae-vit-tiny-32")).predict(
         [("flowers", path.read_bytes()) for path in paths]
     )
     for path, shown, expected in zip(paths, value["images"], results, strict=True):
@@ -122,7 +122,7 @@ def test_multi_graph_answers_mixed_batches_as_the_engine_does(shipped_graph: Pat
     cover = int(side / bundled.spec.preprocess.crop_pct)  # so that nothing is scaled, which Pillow rounds differently
     jobs = [(TASKS[number % 3], photo(cover, cover, number)) for number in range(run.BATCH + 4)]
     found = model.predict([image for _, image in jobs], [task for task, _ in jobs])
-    results = Engine(bundled, AdapterStore(ROOT / "adapters")).predict(jobs)
+    results = Engine(bundled, AdapterStore(ROOT / "adapters" / "mae-vit-tiny-32")).predict(jobs)
     for answer, expected in zip(found, results, strict=True):
         assert (answer.task.name, answer.task.revision) == (expected.task, expected.revision)
         torch.testing.assert_close(

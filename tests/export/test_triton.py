@@ -78,7 +78,7 @@ def config() -> Message:
 
 @pytest.fixture(scope="module")
 def adapter() -> Adapter:
-    return AdapterStore(ROOT / "adapters").load("flowers").adapter
+    return AdapterStore(ROOT / "adapters" / "mae-vit-tiny-32").load("flowers").adapter
 
 
 def labels(config: Message) -> list[str]:

@@ -1,5 +1,6 @@
 """Frozen Vision Transformers: which ones, their fingerprints, sizes and preprocessing."""
 
+import runpy
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from gpt_serve.errors import BackboneError, BackboneMismatch, UnsupportedBackbone
+from gpt_serve.model import catalog
 from gpt_serve.model.backbone import Backbone, fingerprint
 from gpt_serve.model.batch import AdapterBatch
 from gpt_serve.model.catalog import BUNDLED, SMALL, TINY
@@ -138,6 +140,15 @@ def test_fingerprint_is_of_the_float32_values() -> None:
 
 
 # Frozen
+
+
+@pytest.mark.parametrize(("named", "expected"), [(None, SMALL.name), ("", SMALL.name), ("vit_x", "vit_x")])
+def test_the_backbone_that_commands_take(monkeypatch: pytest.MonkeyPatch, named: str | None, expected: str) -> None:
+    if named is None:
+        monkeypatch.delenv("GPT_SERVE_BACKBONE", raising=False)
+    else:
+        monkeypatch.setenv("GPT_SERVE_BACKBONE", named)
+    assert runpy.run_path(catalog.__file__)["DEFAULT_BACKBONE"] == expected
 
 
 @pytest.mark.parametrize("name", [TINY.name, "vit_tiny_patch16_224"])

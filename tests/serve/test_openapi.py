@@ -27,7 +27,7 @@ def key_and_path(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
 @pytest.fixture(scope="module", params=["open", "with keys"])
 def server(request: pytest.FixtureRequest, key_and_path: tuple[str, Path]) -> Iterator[ServerProcess]:
     options = {"keys": str(key_and_path[1])} if request.param == "with keys" else {}
-    yield from serving(ROOT / "adapters", engine="torch", **options)
+    yield from serving(ROOT / "adapters" / "mae-vit-tiny-32", engine="torch", **options)
 
 
 @pytest.fixture(scope="module")

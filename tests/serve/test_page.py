@@ -29,7 +29,7 @@ MASK = (
 @pytest.fixture(scope="module")
 def server() -> Iterator[ServerProcess]:
     """A server of the shipped tasks."""
-    yield from serving(ROOT / "adapters", engine="torch")
+    yield from serving(ROOT / "adapters" / "mae-vit-tiny-32", engine="torch")
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +249,7 @@ def test_thousands_of_tasks_are_found_by_name(page: Any) -> None:
 def test_a_server_that_wants_a_key_gets_it(browser: Any, digit: Path, tmp_path: Path) -> None:
     """The key opens one task, and so not the metrics."""
     key, _ = add_key(tmp_path / "keys.json", "acme", tasks=("digits",))
-    for guarded in serving(ROOT / "adapters", engine="torch", keys=str(tmp_path / "keys.json")):
+    for guarded in serving(ROOT / "adapters" / "mae-vit-tiny-32", engine="torch", keys=str(tmp_path / "keys.json")):
         page = browser.new_page()
         page.goto(guarded.url + "/")
         page.get_by_text("401 Unauthorized").wait_for()
