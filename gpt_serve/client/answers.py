@@ -43,20 +43,26 @@ class Answer:
 
 def answer_of(response: httpx.Response) -> Answer:
     """The answer that a successful response holds. Raises `ServerError` when it holds none."""
-    content = object_of(response)
     try:
-        predictions = tuple(Label(item["label"], item["probability"]) for item in content.get("predictions", ()))
-        return Answer(content["task"], content["revision"], predictions, content)
+        return _answer(object_of(response))
     except (KeyError, TypeError):
+        raise _not_ours(response) from None
+
+
+def answers_of(response: httpx.Response, count: int) -> list[Answer | GPTServeError]:
+    """The ``count`` answers, or errors, that a successful response lists. Raises `ServerError` when it does not."""
+    content = _json(response)
+    if not isinstance(content, list) or len(content) != count:
+        raise _not_ours(response)
+    try:
+        return [_error(item, item["status"]) if "detail" in item else _answer(item) for item in content]
+    except (AttributeError, KeyError, TypeError):
         raise _not_ours(response) from None
 
 
 def object_of(response: httpx.Response) -> dict[str, Any]:
     """The JSON object that a successful response holds. Raises `ServerError` when it holds none."""
-    try:
-        content = response.json()
-    except ValueError:
-        raise _not_ours(response) from None
+    content = _json(response)
     if not isinstance(content, dict):
         raise _not_ours(response)
     return content
@@ -65,16 +71,32 @@ def object_of(response: httpx.Response) -> dict[str, Any]:
 def error_of(response: httpx.Response) -> GPTServeError:
     """The error that an unsuccessful response stands for."""
     try:
-        problem = response.json()
-        kind, detail = str(problem.get("type", "")), str(problem["detail"])
+        return _error(response.json(), response.status_code)
     except (AttributeError, KeyError, ValueError):
         return ServerError(f"{response.request.url} answered {response.status_code} {response.reason_phrase}")
+
+
+def _answer(content: dict[str, Any]) -> Answer:
+    predictions = tuple(Label(item["label"], item["probability"]) for item in content.get("predictions", ()))
+    return Answer(content["task"], content["revision"], predictions, content)
+
+
+def _error(problem: dict[str, Any], status: int) -> GPTServeError:
+    """The error behind a problem (RFC 9457)."""
+    kind, detail = str(problem.get("type", "")), str(problem["detail"])
     if kind.startswith(_PROBLEM):
         words = kind.removeprefix(_PROBLEM).split("-")
         return revive("".join(word.capitalize() for word in words), detail)
-    if response.status_code == 401:
+    if status == 401:
         return InvalidKey(detail)
-    return InvalidRequest(detail) if response.status_code < 500 else ServerError(detail)
+    return InvalidRequest(detail) if status < 500 else ServerError(detail)
+
+
+def _json(response: httpx.Response) -> Any:
+    try:
+        return response.json()
+    except ValueError:
+        raise _not_ours(response) from None
 
 
 def _not_ours(response: httpx.Response) -> ServerError:

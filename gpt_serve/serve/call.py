@@ -132,7 +132,7 @@ class Call:
         jobs: list[asyncio.Future[Answer]] = []
         try:
             for task, image in asked:
-                jobs.append(self._ask(Item(task, image, top_k, self.expires)))
+                jobs.append(self._ask(Item(task, image, top_k, self.expires, self.record.tenant)))
             await self._finished(jobs)
             outcomes = [self._outcome(job) for job in jobs]
         finally:

@@ -7,7 +7,7 @@ from gpt_serve.errors import GPTServeError, NotReady, Overloaded
 from gpt_serve.serve.messages import Answer, Asks, Item
 from gpt_serve.serve.state import ServerState, Slot
 
-DISPLACED = "the place in the queue went to a task with fewer images waiting"
+DISPLACED = "the place in the queue went to a task with fewer images waiting, or of a tenant with fewer"
 
 
 class Gate:
@@ -30,7 +30,7 @@ class Gate:
         """
         outer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         try:
-            slot = self.state.admit(item.task, partial(self._displace, outer))
+            slot = self.state.admit((item.tenant, item.task), partial(self._displace, outer))
         except (NotReady, Overloaded) as error:
             return failed(error)
         try:

@@ -156,7 +156,7 @@ class PredictAPI(LitAPI):
 
     def predict(self, x: Item, **_: Any) -> "Future[Prediction]":
         """The future that will hold the prediction for ``x``, or its error."""
-        return self.scheduler.submit(x.task, x.image, x.expires)
+        return self.scheduler.submit(x.task, x.image, x.expires, x.tenant)
 
     def abandon(self, output: "Future[Prediction] | None") -> None:
         """Nobody waits any more for ``output``, which is None if it was answered already."""

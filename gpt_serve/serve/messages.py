@@ -33,12 +33,14 @@ class Item:
         image: the bytes of the image file, as they came.
         top_k: how many labels the answer lists at most.
         expires: ``time.monotonic()`` from which on nobody waits for the answer.
+        tenant: who asks; empty where nobody needs a key. Tenants take turns, and so do the tasks of each.
     """
 
     task: str
     image: bytes
     top_k: int
     expires: float
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True)

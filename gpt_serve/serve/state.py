@@ -1,7 +1,7 @@
 """What the routes know of the life of the server behind them. Only the event loop touches it, so it needs no lock."""
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -9,6 +9,7 @@ from typing import Literal
 from gpt_serve.errors import GPTServeError, NotReady, Overloaded
 from gpt_serve.specs import BackboneSpec
 
+Owner = tuple[str, str]
 Phase = Literal["loading", "ready", "restarting"]
 
 _WAITING = {
@@ -26,11 +27,11 @@ class Slot:
     """The place of one image among those that the engine has or waits for; `ServerState.release` gives it back.
 
     Attributes:
-        owner: whose it is: a task's name.
+        owner: whose it is: a tenant, which is empty where nobody needs a key, and its task.
         displaced: called when the slot goes to somebody with fewer of them.
     """
 
-    owner: str
+    owner: Owner
     displaced: Callable[[], None]
 
 
@@ -55,7 +56,7 @@ class ServerState:
     store_fault: str = ""
     draining: bool = False
     fatal: GPTServeError | None = None
-    _slots: dict[str, dict[Slot, None]] = field(default_factory=dict)  # by owner, the oldest first
+    _slots: dict[Owner, dict[Slot, None]] = field(default_factory=dict)  # by owner, the oldest first
     _admitted: int = 0
     # When slots were given back since more than half of them are taken, after the time from which that is so.
     _released: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
@@ -74,11 +75,12 @@ class ServerState:
         if self.store_fault:
             raise NotReady(self.store_fault)
 
-    def admit(self, owner: str, displaced: Callable[[], None]) -> Slot:
+    def admit(self, owner: Owner, displaced: Callable[[], None]) -> Slot:
         """Take a slot for ``owner``.
 
-        When all are taken, whoever has most of them gives the newest of those up, if that leaves it no worse off than
-        ``owner``: however many others are noisy, and however they share, a quiet one finds its place.
+        When all are taken, the tenant with most of them gives one up, the newest of the task that has most, if that
+        leaves it no worse off than ``owner``; so do the tasks of one tenant among each other. However many others are
+        noisy, and however they share, a quiet one finds its place.
 
         Raises:
             NotReady: nothing is admitted now.
@@ -123,9 +125,16 @@ class ServerState:
         if not slots:
             del self._slots[slot.owner]
 
-    def _displace(self, owner: str) -> None:
-        most = max(self._slots, key=lambda other: len(self._slots[other]))
-        if len(self._slots[most]) <= len(self._slots.get(owner, {})) + 1:
+    def _displace(self, owner: Owner) -> None:
+        tenants: Counter[str] = Counter()
+        for (tenant, _), slots in self._slots.items():
+            tenants[tenant] += len(slots)
+        largest, count = tenants.most_common(1)[0]
+        if count <= tenants[owner[0]] + 1:  # then only its own tasks can make room
+            largest = owner[0]
+        tasks = {other: len(slots) for other, slots in self._slots.items() if other[0] == largest}
+        most = max(tasks, key=lambda other: tasks[other], default=owner)
+        if largest == owner[0] and tasks.get(most, 0) <= tasks.get(owner, 0) + 1:
             raise self.overloaded(f"{self.limit} images are already waiting")
         slot = next(reversed(self._slots[most]))
         self._remove(slot)

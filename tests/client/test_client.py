@@ -1,6 +1,7 @@
 """The Python client, both forms of it: against a server that says what it is told to, and against the real one."""
 
 import asyncio
+import base64
 import json
 import subprocess
 import sys
@@ -135,6 +136,24 @@ def test_the_question_is_a_form(make: Any, scripted: Scripted, tmp_path: Path) -
     assert (path, headers["x-api-key"]) == ("/below/predict", "secret")
     assert b"from a file" in body and b'name="top_k"\r\n\r\n2\r\n' in body and b'name="task"\r\n\r\nbirds\r\n' in body
     assert b"from a file" in other and b"top_k" not in other
+
+
+def test_several_images_get_an_answer_or_an_error_each(make: Any, scripted: Scripted, tmp_path: Path) -> None:
+    (tmp_path / "image.png").write_bytes(b"from a file")
+    problem = {"type": "urn:gpt-serve:problem:undecodable-image", "title": "", "status": 422, "detail": "damaged"}
+    scripted.say((200, {}, [ANSWER, problem, ANSWER]))
+    with make(scripted.url) as client:
+        first, second, third = client.predict_batch("birds", [b"1", tmp_path / "image.png", b"3"], top_k=2)
+        assert first == third == Answer("birds", "0123456789ab", (Label("wren", 0.75),), ANSWER)
+        assert isinstance(second, errors.UndecodableImage) and str(second) == "damaged"
+        with pytest.raises(errors.ServerError, match="does not answer as GPT-Serve does"):
+            client.predict_batch("birds", [b"1"])
+        for nothing in ([], b"image", "image.png"):
+            with pytest.raises(errors.UsageError, match="a list of one image or more"):
+                client.predict_batch("birds", nothing)
+    asked = json.loads(scripted.asked[0][3])
+    assert (asked["task"], asked["top_k"]) == ("birds", 2)
+    assert [base64.b64decode(image) for image in asked["image"]] == [b"1", b"from a file", b"3"]
 
 
 def test_the_key_may_come_from_the_environment(make: Any, scripted: Scripted, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,6 +300,9 @@ def test_the_real_server_answers(make: Any, server: ServerProcess) -> None:
             client.predict("cars", image)
         with pytest.raises(errors.UnsupportedImage):
             client.predict("birds", b"no image")
+        assert client.predict_batch("birds", [image], top_k=1)[0].best == answer.best
+        kinds = [type(one) for one in client.predict_batch("birds", [b"no image", image])]
+        assert kinds == [errors.UnsupportedImage, Answer]
     with make(server.url, key="wrong") as client, pytest.raises(errors.InvalidKey):
         client.tasks()
 

@@ -5,11 +5,11 @@ import torch
 
 from gpt_serve.engine.engine import Row
 from gpt_serve.engine.scheduler.jobs import FairQueue, Job, Shares
-from gpt_serve.engine.scheduler.pace import MOST_SECONDS, Load, Pace, decode_seconds
+from gpt_serve.engine.scheduler.pace import FEW_ROWS, MOST_SECONDS, SHORT_SECONDS, Load, Pace, decode_seconds
 
 
-def job(task: str, work: float = 0.0) -> Job:
-    made = Job(None, task, b"", 0.0)  # type: ignore[arg-type]
+def job(task: str, work: float = 0.0, tenant: str = "") -> Job:
+    made = Job(None, task, b"", 0.0, tenant)  # type: ignore[arg-type]
     made.work = work
     return made
 
@@ -65,21 +65,41 @@ def test_what_was_estimated_wrong_is_charged_in_the_end() -> None:
     for task in ("dear", "cheap") * 5:
         queue.push(job(task, 0.01))
     queue.pop()
-    shares.charge("dear", 0.03)
+    shares.charge(("", "dear"), 0.03)
     assert order(queue, 5) == ["cheap", "cheap", "cheap", "cheap", "dear"]
+
+
+def test_tenants_take_turns_and_so_do_the_tasks_of_each() -> None:
+    """Neither many requests nor many tasks give a tenant more turns, and a tenant's noisy task takes its own turns."""
+    queue = FairQueue()
+    for number in range(12):
+        queue.push(job(f"task-{number % 3}", 1.0, "noisy"))
+    for _ in range(4):
+        queue.push(job("task-0", 1.0, "quiet"))
+        queue.push(job("task-1", 1.0, "quiet"))
+    turns = [queue.pop()[0].owner for _ in range(8)]
+    assert [tenant for tenant, _ in turns].count("quiet") == 4
+    assert [task for tenant, task in turns if tenant == "quiet"] == ["task-0", "task-1"] * 2
+    assert {task for tenant, task in turns if tenant == "noisy"} == {"task-0", "task-1", "task-2"}
 
 
 def test_a_pass_holds_what_ends_in_time() -> None:
     pace = Pace()
     assert pace.fits(load(1.0)) and pace.fits(load(1.0, 1.0)), "of what is not known, a few"
     assert not pace.fits(load(1.0, 1.0, 1.0))
-    pace.learn(load(1.0, 1.0), 0.02)
-    assert pace.row_seconds == pytest.approx(0.01)
-    assert pace.fits(load(*[1.0] * 100)) and not pace.fits(load(*[1.0] * 101)) and MOST_SECONDS == 1
+    pace.learn(load(1.0, 1.0), 0.002)
+    assert pace.row_seconds == pytest.approx(0.001)
+    assert pace.fits(load(*[1.0] * 50)) and not pace.fits(load(*[1.0] * 51)) and SHORT_SECONDS == 0.05
     assert not pace.fits(load(1.0, 1.0, 1000.0)), "one of another kind makes it another pass"
     pace.learn(load(1000.0), 1.5)
-    assert not pace.fits(load(1000.0, 1000.0))
-    assert pace.row(1.0) == pytest.approx(0.01) and pace.row(1000.0) == pytest.approx(1.5)
+    assert not pace.fits(load(1000.0, 1000.0)) and MOST_SECONDS == 1
+    assert pace.row(1.0) == pytest.approx(0.001) and pace.row(1000.0) == pytest.approx(1.5)
+
+
+def test_slow_rows_make_batches_too_but_small_ones() -> None:
+    pace = Pace()
+    pace.learn(load(1.0), 0.2)
+    assert pace.fits(load(*[1.0] * FEW_ROWS)) and not pace.fits(load(*[1.0] * (FEW_ROWS + 1)))
 
 
 def test_a_speed_that_no_longer_holds_is_forgotten() -> None:
@@ -115,6 +135,6 @@ def test_rows_of_one_image_share_what_their_tasks_do() -> None:
 def test_sharing_does_not_make_passes_seem_fast() -> None:
     """A pass over a hundred probes of one image says what one image takes, not what a hundredth of it does."""
     pace, image = Pace(), torch.zeros(1)
-    pace.learn(Load([row(1.0, 1.0, image) for _ in range(100)]), 0.02)
-    assert pace.row(1.0) == pytest.approx(0.02) and pace.row_seconds == pytest.approx(0.02)
-    assert pace.fits(load(*[1.0] * 50)) and not pace.fits(load(*[1.0] * 51))
+    pace.learn(Load([row(1.0, 1.0, image) for _ in range(100)]), 0.002)
+    assert pace.row(1.0) == pytest.approx(0.002) and pace.row_seconds == pytest.approx(0.002)
+    assert pace.fits(load(*[1.0] * 25)) and not pace.fits(load(*[1.0] * 26))

@@ -65,7 +65,7 @@ class StubScheduler:
         with suppress(InvalidStateError):
             future.set_exception(DeadlineExceeded("nobody waits"))
 
-    def submit(self, task: str, image: bytes, expires: float) -> "Future[Answered]":
+    def submit(self, task: str, image: bytes, expires: float, tenant: str) -> "Future[Answered]":
         future: Future[Answered] = Future()
         Thread(target=self._answer, args=(task, future), daemon=True).start()
         return future

@@ -17,12 +17,12 @@ def ready(limit: int) -> ServerState:
     return ServerState(limit, phase="ready")
 
 
-def take(state: ServerState, task: str, count: int, displaced: list[str] | None = None) -> list[Slot]:
-    """The slots of those of ``count`` images for ``task`` that are taken on."""
-    taken = []
+def take(state: ServerState, task: str, count: int, displaced: list[str] | None = None, tenant: str = "") -> list[Slot]:
+    """The slots of those of ``count`` images for ``task`` that are taken on; ``displaced`` gets who loses one."""
+    taken, name = [], f"{tenant}/{task}" if tenant else task
     for _ in range(count):
         with suppress(Overloaded):
-            taken.append(state.admit(task, lambda: None if displaced is None else displaced.append(task)))
+            taken.append(state.admit((tenant, task), lambda: None if displaced is None else displaced.append(name)))
     return taken
 
 
@@ -31,7 +31,7 @@ def test_one_task_may_have_all_slots_while_nobody_else_wants_any() -> None:
     flood = take(state, "flood", 20)
     assert len(flood) == 8 == state.admitted
     with pytest.raises(Overloaded, match="^8 images are already waiting"):
-        state.admit("flood", lambda: None)
+        state.admit(("", "flood"), lambda: None)
     for slot in flood:
         state.release(slot)
     assert state.admitted == 0 and len(take(state, "flood", 9)) == 8
@@ -57,6 +57,27 @@ def test_shares_even_out_and_nobody_displaces_an_equal() -> None:
     assert state.admitted == 16
 
 
+def test_a_tenant_with_many_tasks_gets_no_more_than_one_with_one() -> None:
+    state, displaced = ready(16), list[str]()
+    for number in range(8):
+        take(state, f"task-{number}", 2, displaced, "many")
+    assert len(take(state, "task-0", 40, displaced, "one")) == 8
+    assert len(displaced) == 8 and all(name.startswith("many/") for name in displaced)
+
+
+def test_a_quiet_tenant_finds_its_place_in_a_task_that_another_floods() -> None:
+    state, displaced = ready(16), list[str]()
+    take(state, "shared", 40, displaced, "noisy")
+    assert len(take(state, "shared", 1, displaced, "quiet")) == 1 and displaced == ["noisy/shared"]
+
+
+def test_within_a_tenant_tasks_even_out() -> None:
+    state, displaced = ready(16), list[str]()
+    take(state, "a", 8, displaced, "other")
+    take(state, "noisy", 8, displaced, "own")
+    assert len(take(state, "quiet", 8, displaced, "own")) == 4 and displaced == ["own/noisy"] * 4
+
+
 def test_a_displaced_slot_is_given_back_only_once() -> None:
     state = ready(2)
     slots = take(state, "one", 2)
@@ -75,18 +96,18 @@ def test_who_is_turned_away_is_told_when_the_queue_will_be_gone(
     now = 1000.0
     monkeypatch.setattr("gpt_serve.serve.state.time.monotonic", lambda: now)
     state = ready(8)
-    state.release(state.admit("a", lambda: None))
+    state.release(state.admit(("", "a"), lambda: None))
     now += 3600
     taken = take(state, "a", 8)
     with pytest.raises(Overloaded) as refused:
-        state.admit("a", lambda: None)
+        state.admit(("", "a"), lambda: None)
     assert refused.value.seconds == 1, "nothing is known yet"
     for _ in range(20):
         now += each
         state.release(taken.pop(0))
         taken += take(state, "a", 1)
     with pytest.raises(Overloaded) as refused:
-        state.admit("a", lambda: None)
+        state.admit(("", "a"), lambda: None)
     assert refused.value.seconds == pytest.approx(retry_after)
 
 
@@ -94,7 +115,7 @@ def test_nothing_is_admitted_while_draining() -> None:
     state = ready(8)
     state.draining = True
     with pytest.raises(NotReady):
-        state.admit("a", lambda: None)
+        state.admit(("", "a"), lambda: None)
 
 
 def sample(metrics: Metrics, name: str) -> float:

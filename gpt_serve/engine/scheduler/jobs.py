@@ -13,6 +13,8 @@ from gpt_serve.errors import DeadlineExceeded, GPTServeError, NotReady
 
 logger = logging.getLogger("gpt_serve.engine")
 
+Owner = tuple[str, str]
+"""Whose a job is: a tenant, which is empty where nobody needs a key, and a task."""
 Result = Prediction | GPTServeError
 OnError = Callable[[Exception], None]
 
@@ -37,6 +39,7 @@ class Job:
     """A request. Exactly one queue or thread has it at a time, and finishes it or hands it on.
 
     Attributes:
+        owner: whose turn it takes.
         expires: ``time.monotonic()`` from which on nobody waits for the answer.
         work: an estimate of the seconds that its next step takes, for `FairQueue`.
         resident: pinned for this request; None before and after.
@@ -45,9 +48,10 @@ class Job:
         computing: seconds that its pass took.
     """
 
-    def __init__(self, bank: AdapterBank, task: str, image: bytes, expires: float) -> None:
+    def __init__(self, bank: AdapterBank, task: str, image: bytes, expires: float, tenant: str = "") -> None:
         self.bank = bank
         self.task = task
+        self.owner: Owner = tenant, task
         self.image = image
         self.expires = expires
         self.submitted = time.monotonic()
@@ -91,33 +95,62 @@ class Pending(Future[Prediction]):
         self.seconds: dict[str, float] = {}
 
 
-class Shares:
-    """How many seconds of work each task has had. Not safe to share without a lock.
+class _Level:
+    """How many seconds of work each of several names has had.
 
-    A task's share counts from where those that are served now stand: who was idle has no claim to make up for it.
+    A share counts from where those that are served now stand: who was idle has no claim to make up for it.
     """
 
     def __init__(self) -> None:
         self._had: dict[str, float] = {}
         self._now = 0.0
 
-    def had(self, task: str) -> float:
-        """The seconds of ``task``; less means that it is its turn."""
-        return max(self._now, self._had.get(task, 0.0))
+    def had(self, name: str) -> float:
+        return max(self._now, self._had.get(name, 0.0))
 
-    def charge(self, task: str, seconds: float) -> None:
-        """Add to what ``task`` has had; less than 0 gives back what was estimated too high."""
-        self._had[task] = self.had(task) + seconds
+    def charge(self, name: str, seconds: float) -> None:
+        self._had[name] = self.had(name) + seconds
 
-    def turn(self, task: str) -> None:
-        """It is the turn of ``task``, which has had the least of all that wait."""
-        self._now = self.had(task)
+    def turn(self, name: str) -> None:
+        self._now = self.had(name)
         if len(self._had) > _MOST_SHARES:
-            self._had = {task: had for task, had in self._had.items() if had > self._now}
+            self._had = {name: had for name, had in self._had.items() if had > self._now}
+
+
+class Shares:
+    """How many seconds of work each tenant has had, and of these each of its tasks.
+
+    Not safe to share without a lock.
+    """
+
+    def __init__(self) -> None:
+        self._tenants = _Level()
+        self._tasks: dict[str, _Level] = {}
+
+    def had(self, owner: Owner) -> tuple[float, float]:
+        """The seconds of the tenant, and of its task; less means that it is its turn."""
+        tenant, task = owner
+        return self._tenants.had(tenant), self._of(tenant).had(task)
+
+    def charge(self, owner: Owner, seconds: float) -> None:
+        """Add to what ``owner`` has had; less than 0 gives back what was estimated too high."""
+        tenant, task = owner
+        self._tenants.charge(tenant, seconds)
+        self._of(tenant).charge(task, seconds)
+
+    def turn(self, owner: Owner) -> None:
+        """It is the turn of ``owner``, which has had the least of all that wait."""
+        tenant, task = owner
+        self._tenants.turn(tenant)
+        self._of(tenant).turn(task)
+
+    def _of(self, tenant: str) -> _Level:
+        return self._tasks.setdefault(tenant, _Level())
 
 
 class FairQueue:
-    """First in, first out within a task; of the tasks, the one that has had the least work is next.
+    """First in, first out for each task of a tenant; the tenant that has had the least work is next, with that of its
+    tasks that has.
 
     Not safe to share without a lock.
 
@@ -127,38 +160,38 @@ class FairQueue:
 
     def __init__(self, shares: Shares | None = None) -> None:
         self._shares = shares or Shares()
-        self._tasks: OrderedDict[str, deque[Job]] = OrderedDict()
+        self._owners: OrderedDict[Owner, deque[Job]] = OrderedDict()
         self._size = 0
 
     def __len__(self) -> int:
         return self._size
 
     def push(self, job: Job) -> None:
-        """Behind the others of its task."""
-        self._tasks.setdefault(job.task, deque()).append(job)
+        """Behind the others of its owner."""
+        self._owners.setdefault(job.owner, deque()).append(job)
         self._size += 1
 
     def peek(self) -> Job | None:
         """The job that is next."""
-        return self._tasks[self._next()][0] if self._tasks else None
+        return self._owners[self._next()][0] if self._owners else None
 
     def pop(self, most: int = 1) -> list[Job]:
-        """Up to ``most`` jobs in turn, each charged to its task."""
+        """Up to ``most`` jobs in turn, each charged to its owner."""
         popped: list[Job] = []
-        while self._tasks and len(popped) < most:
-            task = self._next()
-            jobs = self._tasks[task]
+        while self._owners and len(popped) < most:
+            owner = self._next()
+            jobs = self._owners[owner]
             popped.append(jobs.popleft())
-            self._shares.turn(task)
-            self._shares.charge(task, max(popped[-1].work, _LEAST_WORK))
-            self._tasks.move_to_end(task)
+            self._shares.turn(owner)
+            self._shares.charge(owner, max(popped[-1].work, _LEAST_WORK))
+            self._owners.move_to_end(owner)
             if not jobs:
-                del self._tasks[task]
+                del self._owners[owner]
         self._size -= len(popped)
         return popped
 
-    def _next(self) -> str:
-        return min(self._tasks, key=self._shares.had)
+    def _next(self) -> Owner:
+        return min(self._owners, key=self._shares.had)
 
 
 def guarded(on_error: OnError) -> OnError:

@@ -6,8 +6,12 @@ from dataclasses import dataclass
 
 from gpt_serve.engine.engine import Row
 
-MOST_SECONDS = 1.0
-"""A pass holds no more rows than are expected to take so long; a single row may take longer."""
+SHORT_SECONDS, FEW_ROWS, MOST_SECONDS = 0.05, 4, 1.0
+"""A pass holds rows that are expected to take a short time together, or else a few rows, but none that take too long.
+
+Whoever comes meanwhile waits for its end. On a fast device a short time is enough for large batches; on a slow one more
+rows gain little: of ViT-S on a CPU, 8 rows take 0.73 of the time of 8 passes. A single row may take as long as it does.
+"""
 _UNKNOWN = 2  # rows in the first pass over rows of a worth that has not been measured
 _FORGET = 1.05  # a measured speed counts for less with each pass, so that one that no longer holds is replaced
 _PIXEL, _BYTE = 3e-8, 1e-8  # seconds of decoding: WebP's, which lies between JPEG's third of it and PNG's triple
@@ -100,7 +104,9 @@ class Pace:
     def fits(self, load: Load) -> bool:
         """Whether a pass over these rows ends soon enough; of rows not measured yet, a few do."""
         unit = self._seconds.get(_magnitude(load.largest))
-        return load.computed <= _UNKNOWN if unit is None else load.work * unit <= MOST_SECONDS
+        if unit is None:
+            return load.computed <= _UNKNOWN
+        return load.work * unit <= min(MOST_SECONDS, max(SHORT_SECONDS, FEW_ROWS * load.largest * unit))
 
     def row(self, work: float) -> float:
         """Seconds that a row worth ``work`` takes beside others like it."""

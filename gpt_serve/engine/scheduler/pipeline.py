@@ -83,13 +83,14 @@ class Scheduler:
         self._admission = Admission(engine.bank, self._pinned, self.on_error)
         self._threads = self._start()
 
-    def submit(self, task: str, image: bytes, expires: float) -> "Future[Prediction]":
+    def submit(self, task: str, image: bytes, expires: float, tenant: str = "") -> "Future[Prediction]":
         """Answer ``image`` with ``task``'s adapter as it is now. Returns at once.
 
         Args:
             task: its name.
             image: the bytes of an image file. Nothing else that `Engine.predict` takes: they tell what decoding costs.
             expires: ``time.monotonic()`` from which on nobody waits for the answer.
+            tenant: who asks. Tenants take turns, and so do the tasks of each.
 
         Returns:
             What will hold the prediction, or raise the request's `GPTServeError`. It cannot be cancelled, but see
@@ -100,7 +101,7 @@ class Scheduler:
         """
         if not isinstance(image, bytes):
             raise UsageError(f"a scheduler takes the bytes of an image file, not {type(image).__name__}")
-        job = Job(self.engine.bank, task, image, expires)
+        job = Job(self.engine.bank, task, image, expires, tenant)
         self._admission.admit(job)
         return job.future
 
@@ -177,7 +178,7 @@ class Scheduler:
             leader.decoding = time.monotonic() - self._decoding.pop(leader)
             lost = self._closed
             for job, result in results:
-                self._shares.charge(job.task, job.decoding - job.work)
+                self._shares.charge(job.owner, job.decoding - job.work)
                 if isinstance(result, Row) and not lost:
                     self._push_ready(job, result)
             self._to_compute.notify()
@@ -213,7 +214,7 @@ class Scheduler:
         small, large = self._small.peek(), self._large.peek()
         if large is None or not self._room_for_large():
             return self._small if small is not None else None
-        if small is None or self._shares.had(large.task) < self._shares.had(small.task):
+        if small is None or self._shares.had(large.owner) < self._shares.had(small.owner):
             return self._large
         return self._small
 
@@ -276,7 +277,7 @@ class Scheduler:
             self._pace.learn(load, seconds)
         for job in jobs:
             share = load.share(job.row) if job in live and job.row is not None else 0.0
-            self._shares.charge(job.task, seconds * share - job.work)
+            self._shares.charge(job.owner, seconds * share - job.work)
 
     def _next_batch(self) -> list[Job] | None:
         """One or more rows, once it is time for them."""
