@@ -8,10 +8,11 @@ import time
 
 import click
 
-from benchmarks.attacks.attacks import ATTACKS
+from benchmarks.attacks.attacks import ATTACKS, ask_each
 from benchmarks.attacks.honest import Client, attacked, port_of, serving
 from gpt_serve.bench.setting import photo
 
+MANY, SERIES = 10_000, 1000  # tasks, and how many of them have series of their own in the metrics
 Process = "subprocess.Popen[bytes]"
 
 
@@ -19,13 +20,17 @@ Process = "subprocess.Popen[bytes]"
 @click.argument("names", nargs=-1, type=click.Choice(list(ATTACKS)))
 @click.option("--seconds", type=click.FloatRange(1, 60), default=6.0, show_default=True, help="Of each measurement.")
 @click.option("--rounds", type=click.IntRange(1, 10), default=2, show_default=True, help="Before and during, in turns.")
+@click.option("--http-workers", type=click.IntRange(1, 8), default=1, show_default=True, help="Of the server.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON lines.")
-def main(names: tuple[str, ...], seconds: float, rounds: int, as_json: bool) -> None:
+def main(names: tuple[str, ...], seconds: float, rounds: int, http_workers: int, as_json: bool) -> None:
     """Attack a server of its own, NAMES or all."""
-    with serving() as server:
+    options = ["--http-workers", str(http_workers)]
+    with serving(*options, many=MANY if "metrics" in (names or ATTACKS) else 0) as server:
         client = Client(port_of(server), "honest", photo(0))
         client.run(3)  # warm
         for name in names or ATTACKS:
+            if name == "metrics":
+                ask_each(port_of(server), SERIES)
             row = measure(server, name, seconds, rounds)
             print(json.dumps(row) if as_json else line(row), flush=True)
             if server.poll() is not None:

@@ -4,6 +4,7 @@ Everything is bounded: at most `MOST_CONNECTIONS` connections, bodies of at most
 """
 
 import base64
+import functools
 import http.client
 import io
 import socket
@@ -102,6 +103,33 @@ def png_chunks(port: int, stop: threading.Event) -> None:
     post(port, "image/png", PNG_CHUNKS, "/predict/noisy-0")
 
 
+def jpeg_scans(port: int, stop: threading.Event) -> None:
+    """A JPEG of 5 million pixels with 49 scans, each of which makes the decoder walk the whole image."""
+    post(port, "image/jpeg", _scans(2236, 49), "/predict/noisy-0")
+
+
+def jpeg_scans_50(port: int, stop: threading.Event) -> None:
+    """A JPEG of 50 million pixels with as many scans as are taken for that size."""
+    post(port, "image/jpeg", _scans(7071, 12), "/predict/noisy-0")
+
+
+def metrics(port: int, stop: threading.Event) -> None:
+    """Scrapes of the metrics of thousands of tasks, which were asked once each; see `ask_each`."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("GET", "/metrics")
+    connection.getresponse().read()
+    connection.close()
+
+
+def ask_each(port: int, tasks: int) -> None:
+    """Have the metrics hold as many series as there may be."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    for number in range(tasks):
+        connection.request("POST", f"/predict/many-{number}", SMALL, {"Content-Type": "image/jpeg"})
+        connection.getresponse().read()
+    connection.close()
+
+
 def two_floods(port: int, stop: threading.Event) -> None:
     """Ordinary images for two tasks, from more clients than there are slots."""
     task = f"noisy-{threading.get_ident() % 2}"
@@ -136,6 +164,16 @@ def _png(width: int, height: int, empty_chunks: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + head + chunk(b"tEXt", b"a\0") * empty_chunks + rows + chunk(b"IEND", b"")
 
 
+@functools.cache
+def _scans(side: int, scans: int) -> bytes:
+    """A grey progressive JPEG whose last scan is repeated."""
+    file = io.BytesIO()
+    Image.new("L", (side, side), 128).save(file, "JPEG", progressive=True)
+    data = file.getvalue()
+    last = data[data.rindex(b"\xff\xda") : -2]
+    return data[:-2] + last * (scans - data.count(b"\xff\xda")) + b"\xff\xd9"
+
+
 SMALL = _image("JPEG", 256, 256)
 WEBP = _image("WEBP", 7071, 7071)
 PNG_ROW = _png(50_000_000, 1, 0)
@@ -152,6 +190,9 @@ ATTACKS: dict[str, tuple[Attack, int]] = {
     "webp-7071": (webp_7071, 40),
     "png-row": (png_row, 40),
     "png-chunks": (png_chunks, 12),
+    "jpeg-scans": (jpeg_scans, 40),
+    "jpeg-scans-50": (jpeg_scans_50, 12),
+    "metrics": (metrics, 12),
     "two-floods": (two_floods, 160),
     "dear": (dear, 48),
     "leaving": (leaving, 48),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt_serve.bench.setting import temporary_store, untrained_adapter
+from gpt_serve.bench.setting import temporary_store, untrained_adapter, write_adapters
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.model.catalog import TINY
 
@@ -21,16 +21,18 @@ START_SECONDS = 180
 
 
 @contextmanager
-def serving(*options: str, dear_prompts: int = 2048) -> Iterator["subprocess.Popen[bytes]"]:
+def serving(*options: str, dear_prompts: int = 2048, many: int = 0) -> Iterator["subprocess.Popen[bytes]"]:
     """A ``gpt-serve serve`` on 127.0.0.1; `port_of` tells where.
 
-    Its tasks are ``honest``, ``noisy-0`` and ``noisy-1`` with 8 prompts each, and ``dear`` with ``dear_prompts``.
+    Its tasks are ``honest``, ``noisy-0`` and ``noisy-1`` with 8 prompts each, ``dear`` with ``dear_prompts``, and
+    ``many`` others, ``many-0`` and so on, with one prompt each.
     """
     backbone = Backbone.load(TINY.name)
     with temporary_store(backbone) as store:
         for task in ("honest", "noisy-0", "noisy-1"):
             store.publish(untrained_adapter(backbone, task, prompts=8))
         store.publish(untrained_adapter(backbone, "dear", prompts=dear_prompts))
+        write_adapters(store, backbone, "many", many, (("gated", 1),))
         log = store.root.parent / "server.log"
         code = "from gpt_serve.cli.main import main; main()"
         command = [
@@ -50,6 +52,7 @@ def serving(*options: str, dear_prompts: int = 2048) -> Iterator["subprocess.Pop
             process = subprocess.Popen(command, stderr=file, env=os.environ)
         try:
             process.port = _port(process, log)  # type: ignore[attr-defined]
+            process.adapters = store.root  # type: ignore[attr-defined]
             yield process
         finally:
             process.terminate()
