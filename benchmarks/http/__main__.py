@@ -128,17 +128,19 @@ def _load(port: int, data: bytes, clients: int, seconds: float) -> tuple[int, fl
     selector, answered, began = selectors.DefaultSelector(), 0, time.monotonic()
     for _ in range(clients):
         sock = socket.create_connection(("127.0.0.1", port))
-        selector.register(sock, selectors.EVENT_READ)
+        selector.register(sock, selectors.EVENT_READ, bytearray())
         sock.sendall(data)
     while time.monotonic() < began + seconds:
         for key, _ in selector.select(1):
-            sock = key.fileobj
+            sock, answer = key.fileobj, key.data
             assert isinstance(sock, socket.socket)
-            answer = sock.recv(65536)
+            answer += sock.recv(65536)
             if not answer.startswith(b"HTTP/1.1 200"):
-                raise SystemExit(f"the server answered {answer[:200]!r}")
-            answered += 1
-            sock.sendall(data)
+                raise SystemExit(f"the server answered {bytes(answer[:200])!r}")
+            if answer.endswith(b"}"):  # of the JSON object that is the answer
+                answered += 1
+                answer.clear()
+                sock.sendall(data)
     took = time.monotonic() - began
     for key in list(selector.get_map().values()):
         key.fileobj.close()  # type: ignore[union-attr]
