@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 from gpt_serve.bench.bank import engine_holding, tasks_at_random
 from gpt_serve.bench.setting import Setting, photo, temporary_store, untrained_adapter, write
 from gpt_serve.bench.timing import Ratio, Row
-from gpt_serve.engine.engine import Engine, Prediction
+from gpt_serve.engine.engine import Engine, Success
 from gpt_serve.engine.scheduler import Scheduler
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.specs import Preprocess
@@ -76,7 +76,7 @@ def _counts(engine: Engine) -> dict[str, float]:
 
 def answer_all(scheduler: Scheduler, stream: Iterator[tuple[str, bytes]], requests: int) -> None:
     """Send so many requests, `WAITING` of them at a time; one that fails ends the benchmark."""
-    waiting: deque[Future[Prediction]] = deque()
+    waiting: deque[Future[Success]] = deque()
     for task, image in itertools.islice(stream, requests):
         if len(waiting) >= WAITING:
             waiting.popleft().result()

@@ -43,7 +43,7 @@ class EngineReplica:
             future = self._api.predict(replace(item, expires=time.monotonic() + seconds))
             await asyncio.gather(asyncio.wrap_future(future), return_exceptions=True)
             self._api.stats()  # the passes are counted by Ray; kept, they would grow
-            return self._api.encode_response(future, top_k=item.top_k)
+            return await asyncio.to_thread(self._api.encode_response, future, form=item.format)
         finally:
             del self._asked[number]
 

@@ -61,7 +61,9 @@ class Prediction:
 
 Prepared = Tensor | Cover
 """An image as rows take it: the input of the backbone, or for a mask all that cover it."""
-Answer = Prediction | Segmentation | GPTServeError
+Success = Prediction | Segmentation
+"""What one task says of one image, by its kind."""
+Answer = Success | GPTServeError
 """What one task says of one image, or why it cannot."""
 
 

@@ -97,16 +97,17 @@ def _add_predictions(app: FastAPI, door: Door) -> None:
     from gpt_serve.serve.call import Call
 
     async def predict(request: Request) -> Response:
-        """Classify an image with the adapter of a task.
+        """Ask a task about an image: labels with probabilities, or a mask where the task segments.
 
-        `task` and `top_k` may be query parameters instead of fields. Several images get a list with an answer or a
-        problem for each. So do several tasks, as `task` repeated or a list, or all that the key opens with `tasks=*`;
-        what tasks of an image share is computed once. Several tasks of several images get a list for each image.
+        `task`, `top_k` and `mask` may be query parameters instead of fields. Several images get a list with an answer
+        or a problem for each. So do several tasks, as `task` repeated or a list, or all that the key opens with
+        `tasks=*`; what tasks of an image share is computed once. Several tasks of several images get a list for each
+        image.
         """
         return await Call(door, request).response()
 
     async def predict_task(request: Request) -> Response:
-        """Classify the image that is the body, with the adapter of the task in the path."""
+        """Ask the task in the path about the image that is the body."""
         return await Call(door, request).response()
 
     route: dict[str, Any] = {"methods": ["POST"], "route_class_override": Direct, "dependencies": _documented(door)}

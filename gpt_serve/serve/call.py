@@ -26,7 +26,7 @@ from gpt_serve.serve.bodies import ClientLeft
 from gpt_serve.serve.gate import failed
 from gpt_serve.serve.inputs import PredictRequest, check_media_type, media_type, parse
 from gpt_serve.serve.keyfile import Tenant
-from gpt_serve.serve.messages import Answer, Item
+from gpt_serve.serve.messages import Answer, Format, Item
 from gpt_serve.serve.problems import HTTPError
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Call:
             self.record.images = len(wanted.images)
             await self.door.desk.take(self.tenant, len(asked))
             try:
-                outcomes = await self._outcomes(asked, wanted.top_k)
+                outcomes = await self._outcomes(asked, self._format(wanted))
             finally:
                 self.door.desk.give(self.tenant, len(asked))
         except ClientLeft:
@@ -127,12 +127,18 @@ class Call:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(door.parsing, parse, request.headers, query, body, task)
 
-    async def _outcomes(self, asked: Sequence[tuple[str, bytes]], top_k: int) -> list[Outcome]:
+    def _format(self, wanted: PredictRequest) -> Format:
+        accepted = self.request.headers.get("accept", "")
+        picture = "image/png" in accepted and "*/*" not in accepted and "application/json" not in accepted
+        alone = not wanted.several_images and not wanted.several_tasks
+        return Format(wanted.top_k, wanted.mask, picture=picture and alone, strict=not wanted.several_tasks)
+
+    async def _outcomes(self, asked: Sequence[tuple[str, bytes]], form: Format) -> list[Outcome]:
         """What became of each task and image, in order."""
         jobs: list[asyncio.Future[Answer]] = []
         try:
             for task, image in asked:
-                jobs.append(self._ask(Item(task, image, top_k, self.expires, self.record.tenant)))
+                jobs.append(self._ask(Item(task, image, form, self.expires, self.record.tenant)))
             await self._finished(jobs)
             outcomes = [self._outcome(job) for job in jobs]
         finally:

@@ -9,15 +9,16 @@ import binascii
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from gpt_serve.errors import InvalidRequest
 from gpt_serve.serve.forms import Form, text_of
+from gpt_serve.serve.messages import MaskFormat
 from gpt_serve.serve.problems import HTTPError
 from gpt_serve.specs import check_task_name
 
-FIELDS = ("task", "tasks", "image", "top_k")
-IN_QUERY = ("task", "tasks", "top_k")
+FIELDS = ("task", "tasks", "image", "top_k", "mask")
+IN_QUERY = ("task", "tasks", "top_k", "mask")
 DEFAULT_TOP_K = 5
 MAX_TOP_K = 1000
 MAX_IMAGES = 64
@@ -40,14 +41,16 @@ class PredictRequest:
     Attributes:
         tasks: valid names, no two alike; None for all tasks that the caller may use.
         images: one file or more.
-        top_k: how many labels an answer lists at most.
+        top_k: how many labels an answer lists at most; None for the usual number.
+        mask: how a mask is given; None for the usual way.
         several_images: whether the images came as a list, so that the answer is a list, too.
         several_tasks: whether the tasks came as a list, so that there is a list of answers for each image.
     """
 
     tasks: tuple[str, ...] | None
     images: tuple[bytes, ...]
-    top_k: int = DEFAULT_TOP_K
+    top_k: int | None = None
+    mask: MaskFormat | None = None
     several_images: bool = False
     several_tasks: bool = False
 
@@ -101,7 +104,8 @@ def parse(headers: Mapping[str, str], query: Iterable[tuple[str, str]], body: by
     return PredictRequest(
         tasks,
         tuple(_listed(images)),
-        fields.get("top_k", DEFAULT_TOP_K),
+        fields.get("top_k"),
+        _mask_format(fields.get("mask")),
         several_images=isinstance(images, list),
         several_tasks="tasks" in fields or isinstance(fields["task"], list),
     )
@@ -222,6 +226,12 @@ def _check_images(images: list[Any]) -> None:
         raise InvalidRequest(f"there are {len(images)} images, more than the {MAX_IMAGES} allowed: send fewer at once")
     if not all(images):
         raise InvalidRequest("one of the images is empty: give a JPEG, PNG or WebP file")
+
+
+def _mask_format(value: Any) -> MaskFormat | None:
+    if value is not None and value not in get_args(MaskFormat):
+        raise InvalidRequest(f"mask must be one of {', '.join(get_args(MaskFormat))}")
+    return value  # type: ignore[no-any-return]
 
 
 def _top_k(value: Any) -> int:

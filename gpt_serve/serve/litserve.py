@@ -5,11 +5,11 @@ at a killed process, and on SIGTERM leaves its children alive. What is used is t
 loop and its transport. This module stays free of torch, so that the parent can spawn the worker at once.
 """
 
-import json
 import logging
 import re
 import time
-from concurrent.futures import Future
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from multiprocessing.connection import Connection
@@ -23,18 +23,19 @@ from litserve.loops.base import LitLoop
 from litserve.transport.base import MessageTransport
 
 from gpt_serve.engine.malloc import reuse_freed_memory
-from gpt_serve.errors import GPTServeError
+from gpt_serve.errors import DeadlineExceeded, GPTServeError
 from gpt_serve.serve.config import ServeConfig
 from gpt_serve.serve.link import Link, take_all
-from gpt_serve.serve.messages import Answer, Answered, Asked, Beat, Failure, Item, Message, Passed, Ready, Stats
+from gpt_serve.serve.messages import Answer, Answered, Asked, Beat, Failure, Format, Item, Message, Passed, Ready, Stats
 from gpt_serve.serve.process import configure_logging, end_child, guard_child
 
 if TYPE_CHECKING:
-    from gpt_serve.engine.engine import Engine, Prediction
+    from gpt_serve.engine.engine import Engine, Success
     from gpt_serve.engine.scheduler import Batch, Scheduler
 
 logger = logging.getLogger("gpt_serve.serve")
 
+ENCODERS = 2  # threads for what takes long to encode: a mask has as many pixels as its image
 BEAT = 1.0  # seconds between two signs of life
 CONSUMER = 0  # LitServe numbers its API processes; here it is the only one
 
@@ -74,10 +75,10 @@ class StreamLoop(LitLoop):
         callback_runner: Any,
     ) -> None:
         """Runs for ever; ``request_queue`` and ``transport`` are the link's."""
-        answered: SimpleQueue[tuple[int, int, Future[Prediction]]] = SimpleQueue()
+        answered: SimpleQueue[tuple[int, Callable[[], Answer | Failure]]] = SimpleQueue()
         Thread(target=self.answer, args=(lit_api, transport, answered), name="answers", daemon=True).start()
         Thread(target=self.beat, args=(lit_api, transport), name="beats", daemon=True).start()
-        asked: dict[int, Future[Prediction]] = {}
+        asked: dict[int, Future[Success]] = {}
         while True:
             try:
                 batch: list[Asked] = request_queue.recv()
@@ -88,7 +89,7 @@ class StreamLoop(LitLoop):
                     lit_api.abandon(asked.get(one.number))
                     continue
                 future = asked[one.number] = lit_api.predict(one.item)
-                future.add_done_callback(partial(_put, answered, asked, one.number, one.item.top_k))
+                future.add_done_callback(partial(_put, lit_api, answered, asked, one))
 
     def beat(self, lit_api: "PredictAPI", transport: MessageTransport) -> None:
         """Tell the server again and again that this process runs, and how long its work has been taking."""
@@ -102,8 +103,7 @@ class StreamLoop(LitLoop):
     def answer(self, lit_api: "PredictAPI", transport: MessageTransport, answered: "SimpleQueue[Any]") -> None:
         """Send what is answered, all that is there in one message."""
         while True:
-            futures = take_all(answered)
-            replies = [(number, lit_api.encode_response(future, top_k=top_k)) for number, top_k, future in futures]
+            replies = [(number, encoded()) for number, encoded in take_all(answered)]
             try:
                 transport.send(Answered(replies, lit_api.stats()), CONSUMER)
             except OSError:
@@ -126,6 +126,7 @@ class PredictAPI(LitAPI):
         super().__init__(max_batch_size=config.max_batch_size, batch_timeout=config.batch_timeout, loop=loop)
         self.config = config
         self.batches: SimpleQueue[Batch] | None = None
+        self.encoders: ThreadPoolExecutor
 
     def setup(self, device: str) -> None:
         """Load the backbone and run it once; a deliberate error ends the process without a traceback."""
@@ -145,6 +146,7 @@ class PredictAPI(LitAPI):
         from gpt_serve.engine.scheduler import Scheduler  # not before the guard: torch takes seconds to import
 
         assert self.batches is not None
+        self.encoders = ThreadPoolExecutor(ENCODERS, thread_name_prefix="encode")
         return Scheduler(
             _load_engine(self.config, device),
             max_batch=self.config.max_batch_size,
@@ -154,23 +156,27 @@ class PredictAPI(LitAPI):
             on_error=report,
         )
 
-    def predict(self, x: Item, **_: Any) -> "Future[Prediction]":
+    def predict(self, x: Item, **_: Any) -> "Future[Success]":
         """The future that will hold the prediction for ``x``, or its error."""
         return self.scheduler.submit(x.task, x.image, x.expires, x.tenant)
 
-    def abandon(self, output: "Future[Prediction] | None") -> None:
+    def abandon(self, output: "Future[Success] | None") -> None:
         """Nobody waits any more for ``output``, which is None if it was answered already."""
         if output is not None:
             self.scheduler.abandon(output)
 
-    def encode_response(self, output: "Future[Prediction]", *, top_k: int = 1, **_: Any) -> Answer | Failure:
+    def encode_response(self, output: "Future[Success]", *, form: Format | None = None, **_: Any) -> Answer | Failure:
         """The answer, or the error, of a future that is done."""
+        from gpt_serve.serve.encode import encode
+
         error = output.exception()
         if error is not None:
             return Failure.of(error)
         try:
             seconds = getattr(output, "seconds", {})  # a scheduler's, see `gpt_serve.engine.scheduler.jobs.Pending`
-            return _answer(output.result(), top_k, seconds)
+            return encode(output.result(), form or Format(), seconds)
+        except GPTServeError as refusal:
+            return Failure.of(refusal)
         except Exception as bug:  # of one answer: the thread that sends them all must go on
             report(bug)
             return Failure.of(bug)
@@ -208,13 +214,6 @@ class Launcher:
         return worker
 
 
-def _answer(result: "Prediction", top_k: int, seconds: dict[str, float]) -> Answer:
-    best = [{"label": label, "probability": probability} for label, probability in result.top(top_k)]
-    content = {"task": result.task, "revision": result.revision, "predictions": best}
-    text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return Answer(result.task, result.revision, text.encode(), seconds=seconds)
-
-
 def _load_engine(config: ServeConfig, device: str) -> "Engine":
     """The engine that ``config`` describes; only the worker process imports torch."""
     from gpt_serve.adapters.store import AdapterStore
@@ -244,14 +243,33 @@ def report(error: Exception) -> None:
 
 
 def _put(
+    api: PredictAPI,
     answered: "SimpleQueue[Any]",
-    asked: "dict[int, Future[Prediction]]",
-    number: int,
-    top_k: int,
-    future: "Future[Prediction]",
+    asked: "dict[int, Future[Success]]",
+    one: Asked,
+    future: "Future[Success]",
 ) -> None:
-    asked.pop(number, None)
-    answered.put((number, top_k, future))
+    """Have the answers sent, by the thread that sends them, or later where it would hold up the others."""
+    asked.pop(one.number, None)
+    assert one.item is not None
+    encode = partial(api.encode_response, future, form=one.item.format)
+    if _is_mask(future):
+        api.encoders.submit(_encode_and_put, answered, one, encode)
+    else:
+        answered.put((one.number, encode))
+
+
+def _encode_and_put(answered: "SimpleQueue[Any]", one: Asked, encode: "Callable[[], Answer | Failure]") -> None:
+    assert one.item is not None
+    late = one.item.expires <= time.monotonic()
+    reply = Failure.of(DeadlineExceeded("the deadline passed before the mask was made")) if late else encode()
+    answered.put((one.number, lambda: reply))
+
+
+def _is_mask(future: "Future[Success]") -> bool:
+    from gpt_serve.engine.segment import Segmentation
+
+    return future.exception() is None and isinstance(future.result(), Segmentation)
 
 
 def _device_is_lost(error: Exception) -> bool:

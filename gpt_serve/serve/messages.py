@@ -17,11 +17,32 @@ Between an HTTP process and the desk, where there are several of them::
 
 import asyncio
 from dataclasses import dataclass, field, fields
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from gpt_serve.errors import GPTServeError, TurnedAway, revive
 from gpt_serve.serve.state import Phase, ServerState
 from gpt_serve.specs import BackboneSpec
+
+MaskFormat = Literal["png", "rle", "none"]
+"""A palette PNG, COCO's run lengths, or no mask beside the shares of the classes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """What an answer is to look like.
+
+    Attributes:
+        top_k: how many labels it lists at most; None where the client did not say.
+        mask: of a segmentation task; None where the client did not say.
+        picture: whether a mask is to be the whole response, as a PNG file.
+        strict: whether it is refused to say what the task's answers do not have; not where several tasks are asked,
+            because it is for others of them.
+    """
+
+    top_k: int | None = None
+    mask: MaskFormat | None = None
+    picture: bool = False
+    strict: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,14 +52,14 @@ class Item:
     Attributes:
         task: a well-formed name; whether such a task is stored shows when the item is answered.
         image: the bytes of the image file, as they came.
-        top_k: how many labels the answer lists at most.
+        format: of the answer.
         expires: ``time.monotonic()`` from which on nobody waits for the answer.
         tenant: who asks; empty where nobody needs a key. Tenants take turns, and so do the tasks of each.
     """
 
     task: str
     image: bytes
-    top_k: int
+    format: Format
     expires: float
     tenant: str = ""
 

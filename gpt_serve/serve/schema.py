@@ -1,10 +1,11 @@
 """What ``/docs`` says of each route: models for the OpenAPI page only; the handlers build their answers directly."""
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel
 
 from gpt_serve.serve.inputs import DEFAULT_TOP_K, EVERY, MAX_IMAGES, MAX_TASKS, MAX_TOP_K
+from gpt_serve.serve.messages import MaskFormat
 from gpt_serve.serve.problems import MEDIA_TYPE
 from gpt_serve.specs import TASK_PATTERN
 
@@ -18,6 +19,28 @@ class PredictAnswer(BaseModel):
     task: str
     revision: str
     predictions: list[LabelProbability]
+
+
+class ClassShare(BaseModel):
+    id: int
+    label: str
+    share: float
+
+
+class RunLengths(BaseModel):
+    id: int
+    size: tuple[int, int]
+    counts: str
+
+
+class SegmentationAnswer(BaseModel):
+    task: str
+    revision: str
+    kind: Literal["segmentation"]
+    width: int
+    height: int
+    classes: list[ClassShare]
+    mask: str | list[RunLengths] | None = None
 
 
 class Problem(BaseModel):
@@ -87,8 +110,15 @@ _IN_PATH = {"name": "task", "in": "path", "required": True, "schema": _NAME}
 _TOP_K = {"type": "integer", "minimum": 1, "maximum": MAX_TOP_K, "default": DEFAULT_TOP_K}
 
 
+_MASK = {
+    "enum": list(get_args(MaskFormat)),
+    "default": "png",
+    "description": "of a segmentation task: a PNG in base64 whose pixels are class ids, COCO run lengths, or nothing",
+}
+
+
 def _body(task: dict[str, Any], image: dict[str, Any]) -> dict[str, Any]:
-    fields = {"task": task, "tasks": _ALL_TASKS, "image": image, "top_k": _TOP_K}
+    fields = {"task": task, "tasks": _ALL_TASKS, "image": image, "top_k": _TOP_K, "mask": _MASK}
     schema = {
         "type": "object",
         "required": ["image"],
@@ -113,24 +143,34 @@ _CONTENT = {
 }
 _PREDICT_PROBLEMS = _problems(400, 401, 403, 404, 408, 413, 415, 422, 429, 503, 504)
 
-_BY_TASK = list[PredictAnswer | TaskProblem]
+_ANSWER = PredictAnswer | SegmentationAnswer
+_BY_TASK = list[_ANSWER | TaskProblem]
+_PICTURE = {"image/png": {"schema": {"type": "string", "format": "binary"}}}
+_PREDICTED: dict[int | str, dict[str, Any]] = {
+    200: {"content": _PICTURE, "description": "With Accept: image/png, the mask of a segmentation task is a PNG file"},
+    **_PREDICT_PROBLEMS,
+}
 
 PREDICT: dict[str, Any] = {
-    "response_model": PredictAnswer | list[PredictAnswer | Problem] | _BY_TASK | list[_BY_TASK],
-    "responses": _PREDICT_PROBLEMS,
+    "response_model": _ANSWER | list[_ANSWER | Problem] | _BY_TASK | list[_BY_TASK],
+    "responses": _PREDICTED,
     "openapi_extra": {
         "requestBody": {"required": True, "content": _CONTENT},
     },
 }
 PREDICT_TASK: dict[str, Any] = {
-    "response_model": PredictAnswer | list[PredictAnswer | Problem],
-    "responses": _PREDICT_PROBLEMS,
+    "response_model": _ANSWER | list[_ANSWER | Problem],
+    "responses": _PREDICTED,
     "openapi_extra": {
         "requestBody": {
             "required": True,
             "content": {f"image/{kind}": {"schema": _FILE} for kind in ("jpeg", "png", "webp")},
         },
-        "parameters": [_IN_PATH, {"name": "top_k", "in": "query", "schema": _TOP_K}],
+        "parameters": [
+            _IN_PATH,
+            {"name": "top_k", "in": "query", "schema": _TOP_K},
+            {"name": "mask", "in": "query", "schema": _MASK},
+        ],
     },
 }
 TASKS: dict[str, Any] = {"response_model": TaskList, "responses": _problems(401, 503)}

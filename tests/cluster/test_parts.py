@@ -21,13 +21,13 @@ from gpt_serve.cluster.replica import EngineReplica
 from gpt_serve.cluster.routing import order
 from gpt_serve.errors import DeadlineExceeded, NotReady, UnknownTask, UsageError
 from gpt_serve.serve.config import ServeConfig
-from gpt_serve.serve.messages import Answer, Failure, Item
+from gpt_serve.serve.messages import Answer, Failure, Format, Item
 
 TASKS = [f"task-{number}" for number in range(600)]
 
 
 def item(seconds: float = 5) -> Item:
-    return Item("birds", b"image", 5, time.monotonic() + seconds)
+    return Item("birds", b"image", Format(5), time.monotonic() + seconds)
 
 
 # routing

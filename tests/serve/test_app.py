@@ -12,7 +12,7 @@ from gpt_serve.errors import UndecodableImage
 from gpt_serve.serve import ServeConfig
 from gpt_serve.serve.app import Door, build_app
 from gpt_serve.serve.desk import LocalDesk
-from gpt_serve.serve.messages import Answer, Asks, Item
+from gpt_serve.serve.messages import Answer, Asks, Format, Item
 from gpt_serve.serve.metrics import Metrics
 from gpt_serve.serve.state import ServerState
 from gpt_serve.specs import BackboneSpec
@@ -53,7 +53,7 @@ def client(stub: Stub, adapters: Path, spec: BackboneSpec) -> TestClient:
 def test_the_routes_need_only_someone_to_ask(client: TestClient, stub: Stub) -> None:
     response = client.post("/predict", data={"task": "birds", "top_k": "3"}, files={"image": ("x", b"12345")})
     assert (response.status_code, response.json()) == (200, {"bytes": 5})
-    assert replace(stub.items[0], expires=0) == Item("birds", b"12345", 3, 0)
+    assert replace(stub.items[0], expires=0) == Item("birds", b"12345", Format(3), 0)
     assert client.get("/ready").status_code == client.get("/tasks").status_code == 200
     assert 'gpt_serve_requests_total{status="200",task="birds",tenant=""} 1.0' in client.get("/metrics").text
 

@@ -27,7 +27,7 @@ from gpt_serve.errors import CheckpointError, GPTServeError, UndecodableImage, U
 from gpt_serve.serve import ServeConfig, litserve
 from gpt_serve.serve.link import _LONG, Link, _frame, take_all
 from gpt_serve.serve.litserve import CONSUMER, PipeTransport, PredictAPI, report
-from gpt_serve.serve.messages import Answer, Answered, Asked, Failure, Item, Ready
+from gpt_serve.serve.messages import Answer, Answered, Asked, Failure, Format, Item, Ready
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +108,7 @@ def api(monkeypatch: pytest.MonkeyPatch, ending: None) -> PredictAPI:
 
 
 def item(task: str, top_k: int = 5, *, image: bytes = b"image", seconds: float = 10) -> Item:
-    return Item(task, image, top_k, time.monotonic() + seconds)
+    return Item(task, image, Format(top_k), time.monotonic() + seconds)
 
 
 def work(api: PredictAPI, *messages: list[Asked]) -> dict[int, Any]:
@@ -163,7 +163,7 @@ def test_an_answer_that_cannot_be_encoded_is_one_failure(api: PredictAPI, caplog
     """The thread that sends all answers lives on."""
     output: Future[Prediction] = Future()
     output.set_result(Prediction("odd", "0123456789ab", ("a", "b"), torch.full((2,), float("nan"))))
-    assert isinstance(api.encode_response(output, top_k=2), Failure)
+    assert isinstance(api.encode_response(output), Failure)
 
 
 def test_numbers_come_along_once(api: PredictAPI) -> None:

@@ -8,14 +8,13 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from gpt_serve.engine.bank import AdapterBank, Resident
-from gpt_serve.engine.engine import Prediction, Row
+from gpt_serve.engine.engine import Answer, Row, Success
 from gpt_serve.errors import DeadlineExceeded, GPTServeError, NotReady
 
 logger = logging.getLogger("gpt_serve.engine")
 
 Owner = tuple[str, str]
 """Whose a job is: a tenant, which is empty where nobody needs a key, and a task."""
-Result = Prediction | GPTServeError
 OnError = Callable[[Exception], None]
 
 _LEAST_WORK = 1e-6  # seconds: tasks whose work is not known yet take turns
@@ -67,7 +66,7 @@ class Job:
         self.expires = 0.0
         self.image = b""
 
-    def finish(self, result: Result) -> None:
+    def finish(self, result: Answer) -> None:
         """Give the pin back and answer. Runs the future's callbacks: never call it with a lock held."""
         resident, self.resident, self.row = self.resident, None, None
         if resident is not None:
@@ -80,7 +79,7 @@ class Job:
             self.future.set_result(result)
 
 
-class Pending(Future[Prediction]):
+class Pending(Future[Success]):
     """What will hold the answer of ``job``.
 
     Attributes:

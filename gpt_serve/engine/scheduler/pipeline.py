@@ -8,7 +8,7 @@ from threading import Barrier, Condition, Lock, Thread
 
 import torch
 
-from gpt_serve.engine.engine import Answer, Engine, Prediction, Row
+from gpt_serve.engine.engine import Answer, Engine, Row, Success
 from gpt_serve.engine.scheduler.admission import Admission
 from gpt_serve.engine.scheduler.jobs import (
     Batch,
@@ -16,7 +16,6 @@ from gpt_serve.engine.scheduler.jobs import (
     Job,
     OnError,
     Pending,
-    Result,
     Shares,
     closed,
     expired,
@@ -25,8 +24,7 @@ from gpt_serve.engine.scheduler.jobs import (
 )
 from gpt_serve.engine.scheduler.pace import Load, Pace, decode_seconds
 from gpt_serve.engine.scheduler.sharing import ReadyQueue, SharedImages, Turn
-from gpt_serve.engine.segment import Segmentation
-from gpt_serve.errors import GPTServeError, InvalidRequest, UsageError
+from gpt_serve.errors import GPTServeError, UsageError
 from gpt_serve.images.headers import pixels
 
 LARGE = 0.1
@@ -83,7 +81,7 @@ class Scheduler:
         self._admission = Admission(engine.bank, self._pinned, self.on_error)
         self._threads = self._start()
 
-    def submit(self, task: str, image: bytes, expires: float, tenant: str = "") -> "Future[Prediction]":
+    def submit(self, task: str, image: bytes, expires: float, tenant: str = "") -> "Future[Success]":
         """Answer ``image`` with ``task``'s adapter as it is now. Returns at once.
 
         Args:
@@ -105,7 +103,7 @@ class Scheduler:
         self._admission.admit(job)
         return job.future
 
-    def abandon(self, future: "Future[Prediction]") -> None:
+    def abandon(self, future: "Future[Success]") -> None:
         """Nobody waits any more for what `submit` returned: spare its work, if it is not under way."""
         assert isinstance(future, Pending)
         future.job.abandon()
@@ -317,18 +315,10 @@ class Scheduler:
             patience = max(patience, self._pace.row_seconds * self._ready.images)
         return max(0.0, self._ready_since + patience - time.monotonic())
 
-    def _compute(self, jobs: list[Job]) -> list[Result]:
+    def _compute(self, jobs: list[Job]) -> list[Answer]:
         """A result for each; should the batch break the engine, each alone, so that only the culprit fails."""
         try:
-            answers = self.engine.compute([job.row for job in jobs if job.row is not None]) if jobs else []
-            return [_sendable(answer) for answer in answers]
+            return self.engine.compute([job.row for job in jobs if job.row is not None]) if jobs else []
         except Exception as error:
             known = explained(error, self.on_error)
             return [known] if len(jobs) == 1 else [self._compute([job])[0] for job in jobs]
-
-
-def _sendable(answer: Answer) -> Result:
-    """A mask is refused: nothing behind the scheduler encodes any."""
-    if isinstance(answer, Segmentation):
-        return InvalidRequest(f"task {answer.task!r} answers with a mask, which this server does not send")
-    return answer

@@ -1,0 +1,73 @@
+"""From the engine's answers to responses. Runs where the engine does: HTTP's side passes on what is made here."""
+
+import base64
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco
+
+from gpt_serve.engine.engine import Prediction
+from gpt_serve.engine.segment import Segmentation
+from gpt_serve.errors import InvalidRequest
+from gpt_serve.images.mask_files import png
+from gpt_serve.serve.inputs import DEFAULT_TOP_K
+from gpt_serve.serve.messages import Answer, Format, MaskFormat
+
+
+def encode(result: Prediction | Segmentation, form: Format, seconds: Mapping[str, float]) -> Answer:
+    """The response for one image and task.
+
+    Args:
+        form: what it is to look like.
+        seconds: of `Answer`.
+
+    Raises:
+        InvalidRequest: the request asks for what answers of this kind do not have.
+    """
+    if isinstance(result, Segmentation):
+        return _segmentation(result, form, dict(seconds))
+    if form.mask is not None and form.strict:
+        raise InvalidRequest(f"task {result.task!r} answers with labels and has no mask: leave out mask")
+    best = [{"label": label, "probability": share} for label, share in result.top(form.top_k or DEFAULT_TOP_K)]
+    content = {"task": result.task, "revision": result.revision, "predictions": best}
+    return Answer(result.task, result.revision, _json(content), seconds=dict(seconds))
+
+
+def _segmentation(result: Segmentation, form: Format, seconds: dict[str, float]) -> Answer:
+    if form.top_k is not None and form.strict:
+        raise InvalidRequest(f"task {result.task!r} answers with a mask of all its classes: leave out top_k")
+    if form.picture:
+        return Answer(result.task, result.revision, png(result.mask), "image/png", seconds)
+    height, width = result.size
+    named = enumerate(zip(result.labels, result.shares.tolist(), strict=True))
+    content = {
+        "task": result.task,
+        "revision": result.revision,
+        "kind": "segmentation",
+        "width": width,
+        "height": height,
+        "classes": [{"id": number, "label": label, "share": share} for number, (label, share) in named],
+    }
+    mask = _mask(result, form.mask or "png")
+    return Answer(result.task, result.revision, _json(content | mask), seconds=seconds)
+
+
+def _mask(result: Segmentation, form: MaskFormat) -> dict[str, Any]:
+    """The member ``mask``: a PNG file in base64, or COCO's run lengths of each class that has pixels."""
+    if form == "none":
+        return {}
+    if form == "png":
+        return {"mask": base64.b64encode(png(result.mask)).decode()}
+    return {"mask": [_run_lengths(result, int(number)) for number in np.flatnonzero(result.shares)]}
+
+
+def _run_lengths(result: Segmentation, number: int) -> dict[str, Any]:
+    """COCO's compressed run lengths of one class, column by column."""
+    encoded = coco.encode(np.asfortranarray(result.mask == number, dtype=np.uint8))
+    return {"id": number, "size": encoded["size"], "counts": encoded["counts"].decode()}
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
