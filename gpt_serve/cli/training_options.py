@@ -139,6 +139,11 @@ _recipe_options = option_group(
         default=None,
         help="Train on validation images, too, and publish the last epoch, to report on test.  [VTAB-1K: --final-fit]",
     ),
+    click.option(
+        "--refit/--no-refit",
+        default=None,
+        help="Once the best epoch is chosen, fit the head to all images, validation too.  [instant: --refit]",
+    ),
     click.option("--seed", type=int, help="Of everything random.  [0]"),
     click.option("--resume", is_flag=True, help="Continue the interrupted run of this task."),
 )

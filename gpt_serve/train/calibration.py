@@ -8,6 +8,7 @@ Shapes: images ``n``, classes ``C``.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ def calibrate(
     unseen: tuple[View, str],
     inputs: Inputs,
     known: float = 1.0,
+    refit: Callable[[], object] | None = None,
 ) -> tuple[dict[str, Any], Answers]:
     """Divide the module's head by the temperature that suits the validation images, and answer for ``unseen``.
 
@@ -40,6 +42,7 @@ def calibrate(
         unseen: the images that the result is reported on, and what they are called.
         inputs: gives what ``module`` takes.
         known: a temperature that the head was divided by before, which this one takes the place of.
+        refit: fits the head to the validation images as well, once the temperature is known.
 
     Returns:
         The record of it, for the adapter's metadata, empty without ``val``; and the answers of the calibrated head.
@@ -50,6 +53,8 @@ def calibrate(
     some = thinned(val, MOST_IMAGES)
     logits, targets = logits_of(backbone, module, some, inputs)
     temperature = fit_temperature(known * logits, targets)
+    if refit is not None:
+        refit()
     answers = predict_all(backbone, module, view, inputs, (1 / known, temperature / known))
     with torch.no_grad():
         module.head.weight.mul_(known / temperature)

@@ -25,7 +25,7 @@ from gpt_serve.train.job import Reporter, TrainingJob, Views
 from gpt_serve.train.loop import EpochRecord, Trainer
 from gpt_serve.train.methods.modules import FullModule, TaskModule
 from gpt_serve.train.methods.prompts import AdapterModule, find_method
-from gpt_serve.train.methods.start import start_from_data
+from gpt_serve.train.methods.start import fit_head, start_from_data
 from gpt_serve.train.methods.taps import AUTO, Choice, candidates, choose, images_read, parse_taps
 from gpt_serve.train.nmi import nmi_probe
 from gpt_serve.train.publishing import describe, publish_trained, rehearse, to_adapter
@@ -84,7 +84,12 @@ def train_on(
         return None
     module.load_state_dict(progress.best)
     kept_apart = None if job.recipe.final_fit else views.val
-    calibration, answers = calibrate(backbone, module, kept_apart, views.unseen, trainer.inputs)
+
+    def refit() -> None:
+        fit_head(backbone, module, job.recipe, (views.train, views.val), trainer.inputs, reporter)
+
+    again = refit if job.recipe.refit else None
+    calibration, answers = calibrate(backbone, module, kept_apart, views.unseen, trainer.inputs, refit=again)
     training = describe(job, views, module, progress, time.perf_counter() - started)
     if views.test is not None:
         training["metrics"]["test_accuracy"] = answers.accuracy

@@ -99,10 +99,9 @@ def recipe_of(adapter: Adapter) -> Recipe:
         raise UsageError(
             f"adapter {adapter.task!r} does not tell how it was trained: train it with gpt-serve train"
         ) from error
-    if recipe.final_fit:
-        raise UsageError(
-            f"{adapter.task!r} was trained on the validation images, which decide: train it with --no-final-fit"
-        )
+    if recipe.final_fit or recipe.refit:
+        flag = "--no-final-fit" if recipe.final_fit else "--no-refit"
+        raise UsageError(f"{adapter.task!r} was fitted to the validation images, which decide: train it with {flag}")
     return recipe
 
 

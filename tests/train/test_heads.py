@@ -1,24 +1,28 @@
 """The head that training starts from, against scikit-learn's linear discriminant analysis."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gpt_serve.adapters.store import AdapterStore
+from gpt_serve.errors import UsageError
 from gpt_serve.images.preprocess import normalize
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.train.data.datasets import open_dataset
 from gpt_serve.train.data.samples import Sample
 from gpt_serve.train.data.views import View, thinned
-from gpt_serve.train.fit import build_module
-from gpt_serve.train.inputs import Inputs
+from gpt_serve.train.distributed import World
+from gpt_serve.train.fit import build_module, train_adapter
+from gpt_serve.train.inputs import Inputs, normalized
 from gpt_serve.train.job import TrainingJob
 from gpt_serve.train.methods import start
-from gpt_serve.train.methods.heads import ALIKE, FOLDS, SCALES, SHRINKAGES, Discriminant, lda_head
+from gpt_serve.train.methods.heads import ALIKE, FOLDS, SCALES, SHRINKAGES, Discriminant, HeadNorm, lda_head
 from gpt_serve.train.methods.modules import TaskModule
 from gpt_serve.train.methods.start import start_from_data
 from gpt_serve.train.recipes.recipe import Recipe, make_recipe
@@ -165,6 +169,39 @@ def test_one_image_a_class_gives_the_nearest() -> None:
     features, targets = clouds((1, 1, 1), apart=2.0)
     shares = probabilities(lda_head(features[None], targets, CLASSES), features)
     assert torch.equal(shares.argmax(1), targets) and shares.max() < 0.6
+
+
+def test_a_refit_takes_validation_images_too(tiny: Backbone, colours: Path, tmp_path: Path) -> None:
+    """The published head is that of all images, at the temperature that the head of the training images asked for."""
+    for refit in (False, True):
+        recipe = make_recipe("instant", taps="last", refit=refit)
+        train_adapter(tiny, TrainingJob("colours", str(colours), tmp_path / str(refit), recipe), Recorder(), World())
+    apart, adapter = (AdapterStore(tmp_path / str(refit)).load("colours").adapter for refit in (False, True))
+    for name in ("val_accuracy", "val_loss"):  # of the head that has not seen those images
+        assert apart.training["metrics"][name] == adapter.training["metrics"][name]
+    temperature = adapter.training["calibration"]["temperature"]
+    assert temperature == apart.training["calibration"]["temperature"]
+    dataset = open_dataset(str(colours), 0)
+    samples = [*dataset.train, *dataset.val]
+    view = View(samples, PREPROCESS, None, "none", 0)
+    images = normalized(torch.stack([view[index][0] for index in range(len(view))]), PREPROCESS)
+    features = build_module(tiny, make_recipe("instant"), 3).features(tiny.model, images).detach()
+    norm = HeadNorm(24)
+    norm.set_standard([features])
+    weight, bias = lda_head(norm(features)[None], torch.tensor([sample.target for sample in samples]), 3)
+    head = nn.Linear(24, 3)
+    with torch.no_grad():
+        head.weight.copy_(weight / temperature)
+        head.bias.copy_(bias / temperature)
+    for ours, expected in zip((adapter.head_weight, adapter.head_bias), norm.folded(head), strict=True):
+        torch.testing.assert_close(ours, expected.detach(), atol=1e-4, rtol=1e-3)
+    assert not torch.allclose(apart.head_weight, adapter.head_weight, atol=1e-2)
+
+
+@pytest.mark.parametrize("settings", [{"head_init": "small"}, {"final_fit": True}])
+def test_what_cannot_be_refitted(settings: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="--refit goes with --head-init lda and without --final-fit"):
+        make_recipe("lda", refit=True, **settings)
 
 
 def started(backbone: Backbone, recipe: Recipe, view: View, tmp_path: Path) -> tuple[TaskModule, Recorder]:

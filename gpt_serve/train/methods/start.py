@@ -8,7 +8,7 @@ Shapes: images ``B``, patch tokens ``N`` of each, width ``D``, prompts ``P``, la
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Protocol
 
@@ -27,6 +27,7 @@ from gpt_serve.train.loop import features_of
 from gpt_serve.train.methods.heads import lda_head
 from gpt_serve.train.methods.modules import TaskModule
 from gpt_serve.train.methods.prompts import AdapterModule, PromptInit
+from gpt_serve.train.recipes.recipe import Recipe
 
 MOST_FEATURES = 40_000  # that discriminant analysis takes: they are held at once
 AUGMENTED = 3  # augmented views of each image that it takes
@@ -53,29 +54,35 @@ def start_from_data(
     if isinstance(module, AdapterModule) and module.prompt is not None and job.recipe.initialisation != "random":
         _start_prompts(backbone, module.prompt, module.first_block, job, plain, reporter)
     if job.recipe.head_init == "lda":
-        _start_head(backbone, module, job, view, inputs, reporter)
+        fit_head(backbone, module, job.recipe, [view], inputs, reporter)
     elif module.head_norm is not None and job.recipe.norm == "standard":
         tick = reporter.scanning(len(plain), "standardising features")
         module.head_norm.set_standard(features_of(backbone, module, plain, inputs, tick))
 
 
-def _start_head(
-    backbone: Backbone, module: TaskModule, job: TrainingJob, view: View, inputs: Inputs, reporter: Reporter
+def fit_head(
+    backbone: Backbone, module: TaskModule, recipe: Recipe, parts: Sequence[View], inputs: Inputs, reporter: Reporter
 ) -> None:
-    """Fit the head to each image as it is and, where training augments, to `AUGMENTED` more views of it."""
-    recipe = job.recipe
-    others = 0 if recipe.augment == "none" else min(AUGMENTED, view.forms or AUGMENTED)
+    """Fit the head to each image as it is and, where training augments, to `AUGMENTED` more views of it.
+
+    Args:
+        parts: splits of the images, which it takes together.
+    """
+    others = 0 if recipe.augment == "none" else min(AUGMENTED, recipe.views or AUGMENTED)
     wider = module.head.in_features // backbone.spec.width
-    some = thinned(view, MOST_FEATURES // (1 + others) // wider)
-    first = 0 if view.forms else recipe.epochs
+    some = [thinned(part, MOST_FEATURES // (1 + others) // wider // len(parts)) for part in parts]
+    first = 0 if recipe.views else recipe.epochs
     # Epochs that training does not come to; of a fixed number of forms the first ones.
-    views = [some.drawn("none"), *(some.drawn(recipe.augment, first + index) for index in range(others))]
-    tick = reporter.scanning(len(some) * len(views), "fitting the head")
-    features = [list(features_of(backbone, module, each, inputs, tick)) for each in views]
+    forms = [("none", 0), *((recipe.augment, first + index) for index in range(others))]
+    tick = reporter.scanning(sum(map(len, some)) * len(forms), "fitting the head")
+    features = [
+        [rows for part in some for rows in features_of(backbone, module, part.drawn(augment, epoch), inputs, tick)]
+        for augment, epoch in forms
+    ]
     if module.head_norm is not None and recipe.norm == "standard":
         module.head_norm.set_standard(features[0])
     seen = torch.stack([module.seen(torch.cat(rows)) for rows in features]).cpu()
-    targets = torch.tensor([sample.target for sample in some.samples])
+    targets = torch.tensor([sample.target for part in some for sample in part.samples])
     weight, bias = lda_head(seen, targets, module.head.out_features)
     with torch.no_grad():
         module.head.weight.copy_(weight)

@@ -53,6 +53,7 @@ class Recipe:
         preprocess: the backbone's own evaluation transform, or that of a benchmark, see `prepared`.
         select: what the best epoch is best in, on validation images; the other breaks ties.
         final_fit: train on validation images as well and publish the last epoch, instead of selecting the best.
+        refit: after the best epoch is chosen, fit the head once more, to training and validation images together.
         seed: of initialisation, order, augmentation, dropout and the validation split.
     """
 
@@ -83,6 +84,7 @@ class Recipe:
     preprocess: Preparation = "backbone"
     select: Select = "accuracy"
     final_fit: bool = False
+    refit: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -93,6 +95,8 @@ class Recipe:
             raise UsageError(f"--prompt-init {self.prompt_init}: the method {self.method} has no prompts: leave it out")
         if self.first_block and not method.prompts:
             raise UsageError(f"--first-block {self.first_block}: the method {self.method} has no prompts: leave it out")
+        if self.refit and (self.head_init != "lda" or self.final_fit):
+            raise UsageError("--refit goes with --head-init lda and without --final-fit: leave it out")
         if method.full and (self.norm != "pretrained" or self.tempered or self.taps != "last"):
             raise UsageError("--method full: leave --norm, --taps and --temperature out, the whole backbone is trained")
         limits: list[tuple[str, float, float]] = [
@@ -162,7 +166,14 @@ RECIPES = {
     ),
     # No gradient at all: taps and head in closed form, from one look at each image.
     "instant": Recipe(
-        method="linear", taps="auto", norm="standard", head_init="lda", augment="none", epochs=0, select="loss"
+        method="linear",
+        taps="auto",
+        norm="standard",
+        head_init="lda",
+        augment="none",
+        epochs=0,
+        select="loss",
+        refit=True,
     ),
     # Full fine-tuning: one small rate for everything.
     "full": Recipe(method="full", lr=3e-4, head_lr_scale=1.0, weight_decay=0.05),
