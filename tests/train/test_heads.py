@@ -171,6 +171,24 @@ def test_one_image_a_class_gives_the_nearest() -> None:
     assert torch.equal(shares.argmax(1), targets) and shares.max() < 0.6
 
 
+@pytest.mark.parametrize("shrinkage", SHRINKAGES)
+def test_fewer_images_than_features_have_the_same_head(shrinkage: float) -> None:
+    """By their own small matrix, against the equation of the module's docstring."""
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.arange(40) % 5
+    rows = (torch.randn(40, 90, generator=generator) + 2 * torch.randn(5, 90, generator=generator)[targets]).double()
+    rows -= rows.mean(0)
+    means = torch.stack([rows[targets == label].mean(0) for label in range(5)])
+    within = rows - means[targets]
+    covariance = within.T @ within / len(rows)
+    level = covariance.diagonal().mean()
+    shrunk = (1 - shrinkage) * covariance + shrinkage * level * torch.eye(90)
+    expected = torch.linalg.solve(shrunk, means.T).T
+    weight, bias = Discriminant.fit(rows, targets, 5).head(shrinkage)
+    torch.testing.assert_close(weight, expected, atol=1e-8, rtol=1e-8)
+    torch.testing.assert_close(bias, -(means * expected).sum(1) / 2, atol=1e-8, rtol=1e-8)
+
+
 def test_a_refit_takes_validation_images_too(tiny: Backbone, colours: Path, tmp_path: Path) -> None:
     """The published head is that of all images, at the temperature that the head of the training images asked for."""
     for refit in (False, True):

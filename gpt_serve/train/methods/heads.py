@@ -120,7 +120,10 @@ class HeadNorm(nn.Module):
 
 @dataclass(frozen=True)
 class Discriminant:
-    """Class means (C, D) and the spectrum of the covariance within classes, (D,) values and (D, D) vectors."""
+    """Class means (C, D) and the spectrum of the covariance within classes, (R,) values and (D, R) vectors.
+
+    ``R`` is ``D``, or as many as there are images where they are fewer: in all other directions nothing varies.
+    """
 
     means: Tensor
     present: Tensor  # (C,): classes with images
@@ -134,18 +137,34 @@ class Discriminant:
         sums = rows.new_zeros(classes, rows.shape[1]).index_add_(0, targets, rows)
         means = sums / counts.clamp(min=1)[:, None]
         within = rows - means[targets]
-        values, vectors = torch.linalg.eigh(within.T @ within / len(rows))
         if counts.max() == 1:  # nothing is known of how a class varies, but features do by 1
-            values = torch.ones_like(values)
+            values, vectors = rows.new_ones(rows.shape[1]), torch.eye(rows.shape[1], dtype=rows.dtype)
+        elif len(rows) < rows.shape[1]:
+            values, vectors = _spectrum_of_few(within)
+        else:
+            values, vectors = torch.linalg.eigh(within.T @ within / len(rows))
         return cls(means, counts > 0, values.clamp(min=0), vectors)
 
     def head(self, shrinkage: float) -> tuple[Tensor, Tensor]:
         """Weight (C, D) and bias (C,) without priors; the bias of classes without images is -inf."""
-        level = self.values.mean().clamp(min=LEAST_LEVEL)
+        level = (self.values.sum() / self.means.shape[1]).clamp(min=LEAST_LEVEL)
         spectrum = (1 - shrinkage) * self.values + shrinkage * level
-        weight = (self.means @ self.vectors / spectrum) @ self.vectors.T
+        rest = 1 / (shrinkage * level)  # the inverse where nothing varies
+        weight = (self.means @ self.vectors * (1 / spectrum - rest)) @ self.vectors.T + self.means * rest
         bias = -(self.means * weight).sum(1) / 2
         return weight, bias.masked_fill(~self.present, -torch.inf)
+
+
+def _spectrum_of_few(within: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (n,) and vectors (D, n) of ``within.T @ within / n`` for fewer rows than columns, by the rows' own.
+
+    Much less work: the matrix that is decomposed is (n, n). Directions in which rounding is all that varies count as
+    directions in which nothing does.
+    """
+    squares, left = torch.linalg.eigh(within @ within.T)
+    real = squares > squares.max() * 1e-10
+    vectors = within.T @ left[:, real] / squares[real].sqrt()
+    return squares[real] / len(within), vectors
 
 
 def lda_head(features: Tensor, targets: Tensor, classes: int) -> tuple[Tensor, Tensor]:

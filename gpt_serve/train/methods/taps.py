@@ -25,7 +25,7 @@ from gpt_serve.train.inputs import Inputs
 from gpt_serve.train.loop import EVAL_BATCH
 
 LAST, AUTO = "last", "auto"
-MOST_TAPS = 4
+MOST_TAPS = 6
 MOST_IMAGES = 4000  # of a split that are looked at
 SHRINKAGES = (0.1, 0.3, 0.6)
 SCALES = tuple(2.0 ** (-step / 2) for step in range(17))
