@@ -182,7 +182,7 @@ def test_fewer_images_than_features_have_the_same_head(shrinkage: float) -> None
     within = rows - means[targets]
     covariance = within.T @ within / len(rows)
     level = covariance.diagonal().mean()
-    shrunk = (1 - shrinkage) * covariance + shrinkage * level * torch.eye(90)
+    shrunk = (1 - shrinkage) * covariance + shrinkage * level * torch.eye(90).double()
     expected = torch.linalg.solve(shrunk, means.T).T
     weight, bias = Discriminant.fit(rows, targets, 5).head(shrinkage)
     torch.testing.assert_close(weight, expected, atol=1e-8, rtol=1e-8)
