@@ -110,9 +110,18 @@ def _add_predictions(app: FastAPI, door: Door) -> None:
         """Ask the task in the path about the image that is the body."""
         return await Call(door, request).response()
 
+    async def attention(request: Request) -> Response:
+        """Show where the adapter of the task in the path looks in the image that is the body.
+
+        The picture is a PNG in base64: the image as the backbone saw it, and over it how much of the last block's
+        attention each patch gets. `most` says what the brightest gets, as a multiple of an even share.
+        """
+        return await Call(door, request, attention=True).response()
+
     route: dict[str, Any] = {"methods": ["POST"], "route_class_override": Direct, "dependencies": _documented(door)}
     app.router.add_api_route("/predict", predict, **route, **schema.PREDICT)
     app.router.add_api_route("/predict/{task}", predict_task, **route, **schema.PREDICT_TASK)
+    app.router.add_api_route("/attention/{task}", attention, **route, **schema.ATTENTION)
 
 
 def _add_tasks(app: FastAPI, door: Door) -> None:

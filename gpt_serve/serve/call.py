@@ -50,10 +50,12 @@ class Call:
     Args:
         door: what the routes know.
         request: with its body still to be read; its path may name the task.
+        attention: whether a picture of where the adapter looks is wanted instead.
     """
 
-    def __init__(self, door: "Door", request: Request) -> None:
+    def __init__(self, door: "Door", request: Request, *, attention: bool = False) -> None:
         self.door = door
+        self.attention = attention
         self.request = request
         self.expires = time.monotonic() + door.config.deadline
         self.record: Record = request.scope[KEY]
@@ -138,7 +140,7 @@ class Call:
         jobs: list[asyncio.Future[Answer]] = []
         try:
             for task, image in asked:
-                jobs.append(self._ask(Item(task, image, form, self.expires, self.record.tenant)))
+                jobs.append(self._ask(Item(task, image, form, self.expires, self.record.tenant, self.attention)))
             await self._finished(jobs)
             outcomes = [self._outcome(job) for job in jobs]
         finally:

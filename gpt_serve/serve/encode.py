@@ -9,6 +9,7 @@ import numpy as np
 from pycocotools import mask as coco
 
 from gpt_serve.engine.engine import Prediction
+from gpt_serve.engine.looker import Look
 from gpt_serve.engine.segment import Segmentation
 from gpt_serve.errors import InvalidRequest
 from gpt_serve.images.mask_files import png
@@ -16,7 +17,7 @@ from gpt_serve.serve.inputs import DEFAULT_TOP_K
 from gpt_serve.serve.messages import Answer, Format, MaskFormat
 
 
-def encode(result: Prediction | Segmentation, form: Format, seconds: Mapping[str, float]) -> Answer:
+def encode(result: Prediction | Segmentation | Look, form: Format, seconds: Mapping[str, float]) -> Answer:
     """The response for one image and task.
 
     Args:
@@ -26,6 +27,8 @@ def encode(result: Prediction | Segmentation, form: Format, seconds: Mapping[str
     Raises:
         InvalidRequest: the request asks for what answers of this kind do not have.
     """
+    if isinstance(result, Look):
+        return Answer(result.task, result.revision, _json(result.content()), seconds=dict(seconds))
     if isinstance(result, Segmentation):
         return _segmentation(result, form, dict(seconds))
     if form.mask is not None and form.strict:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
-from functools import partial
+from functools import cached_property, partial
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from queue import SimpleQueue
@@ -31,6 +31,7 @@ from gpt_serve.serve.process import configure_logging, end_child, guard_child
 
 if TYPE_CHECKING:
     from gpt_serve.engine.engine import Engine, Success
+    from gpt_serve.engine.looker import Look, Looker
     from gpt_serve.engine.scheduler import Batch, Scheduler
 
 logger = logging.getLogger("gpt_serve.serve")
@@ -127,6 +128,7 @@ class PredictAPI(LitAPI):
         self.config = config
         self.batches: SimpleQueue[Batch] | None = None
         self.encoders: ThreadPoolExecutor
+        self._looks: set[Future[Look]] = set()  # that are not drawn yet
 
     def setup(self, device: str) -> None:
         """Load the backbone and run it once; a deliberate error ends the process without a traceback."""
@@ -156,19 +158,38 @@ class PredictAPI(LitAPI):
             on_error=report,
         )
 
-    def predict(self, x: Item, **_: Any) -> "Future[Success]":
-        """The future that will hold the prediction for ``x``, or its error."""
+    @cached_property
+    def looker(self) -> "Looker":
+        """Draws attention; made when somebody wants to see some."""
+        from gpt_serve.engine.looker import Looker
+
+        engine = self.scheduler.engine
+        return Looker(engine.backbone, engine.bank.store, engine.limits, report)
+
+    def predict(self, x: Item, **_: Any) -> "Future[Success] | Future[Look]":
+        """The future that will hold the prediction for ``x``, or the picture, or its error."""
+        if x.attention:
+            look = self.looker.submit(x.task, x.image, x.expires)
+            self._looks.add(look)
+            look.add_done_callback(self._looks.discard)
+            return look
         return self.scheduler.submit(x.task, x.image, x.expires, x.tenant)
 
-    def abandon(self, output: "Future[Success] | None") -> None:
+    def abandon(self, output: "Future[Success] | Future[Look] | None") -> None:
         """Nobody waits any more for ``output``, which is None if it was answered already."""
-        if output is not None:
+        if output in self._looks:
+            output.cancel()
+        elif output is not None:
             self.scheduler.abandon(output)
 
-    def encode_response(self, output: "Future[Success]", *, form: Format | None = None, **_: Any) -> Answer | Failure:
+    def encode_response(
+        self, output: "Future[Success] | Future[Look]", *, form: Format | None = None, **_: Any
+    ) -> Answer | Failure:
         """The answer, or the error, of a future that is done."""
         from gpt_serve.serve.encode import encode
 
+        if output.cancelled():
+            return Failure.of(DeadlineExceeded("nobody waited any more"))
         error = output.exception()
         if error is not None:
             return Failure.of(error)

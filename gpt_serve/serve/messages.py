@@ -55,6 +55,7 @@ class Item:
         format: of the answer.
         expires: ``time.monotonic()`` from which on nobody waits for the answer.
         tenant: who asks; empty where nobody needs a key. Tenants take turns, and so do the tasks of each.
+        attention: whether a picture of where the adapter looks is wanted instead of a prediction.
     """
 
     task: str
@@ -62,6 +63,7 @@ class Item:
     format: Format
     expires: float
     tenant: str = ""
+    attention: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,6 +54,14 @@ class TaskProblem(Problem):
     task: str
 
 
+class Attention(BaseModel):
+    task: str
+    revision: str
+    block: int
+    most: float
+    picture: str
+
+
 class TaskEntry(BaseModel):
     task: str
     method: str | None = None
@@ -141,6 +149,10 @@ _CONTENT = {
     "multipart/form-data": _body(_NAMES, _list_of(_FILE, MAX_IMAGES)),  # in a form, one is a list of one
     "application/json": _body({"anyOf": [_NAME, _NAMES]}, {"anyOf": [_BASE64, _list_of(_BASE64, MAX_IMAGES)]}),
 }
+_IMAGE_BODY = {
+    "required": True,
+    "content": {f"image/{kind}": {"schema": _FILE} for kind in ("jpeg", "png", "webp")},
+}
 _PREDICT_PROBLEMS = _problems(400, 401, 403, 404, 408, 413, 415, 422, 429, 503, 504)
 
 _ANSWER = PredictAnswer | SegmentationAnswer
@@ -162,16 +174,18 @@ PREDICT_TASK: dict[str, Any] = {
     "response_model": _ANSWER | list[_ANSWER | Problem],
     "responses": _PREDICTED,
     "openapi_extra": {
-        "requestBody": {
-            "required": True,
-            "content": {f"image/{kind}": {"schema": _FILE} for kind in ("jpeg", "png", "webp")},
-        },
+        "requestBody": _IMAGE_BODY,
         "parameters": [
             _IN_PATH,
             {"name": "top_k", "in": "query", "schema": _TOP_K},
             {"name": "mask", "in": "query", "schema": _MASK},
         ],
     },
+}
+ATTENTION: dict[str, Any] = {
+    "response_model": Attention,
+    "responses": _PREDICT_PROBLEMS,
+    "openapi_extra": {"requestBody": _IMAGE_BODY, "parameters": [_IN_PATH]},
 }
 TASKS: dict[str, Any] = {"response_model": TaskList, "responses": _problems(401, 503)}
 TASK: dict[str, Any] = {

@@ -179,6 +179,19 @@ def test_400_broken_form(server: ServerProcess, content_type: str, body: bytes) 
     check_problem(post(server, content=body, headers={"content-type": content_type}), 400)
 
 
+def test_where_an_adapter_looks(server: ServerProcess, image: bytes) -> None:
+    def look(task: str, body: bytes) -> httpx.Response:
+        return server.client.post(f"{server.url}/attention/{task}", content=body)
+
+    shown = look("birds", image)
+    assert shown.status_code == 200 and set(shown.json()) == {"task", "revision", "block", "most", "picture"}
+    assert shown.json()["revision"] == server.predict("birds", image).json()["revision"] and shown.json()["most"] >= 1
+    assert Image.open(io.BytesIO(base64.b64decode(shown.json()["picture"]))).format == "PNG"
+    check_problem(look("nothing", image), 404)
+    check_problem(look("birds", b"no image"), 415)
+    check_problem(look("birds", b""), 400)
+
+
 def test_404_unknown_task_names_no_path(server: ServerProcess, adapters: Path, image: bytes) -> None:
     for response in (server.predict("nope", image), server.get("/tasks/nope")):
         problem = check_problem(response, 404)

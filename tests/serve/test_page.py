@@ -125,6 +125,34 @@ def test_the_answers_are_the_servers(page: Any, server: ServerProcess, digit: Pa
         assert widths == pytest.approx([100 * item["probability"] for item in expected["predictions"]], abs=1e-3)
 
 
+def test_where_an_adapter_looks_is_shown_on_request(page: Any, digit: Path) -> None:
+    page.set_input_files("#file", digit)
+    choose(page, "digits")
+    article = ask(page).first
+    article.get_by_role("button", name="Where does it look?").focus()
+    page.keyboard.press("Enter")
+    picture = article.get_by_role("img", name="Where digits looks in digit.png")
+    picture.wait_for()
+    assert picture.evaluate("async (picture) => { await picture.decode(); return picture.naturalWidth; }") >= 256
+    assert "times an even share" in article.locator("figcaption").text_content()
+    assert page.evaluate("document.activeElement.tagName") == "FIGURE"
+
+
+def test_a_refused_look_says_why_and_may_be_tried_again(page: Any, digit: Path) -> None:
+    page.set_input_files("#file", digit)
+    choose(page, "digits")
+    article = ask(page).first
+    page.route(
+        "**/attention/*", lambda route: route.fulfill(status=503, json={"title": "Overloaded", "detail": "full"})
+    )
+    button = article.get_by_role("button", name="Where does it look?")
+    button.click()
+    article.get_by_text("503 Overloaded: full").wait_for()
+    page.unroute("**/attention/*")
+    button.click()
+    article.get_by_role("img").wait_for()
+
+
 @pytest.mark.parametrize("how", ["paste", "drop"])
 def test_an_image_may_be_pasted_or_dropped(page: Any, digit: Path, how: str) -> None:
     paste(page, how, {"notes.txt": b"x"})

@@ -5,14 +5,42 @@ import { palette } from "./png.js";
 
 const percent = new Intl.NumberFormat("en", { style: "percent", minimumFractionDigits: 1, maximumFractionDigits: 1 });
 
-export function drawAnswer(answer, image) {
+/** `look` asks where the task's adapter looks. */
+export function drawAnswer(answer, image, look) {
   const took = `revision ${answer.revision}, ${Math.round(1000 * answer.seconds)} ms`;
   const article = element("article", {}, element("h3", {}, answer.task), element("p", { className: "about" }, took));
   const stranger = strangeness(answer);
   if (stranger) article.append(element("p", { className: "stranger" }, stranger));
   if (answer.predictions) article.append(bars(answer.predictions.map((item) => [item.label, item.probability])));
   if (answer.classes) article.append(...segmentation(answer, image));
+  article.append(looking(answer.task, image, look));
   return article;
+}
+
+/** A button, and in its place the picture that it asks for. */
+function looking(task, image, look) {
+  const button = element("button", { type: "button" }, "Where does it look?");
+  const refusal = element("p", { className: "problem", role: "alert" });
+  const both = element("div", { className: "looking" }, button, refusal);
+  button.addEventListener("click", async () => {
+    button.disabled = true;
+    refusal.textContent = "";
+    try {
+      const shown = drawLook(task, image, await look());
+      both.replaceChildren(shown);
+      shown.focus(); // it was on the button, which is gone
+    } catch (reason) {
+      refusal.textContent = reason.message;
+      button.disabled = false;
+    }
+  });
+  return both;
+}
+
+function drawLook(task, image, { block, most, picture }) {
+  const seen = element("img", { src: `data:image/png;base64,${picture}`, alt: `Where ${task} looks in ${image.name}` });
+  const about = `The image as the backbone saw it. The brighter a part, the more attention block ${block} pays to it: at most ${most.toFixed(1)} times an even share.`;
+  return element("figure", { tabIndex: -1 }, seen, element("figcaption", {}, about));
 }
 
 export function drawRefusal(task, sentence) {

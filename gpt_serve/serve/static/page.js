@@ -4,7 +4,7 @@ import { drawAnswer, drawRefusal } from "./answers.js";
 import { commands } from "./curl.js";
 import { element } from "./dom.js";
 import { takeImages } from "./image.js";
-import { ask, predict, state } from "./server.js";
+import { ask, attention, predict, state } from "./server.js";
 import { TaskList } from "./tasks.js";
 
 const byId = (id) => document.getElementById(id);
@@ -47,7 +47,7 @@ async function answer(event) {
 
 async function one(task, topK, asked) {
   try {
-    return drawAnswer(await predict(task, topK, asked), asked);
+    return drawAnswer(await predict(task, topK, asked), asked, () => attention(task, asked));
   } catch (refusal) {
     return drawRefusal(task, refusal.message);
   }

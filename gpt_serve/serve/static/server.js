@@ -39,6 +39,11 @@ export async function predict(task, topK, image) {
   return { ...answer, seconds: (performance.now() - began) / 1000 };
 }
 
+/** Where the adapter of a task looks in the image: {block, most, picture}, see `POST /attention/{task}`. */
+export async function attention(task, image) {
+  return (await ask(`attention/${encodeURIComponent(task)}`, { method: "POST", body: image.file })).json();
+}
+
 const FACTS = [
   ["gpt_serve_in_flight", "Requests being answered", (value) => value],
   ["gpt_serve_resident_adapters", "Adapters on the device", (value) => value],
