@@ -50,14 +50,8 @@ class Look:
 
     def content(self) -> dict[str, Any]:
         """Plain values for JSON, the picture in base64."""
-        picture = b64encode(self.picture).decode()
-        return {
-            "task": self.task,
-            "revision": self.revision,
-            "block": self.block,
-            "most": self.most,
-            "picture": picture,
-        }
+        plain = {"task": self.task, "revision": self.revision, "block": self.block, "most": self.most}
+        return plain | {"picture": b64encode(self.picture).decode()}
 
 
 class Looker:

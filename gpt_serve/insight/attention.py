@@ -78,7 +78,7 @@ def adapter_rows(backbone: Backbone, adapter: Adapter | None) -> AdapterBatch:
 def embed_pixels(backbone: Backbone, images: Tensor, preprocess: Preprocess) -> Tensor:
     """Preprocessed images, (B, 3, H, W) from 0 to 255 of any type, as tokens (B, prefix + N, D)."""
     mean, std = (torch.tensor(value, device=backbone.device) for value in (preprocess.mean, preprocess.std))
-    return embed(backbone.model, normalize(images.to(backbone.device), mean, std))
+    return embed(backbone.model, normalize(images.to(backbone.device), mean, std).to(backbone.dtype))
 
 
 def attention_maps(backbone: Backbone, tokens: Tensor, adapter: AdapterBatch) -> AttentionMaps:

@@ -37,9 +37,8 @@ def test_it_shows_what_insight_measures(looker: Looker, tiny: Backbone) -> None:
     look = looker.submit("birds", image, time.monotonic() + 60).result(timeout=60)
     stored = looker.store.load("birds")
     seen = preprocess_image(decode(image), stored.adapter.preprocess)
-    maps = attention_maps(
-        tiny, embed_pixels(tiny, seen[None], stored.adapter.preprocess), adapter_rows(tiny, stored.adapter)
-    )
+    tokens = embed_pixels(tiny, seen[None], stored.adapter.preprocess)
+    maps = attention_maps(tiny, tokens, adapter_rows(tiny, stored.adapter))
     heat = maps.maps[-1].mean(dim=0)
     assert (look.task, look.revision, look.block) == ("birds", stored.revision, tiny.spec.depth)
     assert look.most == pytest.approx(heat.max().item()) and look.picture == picture(seen, heat)

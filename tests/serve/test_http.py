@@ -1,6 +1,7 @@
 """The contract, one status code after another, from outside the process."""
 
 import base64
+import io
 import json
 import struct
 import zlib
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from PIL import Image
 
 from gpt_serve.adapters.store import AdapterStore
 from gpt_serve.engine.engine import Engine
