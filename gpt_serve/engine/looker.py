@@ -2,9 +2,6 @@
 
 import io
 import math
-import os
-import sys
-import threading
 import time
 from base64 import b64encode
 from collections.abc import Callable
@@ -19,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from gpt_serve.adapters.store import AdapterStore
+from gpt_serve.engine.priority import yield_to_others
 from gpt_serve.errors import DeadlineExceeded, GPTServeError
 from gpt_serve.images.decode import ImageLimits, decode
 from gpt_serve.images.preprocess import preprocess_image
@@ -26,7 +24,6 @@ from gpt_serve.insight.attention import adapter_rows, attention_maps, embed_pixe
 from gpt_serve.model.backbone import Backbone
 
 LEAST_SIDE = 256  # of a picture, in pixels: inputs of 32 would be hard to see
-NICENESS = 15  # of the thread, on Linux
 GREY, HEAT = 0.4, 0.6  # shares of the image and of the attention in a picture
 
 
@@ -73,7 +70,7 @@ class Looker:
         self.on_error = on_error
         self.store = store
         self.limits = limits
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="look", initializer=_yield_to_others)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="look", initializer=_begin)
 
     def submit(self, task: str, image: bytes, expires: float) -> "Future[Look]":
         """Draw ``image`` for ``task``, if that is begun before ``time.monotonic()`` is ``expires``.
@@ -129,7 +126,6 @@ def _colours() -> "np.ndarray[tuple[int, int], np.dtype[np.float32]]":
     return (255 * colormaps["inferno"](range(256))[:, :3]).astype(np.float32)
 
 
-def _yield_to_others() -> None:
+def _begin() -> None:
     torch.set_num_threads(1)
-    if sys.platform == "linux":  # elsewhere a process has one priority
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+    yield_to_others()

@@ -72,7 +72,8 @@ def test_a_key_is_described_where_one_is_needed(server: ServerProcess, key: str)
         for method, operation in methods.items()
         if operation.get("security")
     }
-    guarded = {("post", "/predict"), ("post", "/predict/{task}"), ("get", "/tasks"), ("get", "/tasks/{task}")}
+    guarded = {("post", path) for path in ("/predict", "/predict/{task}", "/attention/{task}")}
+    guarded |= {("get", "/tasks"), ("get", "/tasks/{task}")}
     assert wanted == (guarded | {("get", "/metrics")} if key else set())
 
 
