@@ -1,6 +1,7 @@
 """Scheduling with an engine whose every step is under control: fairness, cold adapters, a full bank, pins."""
 
 import os
+import sys
 import threading
 import time
 from collections import Counter
@@ -13,8 +14,10 @@ import pytest
 import torch
 
 from gpt_serve.engine.engine import Prediction, Row
+from gpt_serve.engine.priority import NICENESS
 from gpt_serve.engine.scheduler import Batch, Scheduler
 from gpt_serve.engine.scheduler.jobs import Pending
+from gpt_serve.engine.scheduler.pace import Load
 from gpt_serve.engine.scheduler.pipeline import ROWS
 from gpt_serve.errors import (
     BankFull,
@@ -25,6 +28,8 @@ from gpt_serve.errors import (
     UnknownTask,
     UsageError,
 )
+
+SLOW_WORK = 1000.0  # of a row of the task ``slow``
 
 
 class Resident:
@@ -105,6 +110,8 @@ class Engine:
         self.computing = False
         self.overlapped = 0
         self.gate, self.decoder_gate = threading.Event(), threading.Event()  # passes and decoders wait for them
+        self.slow_gate, self.computing_slow = threading.Event(), False  # passes of the task ``slow`` wait for it
+        self.slow_gate.set()
         self.gate.set()
         self.decoder_gate.set()
 
@@ -120,13 +127,17 @@ class Engine:
         return self.row(resident, torch.tensor(list(image)))
 
     def row(self, resident: Resident, image: torch.Tensor) -> Row:
-        return Row(resident, image)  # type: ignore[arg-type]
+        return Row(resident, image, SLOW_WORK if resident.task == "slow" else 1.0)  # type: ignore[arg-type]
 
     def compute(self, rows: Sequence[Row]) -> list[Prediction]:
-        self.computing = True
-        self.gate.wait()
-        time.sleep(self.seconds)
-        self.computing = False
+        if rows[0].resident.task == "slow":
+            self.computing_slow = True
+            self.slow_gate.wait()
+        else:
+            self.computing = True
+            self.gate.wait()
+            time.sleep(self.seconds)
+            self.computing = False
         self.batches.append([row.resident.task for row in rows])
         if any(bytes(row.image.tolist()) == b"crash" for row in rows):
             raise RuntimeError("a bug in the pass")
@@ -143,6 +154,7 @@ def scheduling(engine: Engine, **options: Any) -> Iterator[Scheduler]:
     finally:
         engine.gate.set()
         engine.decoder_gate.set()
+        engine.slow_gate.set()
         for event in engine.bank.slow.values():
             event.set()
         scheduler.close()
@@ -354,6 +366,45 @@ def test_those_who_wait_for_one_adapter_get_an_error_each() -> None:
         engine.bank.slow["refused"].set()
         errors = [error_of(future) for future in futures]
     assert [type(error) for error in errors] == [UnknownTask] * 3 and len({id(error) for error in errors}) == 3
+
+
+def test_a_slow_row_holds_up_no_others() -> None:
+    """On a CPU, where it is computed beside them; what a row is worth and how long it took says that it is slow."""
+    engine = Engine()
+    with scheduling(engine, overlap=False) as scheduler:
+        scheduler._pace.learn(Load([Row(None, torch.zeros(1), SLOW_WORK)]), 2.0)  # type: ignore[arg-type]
+        engine.slow_gate.clear()
+        slow = [scheduler.submit("slow", b"x", soon()) for _ in range(3)]
+        until(lambda: engine.computing_slow)
+        assert scheduler.submit("a", b"x", soon()).result(timeout=10).task == "a"
+        assert not any(job.done() for job in slow) and scheduler.busy() > 0
+        engine.slow_gate.set()
+        assert [job.result(timeout=10).task for job in slow] == ["slow"] * 3
+    assert sorted(engine.batches) == [["a"], ["slow"], ["slow"], ["slow"]]
+
+
+def test_a_large_image_holds_up_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is decoded by threads that yield to all others."""
+    monkeypatch.setattr("gpt_serve.engine.scheduler.pipeline.pixels", lambda image: 10**8 if image == b"large" else 1)
+    names: dict[str, set[tuple[str, int]]] = {"a": set(), "large": set()}
+    engine = Engine()
+    prepare = engine.prepare
+
+    def noted(resident: Resident, image: bytes) -> Row | GPTServeError:
+        niceness = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+        names[resident.task].add((threading.current_thread().name, niceness))
+        return prepare(resident, image)
+
+    engine.prepare = noted  # type: ignore[method-assign]
+    with scheduling(engine, overlap=False) as scheduler:
+        futures = [scheduler.submit("large", b"large", soon()) for _ in range(3)]
+        futures += [scheduler.submit("a", bytes([i]), soon()) for i in range(20)]
+        wait(futures, timeout=20)
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    assert {name for name, _ in names["a"]} == {"decode"} and {name for name, _ in names["large"]} == {"decode-large"}
+    assert {niceness for _, niceness in names["a"]} == {own}
+    if sys.platform == "linux":
+        assert min(niceness for _, niceness in names["large"]) > own or own >= NICENESS
 
 
 @pytest.mark.parametrize("image", [torch.zeros(3, 4, 4), "photo.jpg", None])

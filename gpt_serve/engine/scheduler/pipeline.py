@@ -9,6 +9,7 @@ from threading import Barrier, Condition, Lock, Thread
 import torch
 
 from gpt_serve.engine.engine import Answer, Engine, Row, Success
+from gpt_serve.engine.priority import yield_to_others
 from gpt_serve.engine.scheduler.admission import Admission
 from gpt_serve.engine.scheduler.jobs import (
     Batch,
@@ -28,9 +29,13 @@ from gpt_serve.errors import GPTServeError, UsageError
 from gpt_serve.images.headers import pixels
 
 LARGE = 0.1
-"""An image that is expected to take more seconds of decoding leaves one decoder free for others ..."""
+"""An image that is expected to take more seconds of decoding is left to threads that yield to all others, and to fewer
+of them ..."""
 SMALL_SEEN = 2.0
 """... if there was a smaller one within so many seconds."""
+SLOW = 0.25
+"""On a CPU, a row that is expected to take more seconds of a pass is computed alone, beside the others and yielding to
+them: a pass cannot be interrupted, and they would wait for its end."""
 ROWS = 8
 """Most answers of a pass by its ``max_batch``: heads are cheap, but a thousand of them take time."""
 
@@ -68,14 +73,16 @@ class Scheduler:
         self.on_error = guarded(on_error)
         self._lock = Lock()  # guards all below; nobody holds it while calling the engine or finishing a job
         self._to_decode, self._to_compute = Condition(self._lock), Condition(self._lock)
+        self._to_decode_large, self._to_compute_slow = Condition(self._lock), Condition(self._lock)
         self._shares = Shares()
         self._small, self._large = FairQueue(self._shares), FairQueue(self._shares)
-        self._ready = ReadyQueue(self._shares)
+        self._ready, self._slow = ReadyQueue(self._shares), FairQueue(self._shares)
         self._ready_since = 0.0
         self._small_at = float("-inf")  # when the last small image came
         self._shared = SharedImages()
         self._decoding: dict[Job, float] = {}  # with the time at which a thread began
         self._computing: float | None = None  # since when
+        self._computing_slow: float | None = None
         self._closed = False
         self._pace = Pace()
         self._admission = Admission(engine.bank, self._pinned, self.on_error)
@@ -115,32 +122,41 @@ class Scheduler:
         Each of them comes to an end in bounded time, so a large number means that something hangs.
         """
         with self._lock:
-            began = [*self._decoding.values(), *([] if self._computing is None else [self._computing])]
+            passes = [since for since in (self._computing, self._computing_slow) if since is not None]
+            began = [*self._decoding.values(), *passes]
         return time.monotonic() - min(began) if began else 0.0
 
     def close(self) -> None:
         """Answer what waits with `NotReady`, finish the pass that runs, and end the threads."""
         with self._lock:
             self._closed = True
-            jobs = [job for queue in (self._small, self._large, self._ready) for job in queue.pop(len(queue))]
-            self._to_decode.notify_all()
-            self._to_compute.notify_all()
+            jobs = [job for queue in self._queues() for job in queue.pop(len(queue))]
+            for condition in (self._to_decode, self._to_decode_large, self._to_compute, self._to_compute_slow):
+                condition.notify_all()
         self._admission.close()
         for job in jobs:
             job.finish(closed())
         for thread in self._threads:
             thread.join()
 
+    def _queues(self) -> tuple[FairQueue, ...]:
+        return self._small, self._large, self._ready, self._slow
+
     def _start(self) -> list[Thread]:
         count, setting = cpu_count() or 1, torch.get_num_threads()
-        begun = Barrier(count + 1)
-        threads = [Thread(target=self._decode_loop, args=(begun,), name="decode", daemon=True) for _ in range(count)]
+        begun = Barrier(2 * count + 1)
+        kinds = [("decode", False)] * count + [("decode-large", True)] * count
+        threads = [
+            Thread(target=self._decode_loop, args=(begun, large), name=name, daemon=True) for name, large in kinds
+        ]
         for thread in threads:
             thread.start()
         begun.wait()
         torch.set_num_threads(setting)  # the decoders changed the default
         threads.append(Thread(target=self._compute_loop, name="compute", daemon=True))
-        threads[-1].start()
+        threads.append(Thread(target=self._slow_loop, name="compute-slow", daemon=True))
+        for thread in threads[-2:]:
+            thread.start()
         return threads
 
     def _pinned(self, job: Job) -> None:
@@ -151,20 +167,23 @@ class Scheduler:
             if not lost:
                 if job.work > LARGE:
                     self._large.push(job)
+                    self._to_decode_large.notify()
                 else:
                     self._small.push(job)
                     self._small_at = time.monotonic()
-                self._to_decode.notify()
+                    self._to_decode.notify()
         if lost:
             job.finish(closed())
 
-    def _decode_loop(self, begun: Barrier) -> None:
+    def _decode_loop(self, begun: Barrier, large: bool) -> None:
+        if large:
+            yield_to_others()
         # PyTorch gives each thread that scales images an OpenMP team of its own: one thread is team enough. A thread
         # keeps the setting that it finds at its first use.
         torch.set_num_threads(1)
         torch.get_num_threads()
         begun.wait()
-        while (turn := self._next_to_decode()) is not None:
+        while (turn := self._next_to_decode(large)) is not None:
             result = self._prepare(turn)
             with self._lock:
                 followers = self._shared.end(turn, result.prepared if isinstance(result, Row) else None)
@@ -180,7 +199,7 @@ class Scheduler:
                 if isinstance(result, Row) and not lost:
                     self._push_ready(job, result)
             self._to_compute.notify()
-            self._to_decode.notify()  # a large image may have waited for this one's end
+            self._to_decode_large.notify()  # one may have waited for this one's end
         for job, result in results:
             if isinstance(result, GPTServeError):
                 job.finish(result)
@@ -190,36 +209,31 @@ class Scheduler:
     def _push_ready(self, job: Job, row: Row) -> None:
         job.row = row
         job.work = self._pace.row(row.work)
-        self._ready_since = self._ready_since if self._ready else time.monotonic()
-        self._ready.push(job)
+        if job.work > SLOW and not self.overlap:
+            self._slow.push(job)
+            self._to_compute_slow.notify()
+        else:
+            self._ready_since = self._ready_since if self._ready else time.monotonic()
+            self._ready.push(job)
 
-    def _next_to_decode(self) -> Turn | None:
+    def _next_to_decode(self, large: bool) -> Turn | None:
+        queue, condition = (self._large, self._to_decode_large) if large else (self._small, self._to_decode)
         with self._lock:
-            while True:
-                if self._closed:
-                    return None
-                queue = None if self._computing is not None and not self.overlap else self._queue_to_decode()
-                if queue is not None:
+            while not self._closed:
+                held = self._computing is not None and not self.overlap
+                if queue and not held and (not large or self._room_for_large()):
                     turn = self._shared.begin(queue.pop()[0])
                     if turn is None:
                         continue
                     self._decoding[turn.job] = time.monotonic()
                     return turn
-                self._to_decode.wait(SMALL_SEEN if self._large else None)
-
-    def _queue_to_decode(self) -> FairQueue | None:
-        """The queue whose turn it is, if any may be served now."""
-        small, large = self._small.peek(), self._large.peek()
-        if large is None or not self._room_for_large():
-            return self._small if small is not None else None
-        if small is None or self._shares.had(large.owner) < self._shares.had(small.owner):
-            return self._large
-        return self._small
+                condition.wait(SMALL_SEEN if queue and large else None)
+            return None
 
     def _room_for_large(self) -> bool:
         others = sum(job.work > LARGE for job in self._decoding)
         alone = time.monotonic() - self._small_at > SMALL_SEEN
-        return alone or others < max(1, len(self._threads) - 2)  # one is to stay free, and one of them computes
+        return alone or others < max(1, (cpu_count() or 1) - 1)
 
     def _prepare(self, turn: Turn) -> Row | GPTServeError:
         if turn.key is None:
@@ -242,16 +256,43 @@ class Scheduler:
 
     def _compute_loop(self) -> None:
         while (jobs := self._next_batch()) is not None:
-            now = time.monotonic()
-            live = [job for job in jobs if job.expires > now]
-            results = self._compute(live)
-            seconds = time.monotonic() - now
+            finish = self._computed(jobs)
             with self._lock:
                 self._computing = None
                 self._to_decode.notify_all()
+                self._to_decode_large.notify_all()
                 if not self.overlap:
                     self._ready_since = time.monotonic()  # nothing could become ready meanwhile
-                self._account(jobs, live, seconds)
+            finish()
+
+    def _slow_loop(self) -> None:
+        """Compute slow rows one by one."""
+        yield_to_others()
+        while (job := self._next_slow()) is not None:
+            finish = self._computed([job])
+            with self._lock:
+                self._computing_slow = None
+            finish()
+
+    def _next_slow(self) -> Job | None:
+        with self._lock:
+            while not self._closed:
+                if self._slow:
+                    self._computing_slow = time.monotonic()
+                    return self._slow.pop()[0]
+                self._to_compute_slow.wait()
+            return None
+
+    def _computed(self, jobs: list[Job]) -> Callable[[], None]:
+        """Compute and account for ``jobs``; what is given back finishes them."""
+        now = time.monotonic()
+        live = [job for job in jobs if job.expires > now]
+        results = self._compute(live)
+        seconds = time.monotonic() - now
+        with self._lock:
+            self._account(jobs, live, seconds)
+
+        def finish() -> None:
             for job in jobs:
                 if job not in live:
                     job.finish(expired())
@@ -260,6 +301,8 @@ class Scheduler:
             for job, result in zip(live, results, strict=True):
                 job.computing = seconds
                 job.finish(result)
+
+        return finish
 
     def _tell(self, batch: Batch) -> None:
         """Whoever counts may fail, and must not take the thread that computes along."""
@@ -304,7 +347,7 @@ class Scheduler:
         """Seconds until the next batch may begin; None when there is nothing to begin with."""
         if not self._ready:
             return None
-        decoding = bool(self._decoding or self._small or self._large)
+        decoding = bool(self._small) or any(job.work <= LARGE for job in self._decoding)  # large ones take too long
         full = self._ready.images >= self.max_batch or len(self._ready) >= self.max_rows
         if full or not (decoding or self._admission.loading):
             return 0.0
