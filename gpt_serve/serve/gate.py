@@ -7,7 +7,7 @@ from gpt_serve.errors import GPTServeError, NotReady, Overloaded
 from gpt_serve.serve.messages import Answer, Asks, Item
 from gpt_serve.serve.state import ServerState, Slot
 
-DISPLACED = "the place in the queue went to a task with fewer images waiting, or of a tenant with fewer"
+DISPLACED = "the place in the queue went to somebody with fewer images waiting"
 
 
 class Gate:

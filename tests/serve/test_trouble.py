@@ -79,7 +79,7 @@ def test_a_flood_for_two_tasks_leaves_a_third_its_slots(stub: ServerProcess, ima
         details = {flood.result().json()["detail"] for flood in floods if flood.result().status_code == 503}
     assert details == {
         "16 images are already waiting: try again in a second",
-        "the place in the queue went to a task with fewer images waiting: try again in a second",
+        "the place in the queue went to somebody with fewer images waiting: try again in a second",
     }
     until(lambda: stub.in_flight() == 0)
 
