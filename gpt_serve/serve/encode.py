@@ -3,21 +3,23 @@
 import base64
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from pycocotools import mask as coco
 
-from gpt_serve.engine.engine import Prediction
-from gpt_serve.engine.looker import Look
-from gpt_serve.engine.segment import Segmentation
 from gpt_serve.errors import InvalidRequest
 from gpt_serve.images.mask_files import png
 from gpt_serve.serve.inputs import DEFAULT_TOP_K
 from gpt_serve.serve.messages import Answer, Format, MaskFormat
 
+if TYPE_CHECKING:
+    from gpt_serve.engine.engine import Prediction
+    from gpt_serve.engine.looker import Look
+    from gpt_serve.engine.segment import Segmentation
 
-def encode(result: Prediction | Segmentation | Look, form: Format, seconds: Mapping[str, float]) -> Answer:
+
+def encode(result: "Prediction | Segmentation | Look", form: Format, seconds: Mapping[str, float]) -> Answer:
     """The response for one image and task.
 
     Args:
@@ -27,10 +29,13 @@ def encode(result: Prediction | Segmentation | Look, form: Format, seconds: Mapp
     Raises:
         InvalidRequest: the request asks for what answers of this kind do not have.
     """
-    if isinstance(result, Look):
-        return Answer(result.task, result.revision, _json(result.content()), seconds=dict(seconds))
-    if isinstance(result, Segmentation):
-        return _segmentation(result, form, dict(seconds))
+    # They are told apart by what they have: importing their classes would import torch, which a stub has no need of.
+    if hasattr(result, "picture"):
+        look = cast("Look", result)
+        return Answer(look.task, look.revision, _json(look.content()), seconds=dict(seconds))
+    if hasattr(result, "mask"):
+        return _segmentation(cast("Segmentation", result), form, dict(seconds))
+    result = cast("Prediction", result)
     if form.mask is not None and form.strict:
         raise InvalidRequest(f"task {result.task!r} answers with labels and has no mask: leave out mask")
     best = [{"label": label, "probability": share} for label, share in result.top(form.top_k or DEFAULT_TOP_K)]
@@ -38,7 +43,7 @@ def encode(result: Prediction | Segmentation | Look, form: Format, seconds: Mapp
     return Answer(result.task, result.revision, _json(content), seconds=dict(seconds))
 
 
-def _segmentation(result: Segmentation, form: Format, seconds: dict[str, float]) -> Answer:
+def _segmentation(result: "Segmentation", form: Format, seconds: dict[str, float]) -> Answer:
     if form.top_k is not None and form.strict:
         raise InvalidRequest(f"task {result.task!r} answers with a mask of all its classes: leave out top_k")
     if form.picture:
@@ -57,7 +62,7 @@ def _segmentation(result: Segmentation, form: Format, seconds: dict[str, float])
     return Answer(result.task, result.revision, _json(content | mask), seconds=seconds)
 
 
-def _mask(result: Segmentation, form: MaskFormat) -> dict[str, Any]:
+def _mask(result: "Segmentation", form: MaskFormat) -> dict[str, Any]:
     """The member ``mask``: a PNG file in base64, or COCO's run lengths of each class that has pixels."""
     if form == "none":
         return {}
@@ -66,7 +71,7 @@ def _mask(result: Segmentation, form: MaskFormat) -> dict[str, Any]:
     return {"mask": [_run_lengths(result, int(number)) for number in np.flatnonzero(result.shares)]}
 
 
-def _run_lengths(result: Segmentation, number: int) -> dict[str, Any]:
+def _run_lengths(result: "Segmentation", number: int) -> dict[str, Any]:
     """COCO's compressed run lengths of one class, column by column."""
     encoded = coco.encode(np.asfortranarray(result.mask == number, dtype=np.uint8))
     return {"id": number, "size": encoded["size"], "counts": encoded["counts"].decode()}

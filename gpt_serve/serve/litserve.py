@@ -166,7 +166,7 @@ class PredictAPI(LitAPI):
         engine = self.scheduler.engine
         return Looker(engine.backbone, engine.bank.store, engine.limits, report)
 
-    def predict(self, x: Item, **_: Any) -> "Future[Success] | Future[Look]":
+    def predict(self, x: Item, **_: Any) -> "Future[Any]":
         """The future that will hold the prediction for ``x``, or the picture, or its error."""
         if x.attention:
             look = self.looker.submit(x.task, x.image, x.expires)
@@ -175,16 +175,14 @@ class PredictAPI(LitAPI):
             return look
         return self.scheduler.submit(x.task, x.image, x.expires, x.tenant)
 
-    def abandon(self, output: "Future[Success] | Future[Look] | None") -> None:
+    def abandon(self, output: "Future[Any] | None") -> None:
         """Nobody waits any more for ``output``, which is None if it was answered already."""
         if output in self._looks:
             output.cancel()
         elif output is not None:
             self.scheduler.abandon(output)
 
-    def encode_response(
-        self, output: "Future[Success] | Future[Look]", *, form: Format | None = None, **_: Any
-    ) -> Answer | Failure:
+    def encode_response(self, output: "Future[Any]", *, form: Format | None = None, **_: Any) -> Answer | Failure:
         """The answer, or the error, of a future that is done."""
         from gpt_serve.serve.encode import encode
 
