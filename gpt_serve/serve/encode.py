@@ -35,7 +35,6 @@ def encode(result: "Prediction | Segmentation | Look", form: Format, seconds: Ma
         return Answer(look.task, look.revision, _json(look.content()), seconds=dict(seconds))
     if hasattr(result, "mask"):
         return _segmentation(cast("Segmentation", result), form, dict(seconds))
-    result = cast("Prediction", result)
     if form.mask is not None and form.strict:
         raise InvalidRequest(f"task {result.task!r} answers with labels and has no mask: leave out mask")
     best = [{"label": label, "probability": share} for label, share in result.top(form.top_k or DEFAULT_TOP_K)]
