@@ -28,6 +28,7 @@ from gpt_serve.cli.options import (
     half_of_the_cores,
     json_option,
     resolve_device,
+    resolve_devices,
     serving_options,
     weights_options,
 )
@@ -106,6 +107,13 @@ main.add_command(backbones)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for all.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 picks a free one.")
 @click.option(
+    "--replicas",
+    type=click.IntRange(1, 64),
+    default=1,
+    show_default=True,
+    help="Workers on the CPU; of GPUs, each has one.",
+)
+@click.option(
     "--http-workers",
     type=click.IntRange(1, 256),
     default=half_of_the_cores,
@@ -125,7 +133,7 @@ def serve(device: str, **options: Any) -> None:
     """Answer HTTP requests; watches the adapter folder."""
     from gpt_serve.serve import ServeConfig, run
 
-    sys.exit(run(ServeConfig(device=resolve_device(device), **options)))
+    sys.exit(run(ServeConfig(device=resolve_devices(device), **options)))
 
 
 @main.command()

@@ -227,6 +227,16 @@ def resolve_device(name: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def resolve_devices(names: str) -> str:
+    """Several devices, separated by commas; ``cuda`` is all GPUs that this process sees."""
+    devices = [resolve_device(name.strip()) for name in names.split(",")]
+    if devices != ["cuda"]:
+        return ",".join(devices)
+    import torch
+
+    return ",".join(f"cuda:{index}" for index in range(torch.cuda.device_count())) or "cuda"
+
+
 def image_bytes(path: Path) -> bytes:
     """An image file in a form that the decoder takes.
 

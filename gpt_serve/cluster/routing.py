@@ -1,17 +1,11 @@
-"""Which replica answers: for a task always the same one, as long as it keeps up, so that each bank holds its share.
+"""Which replica answers, see `gpt_serve.serve.routing`."""
 
-Rendezvous hashing with bounded loads: a task ranks the replicas by a hash of both names. The first that has less than a
-batch waiting gets the request. A hot task thus spreads over as many replicas as it needs, and a cold one is fetched and
-loaded by one of them, not by all. When a replica comes or goes, only the tasks move that it gets or had. No replica has
-to report what it holds, so the choice is right at once, and the same in every process that routes.
-"""
-
-import hashlib
 from typing import Any
 
 from ray.serve.request_router import RequestRouter
 
 from gpt_serve.serve.messages import Item
+from gpt_serve.serve.routing import order
 
 
 class TaskRouter(RequestRouter):  # type: ignore[misc]
@@ -36,19 +30,3 @@ class TaskRouter(RequestRouter):  # type: ignore[misc]
     def _waiting(self, replica: Any) -> int:
         """Requests that the replica had when this process last heard of it, plus those sent since."""
         return self.replica_queue_len_cache.get(replica.replica_id) or 0
-
-
-def order(task: str, waiting: dict[str, int], busy: int) -> list[str]:
-    """Names of the replicas, the best for ``task`` first.
-
-    Args:
-        waiting: requests that each has.
-        busy: those with so many come last, the least busy of them first.
-    """
-    ranked = sorted(waiting, key=lambda name: weight(task, name), reverse=True)
-    return sorted(ranked, key=lambda name: max(0, waiting[name] - busy + 1))
-
-
-def weight(task: str, replica: str) -> bytes:
-    """A number for each pair, evenly spread."""
-    return hashlib.blake2b(f"{task}\0{replica}".encode(), digest_size=8).digest()

@@ -31,7 +31,9 @@ class ServeConfig:
         backbone: timm name or a bundled name; every adapter must have been trained on it.
         checkpoint: weights file for the backbone instead of the hub's.
         input_size: side of the backbone's input in pixels; None takes its own.
-        device: ``cpu``, ``cuda`` or ``cuda:<index>``.
+        device: ``cpu``, ``cuda``, ``cuda:<index>``, or several such separated by commas: each gets a worker with a
+            backbone and a bank.
+        replicas: workers on the CPU, each with all cores; on GPUs there is one for each device.
         engine: what runs the forward pass, ``torch``, ``onnx`` (onnxruntime) or ``auto``: the faster one.
         precision: of weights and activations; bf16 is computed by torch.
         compile: let ``torch.compile`` fuse the blocks; computed by torch.
@@ -65,6 +67,7 @@ class ServeConfig:
     checkpoint: Path | None = None
     input_size: int | None = None
     device: str = "cpu"
+    replicas: int = 1
     engine: EngineName | Literal["auto"] = "auto"
     precision: Precision = "fp32"
     compile: bool = False
@@ -96,6 +99,7 @@ class ServeConfig:
             "max_pixels",
             "queue_limit",
             "http_workers",
+            "replicas",
             "max_connections",
             "deadline",
             "drain",
@@ -107,15 +111,24 @@ class ServeConfig:
             if not 0 <= getattr(self, name) < math.inf:
                 raise UsageError(f"{name} is {getattr(self, name)}: it must be a number and not negative")
         _check_proxies(self.trusted_proxies)
-        kind, _, index = self.device.partition(":")
-        if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
-            raise UsageError(f"unknown device {self.device!r}: use cpu, cuda or cuda:<index>")
+        for device in self.device.split(","):
+            if not re.fullmatch(r"cpu|cuda(:\d+)?", device):
+                raise UsageError(f"unknown device {device!r}: use cpu, cuda or cuda:<index>")
+        if len(set(self.devices)) < len(self.device.split(",")) or ("cpu" in self.devices and "," in self.device):
+            raise UsageError(f"{self.device} cannot be: name GPUs, each once")
+        if self.replicas > 1 and self.device != "cpu":
+            raise UsageError("--replicas is for the CPU: name several devices instead, such as cuda:0,cuda:1")
         if self.engine not in ("torch", "onnx", "auto"):
             raise UsageError(f"unknown engine {self.engine!r}: use torch, onnx or auto")
         if self.precision not in ("fp32", "bf16"):
             raise UsageError(f"unknown precision {self.precision!r}: use fp32 or bf16")
         if self.engine == "onnx" and self._needs_torch:
             raise UsageError("--precision bf16 and --compile are torch's: use --engine torch or auto")
+
+    @property
+    def devices(self) -> list[str]:
+        """The device of each worker."""
+        return ["cpu"] * self.replicas if self.device == "cpu" else self.device.split(",")
 
     @property
     def chosen_engine(self) -> EngineName:

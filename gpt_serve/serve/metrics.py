@@ -77,7 +77,7 @@ class Metrics:
         self._held = {key: Gauge(*texts, registry=self.registry) for key, texts in _HELD.items()}
         self._counted = {key: Counter(*texts, registry=self.registry) for key, texts in _COUNTED.items()}
         self._pairs: set[tuple[str, str]] = set()
-        self._last: dict[str, float] = {}  # the current worker's numbers
+        self._last: dict[int, dict[str, float]] = {}  # the numbers of each current worker
         self._gauge("gpt_serve_in_flight", "Images, for each of their tasks, that hold a slot", lambda: state.admitted)
         self._gauge("gpt_serve_ready", "1 while requests are taken on", lambda: _is_ready(state))
         self._gauge("gpt_serve_worker_restarts", "Workers started after the first", lambda: state.restarts)
@@ -113,20 +113,20 @@ class Metrics:
         """Count an answer to what never became a request."""
         self._answers.labels("", str(status)).inc()
 
-    def worker(self, stats: Stats, *, new: bool) -> None:
-        """Count what came with a message; ``new`` says that its worker has just started, and counts from 0."""
+    def worker(self, stats: Stats, *, new: bool, number: int = 0) -> None:
+        """Count what came with a message of worker ``number``; a ``new`` one has just started, and counts from 0."""
         bank = stats.bank
         for done in stats.passes:
             self._batch.observe(len(done.waits))
             self._pass.observe(done.seconds)
             for wait in done.waits:
                 self._wait.observe(wait)
-        last = {} if new else self._last
+        last = {} if new else self._last.get(number, {})
+        self._last[number] = bank
         for key, counter in self._counted.items():
             counter.inc(bank[key] - last.get(key, 0))
         for key, gauge in self._held.items():
-            gauge.set(bank[key])
-        self._last = bank
+            gauge.set(sum(numbers[key] for numbers in self._last.values()))
 
     def text(self) -> bytes:
         """The exposition format."""

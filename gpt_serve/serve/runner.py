@@ -8,6 +8,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from types import FrameType
 
@@ -23,11 +24,13 @@ from gpt_serve.serve.drain import Drain
 from gpt_serve.serve.fronts import Fronts
 from gpt_serve.serve.http import HTTPServer
 from gpt_serve.serve.litserve import Launcher, PredictAPI
+from gpt_serve.serve.metrics import Metrics
 from gpt_serve.serve.process import STOPPING, configure_logging
 from gpt_serve.serve.server import Server
 from gpt_serve.serve.state import ServerState
 from gpt_serve.serve.supervisor import Supervisor
 from gpt_serve.serve.watch import StoreWatch
+from gpt_serve.serve.workers import Workers
 
 logger = logging.getLogger("gpt_serve.serve")
 
@@ -50,25 +53,34 @@ def run_server(config: ServeConfig, api: type[PredictAPI] = PredictAPI) -> int:
     # (measured on two busy ones: 13 ms per image instead of 38).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with _listen(config) as sock:
-        server = Server(config, Launcher(config, api(config)).start)
-        desk = LocalDesk(config, server, server.state, server.metrics)
-        supervisor = Supervisor(server, partial(_announce, desk, sock))
-        beside = [supervisor.run, StoreWatch(config.adapters, server.state).run]
-        door, drain = Door(config, desk), Drain(server)
+        state = ServerState(config.queue_limit)
+        workers = _workers(config, api, state, Metrics(state))
+        desk = LocalDesk(config, workers, state, workers.servers[0].metrics)
+        supervisors = [Supervisor(server, partial(_announce, desk, sock)) for server in workers.servers]
+        beside = [*(supervisor.run for supervisor in supervisors), StoreWatch(config.adapters, state).run]
+        door, drain = Door(config, desk), Drain(workers, config.drain)
         try:
             _warn_if_open(door)
             if config.http_workers == 1:
-                app = build_app(door, lambda _: _running(beside, server.state))
+                app = build_app(door, lambda _: _running(beside, state))
                 DrainingServer(door, app, drain).run(sockets=[sock])
             else:
                 with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-                    runner.run(_run_fronts(Fronts(config, sock, desk), drain, _running(beside, server.state)))
+                    runner.run(_run_fronts(Fronts(config, sock, desk), drain, _running(beside, state)))
         finally:
-            server.close(supervisor.worker)
+            for supervisor in supervisors:
+                supervisor.server.close(supervisor.worker)
             door.close()
-    if server.state.fatal is not None:
-        raise server.state.fatal
+    if state.fatal is not None:
+        raise state.fatal
     return 1 if drain.dropped else 0
+
+
+def _workers(config: ServeConfig, api: type[PredictAPI], state: ServerState, metrics: Metrics) -> Workers:
+    own = [replace(config, device=device, replicas=1) for device in config.devices]
+    launchers = [Launcher(one, api(one)) for one in own]
+    servers = [Server(config, launcher.start, state, metrics, number) for number, launcher in enumerate(launchers)]
+    return Workers(servers, config.max_batch_size)
 
 
 class DrainingServer(HTTPServer):

@@ -14,7 +14,7 @@ from gpt_serve.serve.link import Link
 from gpt_serve.serve.messages import Answer, Answered, Asked, Beat, Failure, Item, Message, Ready
 from gpt_serve.serve.metrics import Metrics
 from gpt_serve.serve.process import holding_signals
-from gpt_serve.serve.state import ServerState
+from gpt_serve.serve.state import Phase, ServerState
 
 
 class Server:
@@ -23,18 +23,30 @@ class Server:
     Args:
         config: the options.
         launch: spawns a worker at the other end of a link.
+        state: phase, backbone, admitted requests, draining; of all workers together.
+        metrics: what ``/metrics`` shows; of all workers together.
+        number: tells the workers apart.
 
     Attributes:
-        state: phase, backbone, admitted requests, draining.
-        metrics: what ``/metrics`` shows.
+        phase: what the worker is doing.
         worker_ready: whether the current worker has loaded.
         worker_error: why it could not, if it said so.
     """
 
-    def __init__(self, config: ServeConfig, launch: Callable[[Link], SpawnProcess]) -> None:
+    def __init__(
+        self,
+        config: ServeConfig,
+        launch: Callable[[Link], SpawnProcess],
+        state: ServerState,
+        metrics: Metrics,
+        number: int = 0,
+    ) -> None:
         self.config = config
-        self.state = ServerState(config.queue_limit)
-        self.metrics = Metrics(self.state)
+        self.state = state
+        self.metrics = metrics
+        self.number = number
+        self.phase: Phase = "loading"
+        self.enter(self.phase)
         self.worker_ready = False
         self.worker_error: GPTServeError | None = None
         self._launch = launch
@@ -60,6 +72,16 @@ class Server:
         with suppress(TimeoutError):  # a child of its own may keep the socket open
             await asyncio.wait_for(self._drained.wait(), 5)
         self._link.close()
+
+    @property
+    def owed(self) -> int:
+        """How many answers the worker owes."""
+        return len(self._pending)
+
+    def enter(self, phase: Phase) -> None:
+        """The worker enters a phase."""
+        self.phase = phase
+        self.state.enter(self.number, phase)
 
     def ask(self, item: Item) -> "asyncio.Future[Answer]":
         """Have the worker answer ``item``. Its future raises `NotReady` when the worker dies, see `fail_pending`."""
@@ -97,7 +119,7 @@ class Server:
         elif isinstance(message, Beat):
             self._beat, self._beat_at = message, time.monotonic()
         else:
-            self.metrics.worker(message.stats, new=isinstance(message, Ready))
+            self.metrics.worker(message.stats, new=isinstance(message, Ready), number=self.number)
             if isinstance(message, Ready):
                 self.state.spec = message.spec
                 self._beat, self._beat_at = Beat(0.0), time.monotonic()

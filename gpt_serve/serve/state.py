@@ -12,6 +12,7 @@ from gpt_serve.specs import BackboneSpec
 Owner = tuple[str, str]
 Phase = Literal["loading", "ready", "restarting"]
 
+_BEST_FIRST: tuple[Phase, ...] = ("ready", "restarting", "loading")
 _WAITING = {
     "loading": "the backbone is being loaded: try again in a few seconds",
     "restarting": "the worker is being restarted: try again in a few seconds",
@@ -41,7 +42,7 @@ class ServerState:
 
     Attributes:
         limit: most images admitted at once.
-        phase: what the worker is doing.
+        phase: what the worker is doing; of several, what the best of them does.
         spec: the backbone that a worker has loaded; None until the first one has.
         restarts: how many workers were started after the first.
         store_fault: what is wrong with the adapter folder as a whole; empty when nothing is.
@@ -56,6 +57,7 @@ class ServerState:
     store_fault: str = ""
     draining: bool = False
     fatal: GPTServeError | None = None
+    _phases: dict[int, Phase] = field(default_factory=dict)  # of each worker
     _slots: dict[Owner, dict[Slot, None]] = field(default_factory=dict)  # by owner, the oldest first
     _admitted: int = 0
     # When slots were given back since more than half of them are taken, after the time from which that is so.
@@ -65,6 +67,12 @@ class ServerState:
     def admitted(self) -> int:
         """Images that hold a slot: from the moment that their request is complete until it is answered."""
         return self._admitted
+
+    def enter(self, worker: int, phase: Phase) -> None:
+        """A worker enters a phase; all together are ready while one of them is."""
+        self._phases[worker] = phase
+        phases = self._phases.values()
+        self.phase = next((best for best in _BEST_FIRST if best in phases), phase)
 
     def check_ready(self) -> None:
         """Raise `NotReady` unless a request would be taken on."""

@@ -49,11 +49,11 @@ class Supervisor:
             died = readable(self.worker.sentinel)
             loaded = await self._until_ready(died)
             if loaded:
-                state.phase = "ready"
+                self.server.enter("ready")
                 await self.announce()
                 await self._until_dead(died)
             asyncio.get_running_loop().remove_reader(self.worker.sentinel)
-            state.phase = "restarting"
+            self.server.enter("restarting")
             await self.server.drained()
             if loaded:
                 deaths = [at for at in deaths if at > time.monotonic() - DEATH_WINDOW] + [time.monotonic()]

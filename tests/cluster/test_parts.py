@@ -18,10 +18,11 @@ from gpt_serve.cluster.app import ClusterConfig, engine_options, from_args, to_a
 from gpt_serve.cluster.front import Replicas
 from gpt_serve.cluster.manifest import IMPORT_PATH, write
 from gpt_serve.cluster.replica import EngineReplica
-from gpt_serve.cluster.routing import order
 from gpt_serve.errors import DeadlineExceeded, NotReady, UnknownTask, UsageError
 from gpt_serve.serve.config import ServeConfig
 from gpt_serve.serve.messages import Answer, Failure, Format, Item
+from gpt_serve.serve.messages import Answer, Failure, Item
+from gpt_serve.serve.routing import order
 
 TASKS = [f"task-{number}" for number in range(600)]
 

@@ -28,6 +28,9 @@ class FakeServer:
         self.worker_ready = loads
         self.worker_error = CheckpointError("the file is damaged")
 
+    def enter(self, phase: Any) -> None:
+        self.state.enter(0, phase)
+
     async def start_worker(self) -> Any:
         self.started += 1
         process = get_context("fork").Process(target=_worker, args=(self.mortal,), daemon=True)
