@@ -44,12 +44,14 @@ class Ledger:
         revisions: of each changing task, every one that was ever there.
         first: what each task and revision said of each image the first time.
         statuses: of all honest requests; 0 for those that got no answer at all.
+        reasons: what refusals said.
         wrong: answers that no published revision gives.
     """
 
     revisions: dict[str, set[str]] = field(default_factory=lambda: {task: set() for task in CHANGING})
     first: dict[tuple[str, str, int], dict[str, float]] = field(default_factory=dict)
     statuses: Counter[int] = field(default_factory=Counter)
+    reasons: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
 
     def check(self, task: str, image: int, content: dict[str, Any]) -> None:
@@ -88,7 +90,8 @@ def main(minutes: float, http_workers: int) -> None:
         slots = settled(port)
         server.send_signal(signal.SIGTERM)
         code = server.wait(90)
-    print(json.dumps({"statuses": dict(ledger.statuses), "wrong": ledger.wrong[:5], "slots left": slots, "exit": code}))
+    counts = {"statuses": dict(ledger.statuses), "reasons": dict(ledger.reasons.most_common(5))}
+    print(json.dumps(counts | {"wrong": ledger.wrong[:5], "slots left": slots, "exit": code}))
     early = memory[len(memory) // 4]
     print(f"memory: {early:.0f} MB after a quarter, {memory[-1]:.0f} MB in the end, {max(memory):.0f} MB at most")
     sys.exit(1 if ledger.wrong or ledger.statuses[0] or ledger.statuses[500] or slots or code else 0)
@@ -132,6 +135,7 @@ def honest(port: int, seed: int, ledger: Ledger, stop: threading.Event) -> None:
                 ledger.statuses[200] += 1
         except urllib.error.HTTPError as error:
             ledger.statuses[error.code] += 1
+            ledger.reasons[json.load(error).get("detail", "")[:60]] += 1
             error.close()
         except OSError:
             ledger.statuses[0] += 1

@@ -5,6 +5,7 @@ that started it, or with that process.
 """
 
 import asyncio
+import logging
 import socket
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -24,6 +25,10 @@ from gpt_serve.serve.link import Link
 from gpt_serve.serve.messages import Answer, Call, Failure, Item, NoLonger, Returned, Standing, Stop
 from gpt_serve.serve.process import configure_logging, end_child, guard_child
 from gpt_serve.serve.state import ServerState
+
+logger = logging.getLogger("gpt_serve.serve")
+
+PAUSE = 0.1  # seconds until the next attempt to accept
 
 
 def run_front(config: ServeConfig, sock: socket.socket, end: "Connection[Any, Any]") -> None:
@@ -46,11 +51,68 @@ def run_front(config: ServeConfig, sock: socket.socket, end: "Connection[Any, An
         yield
         door.close()
 
-    Front(door, build_app(door, lifespan), stopping=lambda: desk.stopped, every_second=desk.beat).run(sockets=[sock])
+    Front(sock, door, build_app(door, lifespan), stopping=lambda: desk.stopped, every_second=desk.beat).run()
 
 
 class Front(HTTPServer):
-    """Answers HTTP, and leaves signals to the process that started it."""
+    """Answers HTTP, and leaves signals to the process that started it.
+
+    It accepts one connection each time that its event loop comes round: whoever has less to do takes more of them.
+    uvicorn's way, to accept all that are there, leaves one of several processes with all connections that come at once.
+
+    Args:
+        sock: listening; shared with other processes.
+        door: and all else, see `HTTPServer`.
+    """
+
+    def __init__(self, sock: socket.socket, door: Door, app: FastAPI, **options: Any) -> None:
+        super().__init__(door, app, **options)
+        self.sock = sock
+        self.sock.setblocking(False)
+        self._beginning: set[asyncio.Task[Any]] = set()  # the loop itself holds tasks weakly
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to accept."""
+        await super().startup(sockets=[])
+        self._listen()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accept no more, and finish what is being answered."""
+        asyncio.get_running_loop().remove_reader(self.sock)
+        self.sock.close()
+        await super().shutdown(sockets=[])
+
+    def _listen(self) -> None:
+        if self.sock.fileno() >= 0:
+            asyncio.get_running_loop().add_reader(self.sock, self._accept)
+
+    def _accept(self) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            connection, _ = self.sock.accept()
+        except BlockingIOError:
+            return  # another process was quicker
+        except OSError as error:  # too many files just now
+            logger.error("a connection cannot be accepted: %s", error.strerror)
+            loop.remove_reader(self.sock)
+            loop.call_later(PAUSE, self._listen)
+            return
+        connection.setblocking(False)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        task = loop.create_task(loop.connect_accepted_socket(self._protocol, connection))
+        self._beginning.add(task)
+        task.add_done_callback(self._begun)
+
+    def _begun(self, task: "asyncio.Task[Any]") -> None:
+        self._beginning.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            logger.error("a connection could not begin", exc_info=task.exception())
+
+    def _protocol(self) -> asyncio.Protocol:
+        made: asyncio.Protocol = self.config.http_protocol_class(  # type: ignore[call-arg]
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+        return made
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -21,7 +21,6 @@ from gpt_serve.cluster.replica import EngineReplica
 from gpt_serve.errors import DeadlineExceeded, NotReady, UnknownTask, UsageError
 from gpt_serve.serve.config import ServeConfig
 from gpt_serve.serve.messages import Answer, Failure, Format, Item
-from gpt_serve.serve.messages import Answer, Failure, Item
 from gpt_serve.serve.routing import order
 
 TASKS = [f"task-{number}" for number in range(600)]

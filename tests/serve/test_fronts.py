@@ -61,6 +61,24 @@ def test_they_answer_and_count_together(many: ServerProcess) -> None:
     assert many.metric('gpt_serve_requests_total{status="200",task="any",tenant="owner"}') == 100
 
 
+def test_connections_are_shared_out(many: ServerProcess) -> None:
+    """Also those that come at once; one process would otherwise accept them all."""
+    connections = [http.client.HTTPConnection("127.0.0.1", many.port) for _ in range(32)]
+    for connection in connections:
+        connection.connect()
+    for connection in connections:
+        connection.request("GET", "/health")
+    for connection in connections:
+        assert connection.getresponse().status == 200
+    open_sockets = [
+        sum(os.readlink(path).startswith("socket:") for path in Path(f"/proc/{pid}/fd").iterdir())
+        for pid in fronts(many)
+    ]
+    assert min(open_sockets) >= 8, open_sockets
+    for connection in connections:
+        connection.close()
+
+
 def test_slots_are_those_of_all_together(many: ServerProcess) -> None:
     with ThreadPoolExecutor(10) as pool, many.holding():
         pending = [pool.submit(ask, many, "held-a") for _ in range(6)]
