@@ -28,7 +28,7 @@ from gpt_serve.adapters.adapter import revision_of
 from gpt_serve.adapters.store import AdapterStore
 from gpt_serve.bench.setting import photo, untrained_adapter
 from gpt_serve.model.backbone import Backbone
-from gpt_serve.model.catalog import DEFAULT_BACKBONE
+from gpt_serve.model.catalog import TINY
 
 CHANGING = ("churn-0", "churn-1", "churn-2")
 HONEST = 4  # clients
@@ -101,7 +101,7 @@ class Changes:
     """Publishes adapters for the changing tasks: three revisions of each, in turns, one every half a second."""
 
     def __init__(self, root: Path, ledger: Ledger) -> None:
-        backbone = Backbone.load(DEFAULT_BACKBONE)
+        backbone = Backbone.load(TINY.name)
         self.store, self.ledger = AdapterStore(root, backbone.spec), ledger
         adapters = [untrained_adapter(backbone, task, prompts=4 + number) for number in range(3) for task in CHANGING]
         self.adapters = itertools.cycle(adapters)
