@@ -30,6 +30,7 @@ FORMAT = "gpt-serve-onnx/1"
 CPU = "CPUExecutionProvider"
 BATCH = 32  # most images in a run
 MAX_PIXELS = 50_000_000
+LEAST_KNOWN = 0.05  # an image that fewer of the validation images lie as far out as is a stranger's
 MAX_STRETCH = 50  # a side that scaling would make this many times what it must cover loses its ends first
 TURNS = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
 
@@ -50,10 +51,22 @@ class Task:
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """The answer for one image; ``probabilities`` is float32 (C,)."""
+    """The answer for one image.
+
+    Attributes:
+        probabilities: float32 (C,).
+        known: the share of the task's validation images that lie at least as far from what it was trained on, in
+            [0, 1]; None where the graph cannot tell.
+    """
 
     task: Task
     probabilities: np.ndarray
+    known: float | None = None
+
+    @property
+    def unknown(self) -> bool | None:
+        """Whether the image is unlike what the task was trained on; None where the graph cannot tell."""
+        return None if self.known is None else self.known < LEAST_KNOWN
 
     def top(self, k: int) -> list[tuple[str, float]]:
         """The ``k`` most probable (label, probability) pairs, best first."""
@@ -131,8 +144,10 @@ class Model:
         prepared = ((self.tasks[name], prepare(image, self.tasks[name].preprocess)) for image, name in jobs)
         while batch := list(islice(prepared, BATCH)):
             asked, pixels = zip(*batch, strict=True)
-            scores = self.run(np.stack(pixels), np.array([rows[task.name] for task in asked]))
-            answers += [Prediction(task, row[: len(task.labels)]) for task, row in zip(asked, scores, strict=True)]
+            found = self.outputs(np.stack(pixels), np.array([rows[task.name] for task in asked]))
+            shares = [round(float(share), 4) for share in found["known"]] if "known" in found else repeat(None)
+            for task, row, known in zip(asked, self._probabilities(found), shares):  # noqa: B905
+                answers.append(Prediction(task, row[: len(task.labels)], known))
         return answers
 
     def run(self, pixels: np.ndarray, index: np.ndarray) -> np.ndarray:
@@ -145,6 +160,10 @@ class Model:
         Returns:
             float32 (B, C) probabilities; a task's own classes are the first ones.
         """
+        return self._probabilities(self.outputs(pixels, index))
+
+    def outputs(self, pixels: np.ndarray, index: np.ndarray) -> dict[str, np.ndarray]:
+        """All outputs of the graph by name."""
         # onnxruntime would silently answer -1 with the last task.
         if not np.all((index >= 0) & (index < len(self.tasks))):
             raise RunnerError(f"index points at no task: use 0 to {len(self.tasks) - 1}")
@@ -153,7 +172,12 @@ class Model:
             (task,) = self.tasks.values()
             mean, std = (np.array(task.preprocess[key], np.float32) for key in ("mean", "std"))
             feeds["images"] = ((pixels.astype(np.float32) / 255 - mean) / std).transpose(0, 3, 1, 2)
-        (scores,) = self.session.run(None, {item.name: feeds[item.name] for item in self.session.get_inputs()})
+        names = [item.name for item in self.session.get_outputs()]
+        found = self.session.run(names, {item.name: feeds[item.name] for item in self.session.get_inputs()})
+        return dict(zip(names, found, strict=True))
+
+    def _probabilities(self, outputs: Mapping[str, np.ndarray]) -> np.ndarray:
+        scores = outputs[self.metadata["output"]]
         if self.metadata["output"] == "logits":
             scores = np.exp(scores - scores.max(axis=1, keepdims=True))
             scores /= scores.sum(axis=1, keepdims=True)
@@ -313,7 +337,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         prediction = next(found)
         best = [{"label": label, "probability": value} for label, value in prediction.top(options.top_k)]
-        answers.append({"image": path, "revision": prediction.task.revision, "predictions": best})
+        answer = {"image": path, "revision": prediction.task.revision, "predictions": best}
+        if prediction.known is not None:
+            answer |= {"known": prediction.known, "unknown": prediction.unknown}
+        answers.append(answer)
     if len(broken) == len(set(options.images)):
         return 2
     show(answers, options.task or next(iter(model.tasks)), options.json)
@@ -341,7 +368,8 @@ def show(answers: Sequence[Mapping[str, Any]], task: str, as_json: bool) -> None
     for answer in answers:
         if "error" not in answer:
             shown = ", ".join(f"{item['label']} {100 * item['probability']:.1f} %" for item in answer["predictions"])
-            print(f"{os.fsencode(answer['image']).decode(errors='replace')}: {shown}")
+            stranger = ", probably none of these" if answer.get("unknown") else ""
+            print(f"{os.fsencode(answer['image']).decode(errors='replace')}: {shown}{stranger}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import torch
 
 from gpt_serve.adapters.adapter import Adapter
 from gpt_serve.adapters.store import AdapterStore
+from gpt_serve.adapters.unknown import Unknown
 from gpt_serve.specs import BackboneSpec, CropMode, Tap
 from tests.tiny_vit import PREPROCESS, random_tensors
 
@@ -54,6 +55,14 @@ def make_adapter(
         **random_tensors(f"{method}-deep" if deep else method, spec.depth, spec.width, prompts=prompts, seed=seed),
     )
     return dataclasses.replace(adapter, **fields)
+
+
+def make_unknown(width: int, *, seed: int = 0, knots: int = 20) -> Unknown:
+    """What tells strangers of features (width,): random, with distances from about ``width`` on as knots."""
+    generator = torch.Generator().manual_seed(200 + seed)
+    scale = 1 + torch.rand(width, generator=generator)
+    basis = 0.2 * torch.randn(3, width, generator=generator)
+    return Unknown(torch.randn(width, generator=generator), scale, basis, width * torch.linspace(0.5, 6, knots))
 
 
 CHANNELS = 5

@@ -25,7 +25,7 @@ from gpt_serve.adapters.parse import MAX_FILE_BYTES, MAX_PROMPTS
 from gpt_serve.adapters.store import FILE_NAME
 from gpt_serve.errors import AdapterError, BackboneMismatch, InvalidAdapter
 from gpt_serve.specs import BackboneSpec, Tap
-from tests.factories import make_adapter, make_segmenter
+from tests.factories import make_adapter, make_segmenter, make_unknown
 
 Header = dict[str, Any]
 
@@ -59,7 +59,7 @@ class Hostile:
 
 def hostile_adapters(spec: BackboneSpec) -> list[Hostile]:
     """All cases for a server with the backbone ``spec`` (depth above 1), named in order of their kind."""
-    kinds = (_files, _headers, _tensors, _shifts, _values, _metadata, _taps, _masks, _foreign)
+    kinds = (_files, _headers, _tensors, _shifts, _values, _metadata, _taps, _masks, _unknown, _foreign)
     return [case for kind in kinds for case in kind(spec)]
 
 
@@ -239,6 +239,43 @@ def _shifts(spec: BackboneSpec) -> Iterator[Hostile]:
     yield case("shift-width", "tensor 'shift' has shape .*, not .blocks, 3, ", torch.zeros(spec.depth, 3, width + 1))
     yield case("shift-depth", "disagree on the number of blocks", torch.zeros(spec.depth + 1, 3, width))
     yield case("shift-nan", "tensor 'shift' holds values", torch.full((spec.depth, 3, width), float("nan")))
+
+
+def _unknown(spec: BackboneSpec) -> Iterator[Hostile]:
+    """What tells strangers, and cannot."""
+    width = spec.width
+
+    def adapter(name: str) -> Adapter:
+        return make_adapter(spec, name, unknown=make_unknown(width))
+
+    def shaped(name: str, message: str, **tensors: torch.Tensor) -> Hostile:
+        return Hostile(name, message, with_tensors(adapter(name), **tensors))
+
+    def drop(header: Header) -> None:  # the last tensor of the file, so that the others stay where they are
+        del header["unknown.scale"]
+
+    yield shaped(
+        "unknown-mean", f"'unknown.mean' has width 5, tensor 'head.weight' {width}", unknown_mean=torch.zeros(5)
+    )
+    yield shaped("unknown-scale", "'unknown.scale' has width 1, ", unknown_scale=torch.ones(1))
+    yield shaped("unknown-basis", "'unknown.basis' has width 2, ", unknown_basis=torch.zeros(3, 2))
+    yield shaped("unknown-flat", "'unknown.basis' has shape .*, not 2 positive", unknown_basis=torch.zeros(width))
+    yield shaped("unknown-many-knots", "'unknown.knots' holds more than the 1000", unknown_knots=torch.zeros(1001))
+    yield shaped("unknown-order", "'unknown.knots' must ascend", unknown_knots=torch.tensor([2.0, 1.0]))
+    yield Hostile("unknown-part", "tensor 'unknown.scale' is missing", with_header(adapter("unknown-part"), drop))
+    nan = with_value(adapter("unknown-nan"), "unknown.mean", float("nan"))
+    yield Hostile("unknown-nan", "tensor 'unknown.mean' holds values", nan)
+    mask = make_segmenter(spec, "unknown-mask")
+    header, body = unpack(mask.to_bytes())
+    for name, tensor in make_unknown(width).tensors().items():
+        data = tensor.numpy().astype("<f4").tobytes()
+        header[name] = {
+            "dtype": "F32",
+            "shape": list(tensor.shape),
+            "data_offsets": [len(body), len(body) + len(data)],
+        }
+        body += data
+    yield Hostile("unknown-mask", "'unknown..' are for kind 'classification' alone", pack(header, body))
 
 
 def _values(spec: BackboneSpec) -> Iterator[Hostile]:

@@ -6,6 +6,7 @@ import { keptSize, scaleAndCrop } from "./resize.js";
 
 const FORMAT = "gpt-serve-onnx/1";
 const MAX_PIXELS = 50_000_000; // the server's limit
+const LEAST_KNOWN = 0.05; // an image that fewer of the validation images lie as far out as is a stranger's
 
 /** What the person at the page did, or has to do, in one sentence. */
 export class UserError extends Error {}
@@ -37,16 +38,18 @@ export class Classifier {
 
   /**
    * @param {File} file an image in any format that the browser decodes
-   * @returns {Promise<{label: string, probability: number}[]>} all classes, the most probable first
+   * @returns {Promise<{classes: {label: string, probability: number}[], unknown: boolean}>} all classes, the most
+   *   probable first, and whether the graph can tell that the image is unlike what its task was trained on
    * @throws {UserError} the file is no image, or too large a one
    */
   async classify(file) {
     const pixels = scaleAndCrop(await decode(file, this.preprocess), this.preprocess);
     const images = new ort.Tensor("uint8", new Uint8Array(pixels.buffer), [1, ...this.preprocess.input_size, 3]);
-    const { probabilities } = await this.session.run({ images });
-    return this.labels
+    const { probabilities, known } = await this.session.run({ images });
+    const classes = this.labels
       .map((label, index) => ({ label, probability: probabilities.data[index] }))
       .sort((one, other) => other.probability - one.probability);
+    return { classes, unknown: known !== undefined && known.data[0] < LEAST_KNOWN };
   }
 }
 

@@ -42,11 +42,12 @@ async function show(file) {
   say(`Classifying ${file.name} …`);
   element("answer").hidden = true;
   try {
-    const answer = await classifier.classify(file);
-    element("labels").replaceChildren(...answer.slice(0, TOP).map(row));
+    const { classes, unknown } = await classifier.classify(file);
+    element("labels").replaceChildren(...classes.slice(0, TOP).map(row));
     preview(file);
     element("answer").hidden = false;
-    say(`${file.name}: ${answer[0].label}, ${percent(answer[0].probability)}.`);
+    const doubt = unknown ? "probably none of these; at best " : "";
+    say(`${file.name}: ${doubt}${classes[0].label}, ${percent(classes[0].probability)}.`);
   } catch (error) {
     complain(error);
   }

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from gpt_serve.adapters.file import FORMAT, PLAIN, from_file, to_file
 from gpt_serve.adapters.parse import DECODER
+from gpt_serve.adapters.unknown import Unknown
 from gpt_serve.errors import BackboneMismatch, InvalidAdapter
 from gpt_serve.specs import BackboneSpec, Kind, Pool, Preprocess, Tap
 
@@ -38,6 +39,7 @@ class Adapter:
         ignore: which values of a segmentation task's label files belong to no class.
         decoder: what stands between the tap and the head of a segmentation task, by `parse.DECODER`'s names; see
             `gpt_serve.model.heads`. Empty for none.
+        unknown: what tells images of the task from strangers; None where the adapter cannot.
     """
 
     task: str
@@ -60,6 +62,7 @@ class Adapter:
     kind: Kind = "classification"
     ignore: tuple[int, ...] = ()
     decoder: Mapping[str, Tensor] = field(default_factory=dict)
+    unknown: Unknown | None = None
 
     @property
     def width(self) -> int:
@@ -95,6 +98,7 @@ class Adapter:
         tensors = {"head.weight": self.head_weight, "head.bias": self.head_bias, **self.decoder}
         learned = {"prompt": self.prompt, "gamma": self.gamma, "tau": self.tau, "shift": self.shift}
         tensors |= {name: tensor for name, tensor in learned.items() if tensor is not None}
+        tensors |= {} if self.unknown is None else self.unknown.tensors()
         metadata = {"format": FORMAT} | {name: getattr(self, name) for name in PLAIN}
         if self.first_block:
             metadata["first_block"] = str(self.first_block)
@@ -129,6 +133,7 @@ class Adapter:
             tau=tensors.get("tau"),
             shift=tensors.get("shift"),
             decoder={name: tensors[name] for name in DECODER if name in tensors},
+            unknown=Unknown.of(tensors),
         )
 
     def check_backbone(self, spec: BackboneSpec) -> None:

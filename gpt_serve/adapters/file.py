@@ -16,6 +16,7 @@ from gpt_serve.adapters.parse import (
     MAX_HEADER_BYTES,
     MAX_PROMPTS,
     REQUIRED,
+    UNKNOWN,
     ParseError,
     are_sizes,
     parse,
@@ -162,6 +163,8 @@ def _check_kind(fields: Mapping[str, Any], shapes: Mapping[str, list[int]]) -> N
         if mode not in ("center", "squash"):
             raise InvalidAdapter(f"crop_mode {mode!r} is for kind 'segmentation' alone")
         return
+    if UNKNOWN.keys() & shapes.keys():
+        raise InvalidAdapter("tensors 'unknown.*' are for kind 'classification' alone")
     if mode == "center":
         raise InvalidAdapter("crop_mode 'center' would lose the borders of a mask: use squash, pad or windows")
     if len(fields["labels"]) > MAX_MASK_CLASSES:

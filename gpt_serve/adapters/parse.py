@@ -16,13 +16,16 @@ MAX_FILE_BYTES = 256 * 2**20
 MAX_HEADER_BYTES = 2**20
 MAX_PROMPTS = 4096
 MAX_LABEL_LENGTH = 256
+MAX_KNOTS = 1000
 
 FORMATS = ("gpt-serve/1", "gpt-serve/2")  # the first has neither shifts, taps nor masks
 REQUIRED = ("head.weight", "head.bias")
 DECODER = {"head.norm.weight": 1, "head.norm.bias": 1}
 DECODER |= {f"head.conv{number}.{part}": size for number in range(1, 5) for part, size in (("weight", 4), ("bias", 1))}
 """Tensors of a SETR-PUP decoder, in the order in which they are used, and how many dimensions they have."""
-_DIMENSIONS = {"prompt": 3, "gamma": 1, "tau": 1, "shift": 3, "head.weight": 2, "head.bias": 1, **DECODER}
+UNKNOWN = {"unknown.mean": 1, "unknown.scale": 1, "unknown.basis": 2, "unknown.knots": 1}
+"""Tensors that tell strangers, likewise: all of them or none."""
+_DIMENSIONS = {"prompt": 3, "gamma": 1, "tau": 1, "shift": 3, "head.weight": 2, "head.bias": 1, **DECODER, **UNKNOWN}
 _DTYPES = {"F16": "<f2", "BF16": "<u2", "F32": "<f4", "F64": "<f8"}
 _METADATA = {"format", "task", "method", "backbone", "backbone_sha256"}
 _METADATA |= {"labels", "pool", "preprocess", "training", "created"}
@@ -64,6 +67,8 @@ class Parsed:
             tensors[name] = values.reshape(shape)
         if "tau" in tensors and (tensors["tau"] <= 0).any():
             raise ParseError("tensor 'tau' must be positive")
+        if "unknown.knots" in tensors and (np.diff(tensors["unknown.knots"]) < 0).any():
+            raise ParseError("tensor 'unknown.knots' must ascend")
         return tensors
 
 
@@ -76,9 +81,10 @@ def parse(data: bytes) -> Parsed:
     header, start = _read_header(data)
     metadata = _read_metadata(header.pop("__metadata__", None))
     shapes = {name: _read_shape(name, entry, len(data) - start) for name, entry in header.items()}
-    for name in REQUIRED:
+    for name in (*REQUIRED, *(UNKNOWN if UNKNOWN.keys() & shapes.keys() else ())):
         if name not in shapes:
             raise ParseError(f"tensor {name!r} is missing")
+    _check_unknown(shapes)
     end, body = 0, {}
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         first, last = entry["data_offsets"]
@@ -233,6 +239,16 @@ def _read_shape(name: str, entry: Any, available: int) -> list[int]:
     if offsets[1] > available:
         raise ParseError(f"the file is truncated within tensor {name!r}")
     return list(shape)
+
+
+def _check_unknown(shapes: dict[str, list[int]]) -> None:
+    """Raise `ParseError` unless what tells strangers fits the features that the head reads."""
+    columns = shapes["head.weight"][1]
+    for name in ("unknown.mean", "unknown.scale", "unknown.basis"):
+        if name in shapes and shapes[name][-1] != columns:
+            raise ParseError(f"tensor {name!r} has width {shapes[name][-1]}, tensor 'head.weight' {columns}")
+    if "unknown.knots" in shapes and shapes["unknown.knots"][0] > MAX_KNOTS:
+        raise ParseError(f"tensor 'unknown.knots' holds more than the {MAX_KNOTS} distances allowed")
 
 
 def _to_float32(data: bytes, dtype: str) -> NDArray[np.float32]:

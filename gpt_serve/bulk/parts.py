@@ -22,11 +22,14 @@ SCHEMA = pa.schema(
         pa.field("task", pa.string(), nullable=False),
         pa.field("label", pa.string()),
         pa.field("probability", pa.float32()),
+        pa.field("known", pa.float32()),
         pa.field("revision", pa.string()),
         pa.field("error", pa.string()),
     ]
 )
-"""Of the results: a row for each image and task, in the order of the images; either ``error`` or the rest is set."""
+"""Of the results: a row for each image and task, in the order of the images; either ``error`` or the rest is set.
+
+``known`` is null where the adapter cannot tell strangers."""
 
 
 class Parts:

@@ -72,7 +72,7 @@ def _outcome(result: Answer | ImageError) -> dict[str, Any]:
     if isinstance(result, Segmentation):
         raise UsageError(f"task {result.task!r} answers with masks, which a table does not hold: leave it out")
     ((label, probability),) = result.top(1)
-    return {"label": label, "probability": probability, "revision": result.revision}
+    return {"label": label, "probability": probability, "known": result.known, "revision": result.revision}
 
 
 def _ahead(items: Iterator[T]) -> Iterator[T]:

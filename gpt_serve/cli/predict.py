@@ -92,7 +92,8 @@ def predict(
             say(f"{entry['image']}: {entry['error']}")
         elif not as_json:
             shown = ", ".join(f"{item['label']} {100 * item['probability']:.1f} %" for item in entry["predictions"])
-            click.echo(f"{click.format_filename(entry['image'])}: {shown}")
+            stranger = ", probably none of these" if entry.get("unknown") else ""
+            click.echo(f"{click.format_filename(entry['image'])}: {shown}{stranger}")
     failed = sum("error" in entry for entry in entries)
     if failed == len(entries):
         sys.exit(EXIT_MISTAKE)
@@ -118,8 +119,9 @@ def _entries(engine: "Engine", task: str, images: Sequence[Path], top_k: int) ->
             elif isinstance(result, Segmentation):
                 raise UsageError(f"task {task!r} answers with masks, which this command does not write")
             else:
-                best = [{"label": label, "probability": probability} for label, probability in result.top(top_k)]
-                yield {"image": str(path), "revision": result.revision, "predictions": best}
+                answer = result.to_dict(top_k)
+                answer.pop("task")
+                yield {"image": str(path)} | answer
 
 
 def _read(path: Path) -> bytes | ImageError:

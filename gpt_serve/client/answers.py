@@ -27,13 +27,18 @@ class Answer:
         task: the task that was asked.
         revision: the revision of the adapter that computed the answer: the first 12 hex digits of its file's SHA-256.
         predictions: the most probable classes, best first; empty for a task that answers something else.
-        content: the whole answer, for what only some tasks say, such as ``"unknown"`` or ``"mask"``.
+        content: the whole answer, for what only some tasks say, such as ``"mask"``.
+        known: the share of the task's validation images that lie at least as far from what it was trained on, in
+            [0, 1]; None for a task that cannot tell.
+        unknown: whether the image is unlike all that the task was trained on; None for a task that cannot tell.
     """
 
     task: str
     revision: str
     predictions: tuple[Label, ...]
     content: Mapping[str, Any]
+    known: float | None = None
+    unknown: bool | None = None
 
     @property
     def best(self) -> Label:
@@ -78,7 +83,8 @@ def error_of(response: httpx.Response) -> GPTServeError:
 
 def _answer(content: dict[str, Any]) -> Answer:
     predictions = tuple(Label(item["label"], item["probability"]) for item in content.get("predictions", ()))
-    return Answer(content["task"], content["revision"], predictions, content)
+    strangeness = content.get("known"), content.get("unknown")
+    return Answer(content["task"], content["revision"], predictions, content, *strangeness)
 
 
 def _error(problem: dict[str, Any], status: int) -> GPTServeError:

@@ -37,19 +37,25 @@ SMALLEST = 2  # rows: a head of one class, and its bias
 
 @dataclass(frozen=True, eq=False)
 class Revision:
-    """One revision of a task's adapter, without its tensors."""
+    """One revision of a task's adapter, without what lies on the device.
+
+    Attributes:
+        knots: of what tells strangers, (Q,) on the CPU; None where the adapter cannot.
+    """
 
     task: str
     revision: str
     labels: tuple[str, ...]
     preprocess: Preprocess
     signature: Signature
+    knots: Tensor | None
 
     @classmethod
     def of(cls, stored: StoredAdapter) -> "Revision":
         """The revision that was read from the store."""
         adapter = stored.adapter
-        return cls(adapter.task, stored.revision, adapter.labels, adapter.preprocess, stored.signature)
+        knots = None if adapter.unknown is None else adapter.unknown.knots
+        return cls(adapter.task, stored.revision, adapter.labels, adapter.preprocess, stored.signature, knots)
 
 
 @dataclass(frozen=True, eq=False)
@@ -293,9 +299,7 @@ class AdapterBank:
             with self._changed:
                 self._slab.free(place)
             raise
-        resident = Resident(
-            revision.task, revision.revision, revision.labels, revision.preprocess, revision.signature, place
-        )
+        resident = Resident(**vars(revision), place=place)
         with self._changed:
             self._retire(task)
             self._resident[task] = resident

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Protocol, cast, overload
+from typing import Any, Protocol, cast, overload
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from gpt_serve.adapters.store import AdapterStore
+from gpt_serve.adapters.unknown import DIGITS, LEAST_KNOWN, MEASURES, known_share
 from gpt_serve.engine.bank import DEFAULT_BANK_BYTES, DEFAULT_HOST_BYTES, AdapterBank, Resident
 from gpt_serve.engine.passes import COSTS, PassPlanner
 from gpt_serve.engine.segment import Cover, Segmentation, segment
@@ -21,7 +22,7 @@ from gpt_serve.images.decode import ImageLimits, decode, from_pil
 from gpt_serve.images.masks import Floats
 from gpt_serve.images.preprocess import cut_windows, normalize, plan_windows, preprocess_image
 from gpt_serve.model.backbone import Backbone
-from gpt_serve.model.heads import linear, linear_each, read_taps
+from gpt_serve.model.heads import linear, linear_each, read_taps, stranger_distance
 from gpt_serve.model.prompted import block, embed, tapped_features
 from gpt_serve.specs import Preprocess, Tap
 
@@ -46,12 +47,26 @@ class Prediction:
         revision: the adapter file that computed it, first 12 hex digits of its SHA-256.
         labels: the ``C`` classes.
         probabilities: float32 (C,) on the CPU, summing to 1.
+        known: the share of the validation images that lie at least as far from what the task was trained on, in
+            [0, 1]; None where the adapter cannot tell.
     """
 
     task: str
     revision: str
     labels: tuple[str, ...]
     probabilities: Tensor
+    known: float | None = None
+
+    @property
+    def unknown(self) -> bool | None:
+        """Whether the image is a stranger's; 95 % of the validation images are not. None where nobody can tell."""
+        return None if self.known is None else self.known < LEAST_KNOWN
+
+    def to_dict(self, top_k: int) -> dict[str, Any]:
+        """The answer as ``--json`` and HTTP have it; ``known`` and ``unknown`` where the adapter can tell."""
+        best = [{"label": label, "probability": probability} for label, probability in self.top(top_k)]
+        strangeness = {} if self.known is None else {"known": self.known, "unknown": self.unknown}
+        return {"task": self.task, "revision": self.revision, "predictions": best} | strangeness
 
     def top(self, k: int) -> list[tuple[str, float]]:
         """The ``k`` most probable (label, probability) pairs, best first; fewer when there are fewer classes."""
@@ -365,7 +380,9 @@ def read_heads(features: Features, residents: Sequence[Resident], grid: tuple[in
 def classify(
     features: Features, residents: Sequence[Resident], chosen: Sequence[int] | None = None
 ) -> list[Prediction]:
-    """Each row's head and softmax in float32; heads share a product where that pays, and all share one copy back.
+    """Each row's head and softmax in float32, and how strange its image is where the adapter can tell.
+
+    Heads share a product where that pays, and all share one copy back.
 
     Args:
         residents: of all rows.
@@ -382,12 +399,30 @@ def classify(
         rows = on_device([members[resident] for resident in group], device).flatten()
         own = read_taps(features.tapped, features.taps, group[0].place.layout.taps, rows)
         logits[rows, : len(group[0].labels)] = _logits(group, own.float())
-    scores = logits.softmax(dim=1).cpu().unbind()
-    owners = [(residents[index], scores[index]) for index in chosen]
-    return [
-        Prediction(resident.task, resident.revision, resident.labels, row[: len(resident.labels)])
-        for resident, row in owners
-    ]
+    distances = _distances(features, members, len(residents))
+    scores = torch.cat([logits.softmax(dim=1), distances[:, None]], dim=1).cpu().unbind()
+    return [_prediction(residents[index], scores[index]) for index in chosen]
+
+
+def _distances(features: Features, members: Mapping[Resident, Sequence[int]], count: int) -> Tensor:
+    """How far each of ``count`` rows lies from what its task was trained on, (count,); 0 where nobody can tell."""
+    device = features.tapped[0].device
+    distances = torch.zeros(count, device=device)
+    for resident, indices in members.items():
+        if resident.knots is not None:
+            rows = on_device(indices, device)
+            own = read_taps(features.tapped, features.taps, resident.place.layout.taps, rows)
+            mean, scale, basis = (resident.place.head_tensors[name].float() for name in MEASURES)
+            distances[rows] = stranger_distance(own.float(), mean, scale, basis)
+    return distances
+
+
+def _prediction(resident: Resident, row: Tensor) -> Prediction:
+    """What a row says: probabilities of at least the resident's classes, then the distance from what it knows."""
+    known = None
+    if resident.knots is not None:
+        known = round(known_share(resident.knots, row[-1:]).item(), DIGITS)
+    return Prediction(resident.task, resident.revision, resident.labels, row[: len(resident.labels)], known)
 
 
 def _of_one_shape(members: Mapping[Resident, Sequence[int]], most: int) -> Collection[list[Resident]]:

@@ -24,7 +24,7 @@ from gpt_serve.adapters.store import Signature
 from gpt_serve.engine.bank import Resident
 from gpt_serve.engine.engine import Features, Row, TorchForward, classify, distinct, normalized
 from gpt_serve.engine.passes import PassPlanner, opened
-from gpt_serve.engine.slab import Packed, Slab, gather
+from gpt_serve.engine.slab import SHIFTS, Packed, Slab, gather
 from gpt_serve.errors import ExportError
 from gpt_serve.export.session import FORMAT, Graph, serving_taps
 from gpt_serve.files import cache_folder, locked
@@ -36,13 +36,13 @@ logger = logging.getLogger("gpt_serve.engine")
 
 TOLERANCE = 1e-5  # of probabilities
 _UNFINISHED = ".new-"  # beginning of the name of a folder that a graph is made in
-SAMPLE_ROWS = 64  # of a slab: enough for the samples
+SAMPLE_ROWS = 64  # of a slab: enough for the samples without their shifts
 TORCH_BELOW = 0.8
 """Share of a pass's work that torch must be able to leave out for closed gates, or else onnxruntime is faster."""
 
 
 class OnnxForward:
-    """Computes passes of prompts that enter the first block, without shifts, with a graph from `serving_graph`.
+    """Computes passes of prompts that enter the first block with a graph from `serving_graph`.
 
     Args:
         graph: open on the bank's device.
@@ -59,13 +59,14 @@ class OnnxForward:
         if layout.trunk > layout.last:  # no task touches any block: an image is computed once for all of its tasks
             rows, index = distinct(rows)
         adapter = gather([row.resident.place for row in rows])
-        count, depth = len(rows), adapter.gate.shape[1] + 1
+        count, depth, width = len(rows), adapter.gate.shape[1] + 1, adapter.prompt.shape[-1]
         inputs = {
             "images": normalized(rows, torch.device("cpu")),
             "prompt": F.pad(adapter.prompt, (0, 0, 0, max(0, 1 - adapter.prompts))).expand(count, -1, -1, -1),
             "counts": torch.full((1,), adapter.prompts) if adapter.counts is None else adapter.counts,
             "gate": adapter.gate,
             "tau": torch.ones(1, depth) if adapter.tau is None else adapter.tau,
+            "shift": torch.zeros(1, depth, SHIFTS, width) if adapter.shift is None else adapter.shift,
         }
         whole = {name: value.expand(count, *value.shape[1:]).cpu().numpy() for name, value in inputs.items()}
         features = torch.from_numpy(self.graph.run(whole)).to(adapter.gate.device)
@@ -77,8 +78,8 @@ class OnnxForward:
 class FasterForward:
     """Chooses for each pass: torch leaves out rows behind closed gates, onnxruntime is faster at what is left.
 
-    The graph takes prompts that enter the first block only, no shifts, and has the features of `serving_taps`; with
-    others it is always torch.
+    The graph takes prompts that enter the first block only, and has the features of `serving_taps`; with others it is
+    always torch.
     """
 
     def __init__(self, onnx: OnnxForward, torch: TorchForward, planner: PassPlanner) -> None:
@@ -92,7 +93,7 @@ class FasterForward:
         by_graph = computed * self.planner.image(opened(layout))
         share = self.planner.rows(layout, len(rows), images) / by_graph
         served = _outputs(len(layout.closed) + 1).keys() >= set(layout.taps)
-        by_torch = layout.layers > 1 or layout.first_block > 0 or layout.shifted or not served or share < TORCH_BELOW
+        by_torch = layout.layers > 1 or layout.first_block > 0 or not served or share < TORCH_BELOW
         return (self.torch if by_torch else self.onnx)(rows)
 
 
@@ -228,7 +229,7 @@ def _open(path: Path, backbone: Backbone) -> Graph:
 
 
 def _samples(backbone: Backbone) -> list[Row]:
-    """Noise for random adapters of either pooling: gated prompts, prompts without gates, none at all."""
+    """Noise for random adapters of either pooling: gated prompts and shifts, prompts without gates, none at all."""
     spec, generator = backbone.spec, torch.Generator().manual_seed(0)
     depth, width = spec.depth, spec.width
     other: Pool = "cls" if backbone.model.has_class_token else "mean"
@@ -237,12 +238,13 @@ def _samples(backbone: Backbone) -> list[Row]:
         return torch.randn(*shape, generator=generator)
 
     gated = {"prompt": noise(1, 3, width), "gamma": noise(depth - 1), "tau": noise(depth).exp()}
+    gated["shift"] = 0.1 * noise(depth, SHIFTS, width)
     kinds: list[tuple[Pool, dict[str, Any]]] = [
         ("mean", gated),
         (other, {"prompt": noise(1, 2, width)}),
         ("mean", {}),
     ]
-    slab = Slab(spec, SAMPLE_ROWS * 4 * width, "cpu")
+    slab = Slab(spec, (SAMPLE_ROWS + SHIFTS * depth) * 4 * width, "cpu")
     rows = []
     for classes, (pool, tensors) in enumerate(kinds, start=3):
         adapter = Adapter(
@@ -269,4 +271,4 @@ def _resident(slab: Slab, adapter: Adapter, spec: BackboneSpec) -> Resident:
     place = slab.reserve(packed, remembered=0)
     assert place is not None
     slab.write(place, packed)
-    return Resident(adapter.task, "", adapter.labels, adapter.preprocess, Signature(0, ""), place)
+    return Resident(adapter.task, "", adapter.labels, adapter.preprocess, Signature(0, ""), None, place)

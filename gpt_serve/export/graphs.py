@@ -6,7 +6,7 @@ Shapes: batch ``B``, image ``h`` x ``w``, tasks ``T``, blocks ``L``, width ``D``
 import contextlib
 import io
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from gpt_serve.adapters.adapter import Adapter
+from gpt_serve.adapters.unknown import known_share
 from gpt_serve.export.fold import fold_backbone, fold_pixels, fold_shifts, fold_temperatures
-from gpt_serve.export.session import serving_taps
+from gpt_serve.export.session import KNOWN, serving_taps
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.model.batch import AdapterBatch, Layout
-from gpt_serve.model.heads import linear
+from gpt_serve.model.heads import linear, stranger_distance
 from gpt_serve.model.prompted import embed, prompted_features, remember, tapped_features
 from gpt_serve.model.vit import ViT
 from gpt_serve.specs import Pool, Tap
@@ -88,7 +89,10 @@ class _Graph(nn.Module):
 
 
 class SingleTask(_Graph):
-    """Turns ``images`` into the scores of one adapter; everything that does not depend on the images is folded in."""
+    """Turns ``images`` into the scores of one adapter; everything that does not depend on the images is folded in.
+
+    Where the adapter can tell strangers, also into the share of the validation images that lie at least as far out.
+    """
 
     def __init__(self, backbone: Backbone, adapter: Adapter, form: Form) -> None:
         model = fold_backbone(backbone.model)
@@ -104,11 +108,19 @@ class SingleTask(_Graph):
         self.adapter = _to(tensors, form.dtype)
         self.head_weight = nn.Buffer(adapter.head_weight.to(form.dtype))
         self.head_bias = nn.Buffer(adapter.head_bias.to(form.dtype))
+        self.unknown = adapter.unknown
+        self.outputs = [form.output] if self.unknown is None else [form.output, KNOWN]
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Turn images, (B, h, w, 3) or (B, 3, h, w), into scores (B, C)."""
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Turn images, (B, h, w, 3) or (B, 3, h, w), into scores (B, C), and shares (B,) if there are any."""
         features = prompted_features(self.model, self.embed(images), self.adapter)
-        return self.scores(linear(features, self.head_weight, self.head_bias))
+        scores = self.scores(linear(features, self.head_weight, self.head_bias))
+        unknown = self.unknown
+        if unknown is None:
+            return scores
+        # In float32 whatever the form: distances of strangers are beyond what float16 holds.
+        distance = stranger_distance(features.float(), unknown.mean, unknown.scale, unknown.basis)
+        return scores, known_share(unknown.knots, distance)
 
 
 class MultiTask(_Graph):
@@ -164,13 +176,15 @@ class MultiTask(_Graph):
 
 
 class Features(_Graph):
-    """Turns ``images`` and each one's prompts, gates and temperatures into features, for a server's own bank."""
+    """Turns ``images`` and each one's prompts, gates, temperatures and shifts into features for a server's bank."""
 
     def __init__(self, backbone: Backbone) -> None:
         super().__init__(fold_backbone(backbone.model), Form(input="float"))
         self.layout = _open_layout(backbone, serving_taps(backbone.spec.depth), deep=False)
 
-    def forward(self, images: Tensor, prompt: Tensor, counts: Tensor, gate: Tensor, tau: Tensor) -> Tensor:
+    def forward(
+        self, images: Tensor, prompt: Tensor, counts: Tensor, gate: Tensor, tau: Tensor, shift: Tensor
+    ) -> Tensor:
         """Return the features (B, T, D) of the `serving_taps`, in their order.
 
         Args:
@@ -179,8 +193,9 @@ class Features(_Graph):
             counts: (B,) int64, prompts of each row.
             gate: (B, L-1).
             tau: (B, L).
+            shift: (B, L, 3, D).
         """
-        adapter = AdapterBatch(prompt, gate, tau, self.layout, counts=counts)
+        adapter = AdapterBatch(prompt, gate, tau, self.layout, shift=shift, counts=counts)
         return torch.stack(tapped_features(self.model, self.embed(images), adapter), dim=1)
 
 
@@ -211,18 +226,19 @@ def features_graph(backbone: Backbone) -> ir.Model:
         "counts": torch.full((EXAMPLE_BATCH,), prompts),
         "gate": torch.zeros(EXAMPLE_BATCH, spec.depth - 1),
         "tau": torch.ones(EXAMPLE_BATCH, spec.depth),
+        "shift": torch.zeros(EXAMPLE_BATCH, spec.depth, 3, spec.width),
     }
     batch, longest = torch.export.Dim("batch"), torch.export.Dim("prompts")
     dynamic: Dynamic = {name: {0: batch} for name in example}
     dynamic["prompt"][2] = longest
-    return to_onnx(Features(backbone), example, "features", dynamic)
+    return to_onnx(Features(backbone), example, ["features"], dynamic)
 
 
 def single_graph(backbone: Backbone, adapter: Adapter, form: Form) -> ir.Model:
     """Make the folded graph of one task, which turns ``images`` into ``probabilities`` or ``logits``."""
     graph = SingleTask(backbone, adapter, form)
     example = {"images": _example_images(backbone, form)}
-    return to_onnx(graph, example, form.output, {"images": {0: torch.export.Dim("batch")}})
+    return to_onnx(graph, example, graph.outputs, {"images": {0: torch.export.Dim("batch")}})
 
 
 def multi_graph(backbone: Backbone, pool: Pool | None, deep: bool, form: Form) -> ir.Model:
@@ -247,10 +263,10 @@ def multi_graph(backbone: Backbone, pool: Pool | None, deep: bool, form: Form) -
     dynamic: Dynamic = {name: {0: bank} for name in example} | {"images": {0: batch}, "index": {0: batch}}
     dynamic["prompt"][2] = longest
     dynamic["head_weight"][1] = dynamic["head_bias"][1] = most
-    return to_onnx(graph, example, form.output, dynamic)
+    return to_onnx(graph, example, [form.output], dynamic)
 
 
-def to_onnx(module: nn.Module, example: Mapping[str, Tensor], output: str, dynamic: Dynamic) -> ir.Model:
+def to_onnx(module: nn.Module, example: Mapping[str, Tensor], outputs: Sequence[str], dynamic: Dynamic) -> ir.Model:
     """Trace ``module`` with named inputs; whatever is constant is computed now."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")  # of the exporter about its own insides
@@ -260,7 +276,7 @@ def to_onnx(module: nn.Module, example: Mapping[str, Tensor], output: str, dynam
             dynamo=True,
             opset_version=OPSET,
             input_names=list(example),
-            output_names=[output],
+            output_names=list(outputs),
             dynamic_shapes=dynamic,
             optimize=False,
             verbose=False,

@@ -24,7 +24,7 @@ from gpt_serve.export.files import (
     staged,
 )
 from gpt_serve.export.graphs import Form, InputKind, multi_graph, single_graph
-from gpt_serve.export.session import FORMAT, Array, Graph, bank_inputs
+from gpt_serve.export.session import FORMAT, KNOWN, Array, Graph, bank_inputs
 from gpt_serve.export.verify import Answer, Tally, check, check_accuracy, verify
 from gpt_serve.files import replacing
 from gpt_serve.images.preprocess import normalize
@@ -104,7 +104,9 @@ def export_task(
         model = single_graph(backbone, adapter, options.form)
         save(model, path, metadata, options.external_bytes)
         nodes = _finish(path, options)
-        tally = _verify(backbone, adapter, _single_answer(Graph(path), adapter), options)
+        graph = Graph(path)
+        known = None if KNOWN not in graph.outputs else _single_answer(graph, adapter, KNOWN)
+        tally = _verify(backbone, adapter, _single_answer(graph, adapter), options, known)
         set_metadata(path, metadata | {"verification": json.dumps(tally.to_dict())})
         size = _size(folder)
     return {
@@ -220,8 +222,10 @@ def _finish(path: Path, options: ExportOptions) -> int:
     return count_nodes(path)
 
 
-def _verify(backbone: Backbone, adapter: Adapter, answer: Answer, options: ExportOptions) -> Tally:
-    tally = verify(backbone, adapter, answer, (options.data or {}).get(adapter.task))
+def _verify(
+    backbone: Backbone, adapter: Adapter, answer: Answer, options: ExportOptions, known: Answer | None = None
+) -> Tally:
+    tally = verify(backbone, adapter, answer, (options.data or {}).get(adapter.task), known)
     check(tally, options.precision, adapter.task)
     if options.precision == "int8":
         check_accuracy(tally, options.max_drop, options.force, adapter.task)
@@ -241,13 +245,15 @@ def _verify_bank(
     }
 
 
-def _single_answer(graph: Graph, adapter: Adapter) -> Answer:
+def _single_answer(graph: Graph, adapter: Adapter, output: str | None = None) -> Answer:
+    """Answer with the graph's probabilities, or with another ``output``."""
     mean, std = (torch.tensor([values]) for values in (adapter.preprocess.mean, adapter.preprocess.std))
 
     def answer(images: Tensor) -> Array:
-        if graph.metadata["input"] == "float":
-            return graph.probabilities({"images": normalize(images, mean, std).numpy()})
-        return graph.probabilities({"images": images.permute(0, 2, 3, 1).numpy()})
+        as_float = graph.metadata["input"] == "float"
+        pixels = normalize(images, mean, std) if as_float else images.permute(0, 2, 3, 1)
+        inputs = {"images": pixels.numpy()}
+        return graph.probabilities(inputs) if output is None else graph.run(inputs, output)
 
     return answer
 

@@ -12,12 +12,13 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 from gpt_serve.adapters.adapter import Adapter
+from gpt_serve.adapters.unknown import known_share
 from gpt_serve.errors import ExportError
 from gpt_serve.export.session import Array
 from gpt_serve.images.preprocess import normalize, preprocess_image
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.model.batch import AdapterBatch
-from gpt_serve.model.heads import linear
+from gpt_serve.model.heads import linear, stranger_distance
 from gpt_serve.model.prompted import embed, prompted_features
 from gpt_serve.specs import Preprocess
 from gpt_serve.train.data.datasets import Sample, open_evaluation
@@ -27,9 +28,11 @@ BATCHES = (1, 2, 7)
 DATA_BATCH = 32
 TOLERANCE = {"fp32": 1e-5, "fp16": 1e-2, "int8": float("inf")}  # of probabilities; int8 is judged by its accuracy
 PHOTOS = 7
+KNOWN_TOLERANCE = {"fp32": 0.02, "fp16": 0.1, "int8": float("inf")}
+"""Of the share of validation images that lie as far out: at a knot, rounding makes a step of one of them."""
 
 Answer = Callable[[Tensor], Array]
-"""uint8 (B, 3, h, w) to probabilities (B, C)."""
+"""uint8 (B, 3, h, w) to probabilities (B, C), or to shares of validation images that lie as far out (B,)."""
 
 
 @dataclass
@@ -40,6 +43,7 @@ class Tally:
     images: int = 0
     agreed: int = 0
     labelled: int = 0
+    known_difference: float | None = None  # the largest, of what tells strangers
     correct: dict[str, int] = field(default_factory=lambda: {"torch": 0, "graph": 0})
 
     def add(self, expected: Array, actual: Array, targets: Sequence[int] | None = None) -> None:
@@ -72,15 +76,20 @@ class Tally:
             "torch": torch.__version__,
             "onnxruntime": ort.__version__,
         }
+        if self.known_difference is not None:
+            report["known_difference"] = self.known_difference
         if self.labelled:
             report["accuracy"] = {name: self.accuracy(name) for name in self.correct} | {"images": self.labelled}
         return report
 
 
-def verify(backbone: Backbone, adapter: Adapter, answer: Answer, data: str | None) -> Tally:
+def verify(
+    backbone: Backbone, adapter: Adapter, answer: Answer, data: str | None, known: Answer | None = None
+) -> Tally:
     """Compare ``answer`` with the unfolded forward pass in torch, float32.
 
     Args:
+        known: of the graph, where it can tell strangers.
         data: image folder or built-in dataset, as for ``eval``; None for noise and photographs only.
 
     Raises:
@@ -93,6 +102,9 @@ def verify(backbone: Backbone, adapter: Adapter, answer: Answer, data: str | Non
     for batch in BATCHES:
         actual = np.concatenate([answer(part) for part in torch.split(images, batch)])
         (tally.add if batch == BATCHES[0] else tally.differ)(expected, actual)
+    if known is not None:
+        difference = np.abs(torch_known(backbone, adapter)(images) - known(images)).max()
+        tally.known_difference = float(difference) if np.isfinite(difference) else float("inf")
     for pixels, targets in _evaluation_batches(adapter, data):
         tally.add(reference(pixels), answer(pixels), targets)
     return tally
@@ -104,6 +116,12 @@ def check(tally: Tally, precision: str, task: str) -> None:
         raise ExportError(
             f"the graph of {task!r} does not answer as torch does: probabilities differ by up to "
             f"{tally.max_abs_difference:.2g}, {TOLERANCE[precision]:g} are allowed in {precision}; nothing was written"
+        )
+    if tally.known_difference is not None and not tally.known_difference <= KNOWN_TOLERANCE[precision]:
+        raise ExportError(
+            f"the graph of {task!r} does not tell strangers as torch does: shares differ by up to "
+            f"{tally.known_difference:.2g}, {KNOWN_TOLERANCE[precision]:g} are allowed in {precision}; nothing was "
+            "written"
         )
 
 
@@ -119,15 +137,28 @@ def check_accuracy(tally: Tally, max_drop: float, force: bool, task: str) -> Non
 
 def torch_answer(backbone: Backbone, adapter: Adapter) -> Answer:
     """Return the adapter's own forward pass in torch, with nothing folded."""
+    return _in_torch(
+        backbone, adapter, lambda read: linear(read, adapter.head_weight, adapter.head_bias).softmax(dim=1)
+    )
+
+
+def torch_known(backbone: Backbone, adapter: Adapter) -> Answer:
+    """Return what the adapter tells of strangers, in torch, with nothing folded."""
+    unknown = adapter.unknown
+    assert unknown is not None
+    measures = unknown.mean, unknown.scale, unknown.basis
+    return _in_torch(backbone, adapter, lambda read: known_share(unknown.knots, stranger_distance(read, *measures)))
+
+
+def _in_torch(backbone: Backbone, adapter: Adapter, head: Callable[[Tensor], Tensor]) -> Answer:
+    """Return ``head`` of the features (B, K*D) that the adapter's forward pass makes of images."""
     tensors = AdapterBatch.of(adapter, backbone.spec, "cpu")
     mean, std = (torch.tensor([values]) for values in (adapter.preprocess.mean, adapter.preprocess.std))
 
     @torch.inference_mode()
     def answer(images: Tensor) -> Array:
         tokens = embed(backbone.model, normalize(images, mean, std))
-        features = prompted_features(backbone.model, tokens, tensors)
-        logits = linear(features, adapter.head_weight, adapter.head_bias)
-        return logits.softmax(dim=1).numpy()
+        return head(prompted_features(backbone.model, tokens, tensors)).numpy()
 
     return answer
 

@@ -33,7 +33,7 @@ class HeadForm:
 
     Attributes:
         masks: whether it answers for each patch.
-        shapes: of its tensors by name, in the order in which they are packed: classifier first, then the decoder.
+        shapes: of its tensors by name, in the order in which they are packed: the classifier first.
     """
 
     masks: bool
@@ -53,7 +53,7 @@ class HeadForm:
     @property
     def decodes(self) -> bool:
         """Whether a decoder stands before the classifier."""
-        return len(self.shapes) > 2
+        return any(name in DECODER for name, _ in self.shapes)
 
     def operations(self, patches: int) -> float:
         """Multiplications and additions for an image of so many patches, where they are worth counting."""
@@ -67,8 +67,9 @@ class HeadForm:
 
 
 def head_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """The tensors of an adapter's head by their names in its file."""
-    return {"head.weight": adapter.head_weight, "head.bias": adapter.head_bias, **adapter.decoder}
+    """The tensors of an adapter's head by their names in its file, with those that `stranger_distance` takes."""
+    unknown = {} if adapter.unknown is None else adapter.unknown.measures()
+    return {"head.weight": adapter.head_weight, "head.bias": adapter.head_bias, **adapter.decoder, **unknown}
 
 
 def linear(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -93,6 +94,24 @@ def linear_each(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         bias: (G, C).
     """
     return torch.baddbmm(bias[:, None], features, weight.mT)
+
+
+def stranger_distance(features: Tensor, mean: Tensor, scale: Tensor, basis: Tensor) -> Tensor:
+    """How far features lie from what a task was trained on, (B,), see `gpt_serve.adapters.unknown`.
+
+    ::
+
+        |scale (x - mean)|^2 - |basis (x - mean)|^2
+
+    Args:
+        features: (B, K*D), the taps side by side.
+        mean: (K*D,).
+        scale: (K*D,).
+        basis: (R, K*D).
+    """
+    # With a bias, as a head has it: quantized graphs leave such products as they are.
+    inside = F.linear(features, basis, -(basis @ mean))
+    return (scale * (features - mean)).square().sum(dim=1) - inside.square().sum(dim=1)
 
 
 def per_patch(tokens: Tensor, weight: Tensor, bias: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -37,8 +37,7 @@ def encode(result: "Prediction | Segmentation | Look", form: Format, seconds: Ma
         return _segmentation(cast("Segmentation", result), form, dict(seconds))
     if form.mask is not None and form.strict:
         raise InvalidRequest(f"task {result.task!r} answers with labels and has no mask: leave out mask")
-    best = [{"label": label, "probability": share} for label, share in result.top(form.top_k or DEFAULT_TOP_K)]
-    content = {"task": result.task, "revision": result.revision, "predictions": best}
+    content = result.to_dict(form.top_k or DEFAULT_TOP_K)
     return Answer(result.task, result.revision, _json(content), seconds=dict(seconds))
 
 

@@ -2,12 +2,16 @@
 
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
+from pydantic.json_schema import SkipJsonSchema
 
 from gpt_serve.serve.inputs import DEFAULT_TOP_K, EVERY, MAX_IMAGES, MAX_TASKS, MAX_TOP_K
 from gpt_serve.serve.messages import MaskFormat
 from gpt_serve.serve.problems import MEDIA_TYPE
 from gpt_serve.specs import TASK_PATTERN
+
+_KNOWN = "Share of the validation images that lie at least as far from what the task was trained on; where it can tell"
+_UNKNOWN = "Whether the image is unlike what the task was trained on: as 95 % of the validation images are not"
 
 
 class LabelProbability(BaseModel):
@@ -19,6 +23,8 @@ class PredictAnswer(BaseModel):
     task: str
     revision: str
     predictions: list[LabelProbability]
+    known: float | SkipJsonSchema[None] = Field(None, ge=0, le=1, description=_KNOWN)
+    unknown: bool | SkipJsonSchema[None] = Field(None, description=_UNKNOWN)
 
 
 class ClassShare(BaseModel):

@@ -30,6 +30,7 @@ from gpt_serve.train.methods.taps import AUTO, Choice, candidates, choose, image
 from gpt_serve.train.nmi import nmi_probe
 from gpt_serve.train.publishing import describe, publish_trained, rehearse, to_adapter
 from gpt_serve.train.recipes.recipe import Recipe, prepared
+from gpt_serve.train.strangers import fit_unknown
 
 
 def train_adapter(backbone: Backbone, job: TrainingJob, reporter: Reporter, world: World) -> dict[str, Any] | None:
@@ -90,6 +91,8 @@ def train_on(
 
     again = refit if job.recipe.refit else None
     calibration, answers = calibrate(backbone, module, kept_apart, views.unseen, trainer.inputs, refit=again)
+    if kept_apart is not None and isinstance(module, AdapterModule):
+        module.unknown = fit_unknown(backbone, module, views.train, kept_apart, trainer.inputs)
     training = describe(job, views, module, progress, time.perf_counter() - started)
     if views.test is not None:
         training["metrics"]["test_accuracy"] = answers.accuracy

@@ -20,6 +20,7 @@ from gpt_serve.train.loop import Answers
 from gpt_serve.train.methods.prompts import AdapterModule
 from gpt_serve.train.publishing import publish, utc_now
 from gpt_serve.train.recipes.recipe import Recipe
+from gpt_serve.train.strangers import fit_unknown
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,15 @@ def calibrate_published(backbone: Backbone, job: PublishedJob, reporter: Reporte
 
 
 def calibrated_adapter(backbone: Backbone, adapter: Adapter, views: Views, workers: int) -> tuple[Adapter, Answers]:
-    """``adapter`` with a head that is calibrated on ``views.val`` and the record of it, and its answers for the unseen.
+    """``adapter`` calibrated on ``views.val``, with what tells strangers, and its answers for the unseen.
 
-    What it was calibrated with before is undone.
+    The temperature that it was calibrated with before is undone.
     """
     module = module_of(backbone, adapter)
     known = adapter.training.get("calibration", {"temperature": 1.0})["temperature"]
-    record, answers = calibrate(backbone, module, views.val, views.unseen, Inputs(workers), known)
+    inputs = Inputs(workers)
+    record, answers = calibrate(backbone, module, views.val, views.unseen, inputs, known)
+    module.unknown = fit_unknown(backbone, module, views.train, views.val, inputs)
     training = adapter.training | {"calibration": record}
     return replace(adapter, training=training, **module.stored()), answers
 

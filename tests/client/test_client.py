@@ -119,11 +119,12 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_an_answer_has_all_that_was_said(make: Any, scripted: Scripted) -> None:
-    scripted.say((200, {}, ANSWER | {"unknown": 0.25}))
+    said = ANSWER | {"known": 0.02, "unknown": True}
+    scripted.say((200, {}, said))
     with make(scripted.url) as client:
         answer = client.predict("birds", b"image")
-    assert answer == Answer("birds", "0123456789ab", (Label("wren", 0.75),), ANSWER | {"unknown": 0.25})
-    assert answer.best == Label("wren", 0.75) and answer.content["unknown"] == 0.25
+    assert answer == Answer("birds", "0123456789ab", (Label("wren", 0.75),), said, 0.02, True)
+    assert answer.best == Label("wren", 0.75) and (answer.known, answer.unknown) == (0.02, True)
 
 
 def test_the_question_is_a_form(make: Any, scripted: Scripted, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from gpt_serve.images.decode import ImageLimits
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.specs import BackboneSpec
 from tests import reference
-from tests.factories import make_adapter, remove_adapter
+from tests.factories import make_adapter, make_unknown, remove_adapter
 from tests.tiny_vit import tiny_backbone
 
 Request = tuple[str, ImageInput]
@@ -43,13 +43,14 @@ Request = tuple[str, ImageInput]
 def adapters_of(spec: BackboneSpec) -> list[Adapter]:
     """Adapters that differ in everything that rows of one batch may differ in."""
     grey = replace(spec.preprocess, mean=(0.1, 0.4, 0.7), std=(0.2, 0.5, 0.9))
+    unknown, other = make_unknown(spec.width), make_unknown(spec.width, seed=1)
     return [
         make_adapter(spec, "linear", method="linear", classes=3, seed=1),
         make_adapter(spec, "linear-cls", method="linear", classes=5, pool="cls", seed=2),
         make_adapter(spec, "shallow", method="vpt-shallow", prompts=7, classes=2, seed=3),
-        make_adapter(spec, "deep", method="vpt-deep", prompts=2, classes=11, preprocess=grey, seed=4),
+        make_adapter(spec, "deep", method="vpt-deep", prompts=2, classes=11, preprocess=grey, seed=4, unknown=unknown),
         make_adapter(spec, "deep-cls", method="vpt-deep", prompts=5, classes=4, pool="cls", seed=5),
-        make_adapter(spec, "gated", method="gated", prompts=1, classes=6, seed=6),
+        make_adapter(spec, "gated", method="gated", prompts=1, classes=6, seed=6, unknown=other),
         make_adapter(spec, "gated-cls", method="gated", prompts=9, classes=4, pool="cls", preprocess=grey, seed=7),
         make_adapter(spec, "hard", method="gated-hard", prompts=4, classes=8, seed=8),
         make_adapter(spec, "gated-deep", method="gated", deep=True, prompts=3, classes=3, seed=9),
@@ -115,6 +116,7 @@ def answers(results: Sequence[Prediction | GPTServeError]) -> list[Prediction]:
 def check_same(actual: Prediction, expected: Prediction) -> None:
     assert (actual.task, actual.revision, actual.labels) == (expected.task, expected.revision, expected.labels)
     torch.testing.assert_close(actual.probabilities, expected.probabilities, rtol=1e-5, atol=1e-5)
+    assert actual.known == pytest.approx(expected.known, abs=0.051)  # a knot more or less
 
 
 def check_reference(result: Prediction, backbone: Backbone, adapter: Adapter, image: Tensor) -> None:
@@ -132,6 +134,12 @@ def check_reference(result: Prediction, backbone: Backbone, adapter: Adapter, im
     )
     assert result.labels == adapter.labels
     torch.testing.assert_close(result.probabilities, expected.logits.softmax(dim=0), rtol=1e-5, atol=1e-5)
+    assert (result.known is None) == (adapter.unknown is None)
+    if adapter.unknown is not None:
+        unknown, offset = adapter.unknown, expected.feature - adapter.unknown.mean
+        distance = (unknown.scale * offset).square().sum() - (unknown.basis @ offset).square().sum()
+        shares = [(unknown.knots >= factor * distance).float().mean().item() for factor in (0.9999, 1, 1.0001)]
+        assert result.known in [round(share, 4) for share in shares] and result.unknown == (result.known < 0.05)
 
 
 # A batch is its rows
@@ -167,6 +175,13 @@ def test_bundled_backbone_equals_the_reference(
     results = engine.predict([(adapter.task, image) for adapter, image in zip(adapters, images, strict=True)])
     for result, adapter, image in zip(answers(results), adapters, images, strict=True):
         check_reference(result, bundled, adapter, image)
+
+
+def test_answers_say_what_they_know_of_strangers_where_adapters_can_tell(engine: Engine) -> None:
+    able, other = answers(engine.predict([("deep", pixels(1, 20, 30)), ("linear", pixels(2, 20, 30))]))
+    assert able.to_dict(1).keys() == {"task", "revision", "predictions", "known", "unknown"}
+    assert (other.known, other.unknown) == (None, None)
+    assert other.to_dict(1).keys() == {"task", "revision", "predictions"}
 
 
 def test_probabilities_are_ready_to_use(engine: Engine) -> None:
@@ -343,7 +358,7 @@ def test_all_rows_of_a_batch_answer_with_one_revision(
     engine: Engine, store: AdapterStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The file is replaced, and another removed, while the batch's images are prepared."""
-    old = make_adapter(engine.backbone.spec, "gated", seed=6, prompts=1, classes=6)
+    old = next(adapter for adapter in adapters_of(engine.backbone.spec) if adapter.task == "gated")
     revision = store.load("gated").revision
     new = make_adapter(engine.backbone.spec, "gated", seed=77, prompts=6, classes=3)
     replaced: list[str] = []

@@ -53,6 +53,20 @@ def test_prompts_of_the_first_block_alone_and_together(tiny: Backbone, tiny_grap
         torch.testing.assert_close(third, one, rtol=1e-5, atol=1e-5)
 
 
+def test_shifts_alone_and_among_others(tiny: Backbone, tiny_graph: Graph, store: AdapterStore) -> None:
+    shift = 0.3 * torch.randn(tiny.spec.depth, 3, 24, generator=torch.Generator().manual_seed(7))
+    store.publish(make_adapter(tiny.spec, "shifted", shift=shift))
+    store.publish(make_adapter(tiny.spec, "bias", method="linear", shift=-shift))
+    batch = requests("shifted", "linear", "bias", "gated")
+    expected = probabilities(Engine(tiny, store).predict(batch))
+    engine = Engine(tiny, store, forward=OnnxForward(tiny_graph))
+    together = probabilities(engine.predict(batch))
+    alone = [probabilities(engine.predict([request]))[0] for request in batch]
+    for one, other, third in zip(expected, together, alone, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(third, one, rtol=1e-5, atol=1e-5)
+
+
 class Noting:
     """A forward pass that only notes the tasks it was asked for."""
 
@@ -73,9 +87,10 @@ def test_closed_gates_go_to_torch_open_ones_to_onnxruntime(tiny: Backbone, store
     onnx, other = Noting(), Noting()
     forward = FasterForward(onnx, other, planner_for(tiny))  # type: ignore[arg-type]
     engine = Engine(tiny, store, forward=forward)
-    for task in (*KINDS, "closed", "deep-open", "few-closed"):
+    store.publish(make_adapter(tiny.spec, "shifted", shift=torch.ones(tiny.spec.depth, 3, tiny.spec.width)))
+    for task in (*KINDS, "closed", "deep-open", "few-closed", "shifted"):
         engine.predict(requests(task))
-    assert onnx.tasks == [{"gated"}, {"linear"}, {"vpt-shallow"}, {"few-closed"}]
+    assert onnx.tasks == [{"gated"}, {"linear"}, {"vpt-shallow"}, {"few-closed"}, {"shifted"}]
     assert other.tasks == [{"closed"}, {"deep-open"}]
 
 

@@ -33,6 +33,7 @@ def single(
     output: str = "probabilities",
     external: bool = False,
     metadata: Mapping[str, str | None] | None = None,
+    known: float | None = None,
 ) -> Path:
     """Write a single-task graph.
 
@@ -41,15 +42,17 @@ def single(
         output: ``probabilities`` or ``logits``.
         external: whether the weights go to ``<name>.data`` beside it.
         metadata: what to change in it; None drops a key.
+        known: what it says of every image, as a graph does that can tell strangers.
     """
     height, width = preprocess.input_size
     size = f"batch, {height}, {width}, 3" if kind == "uint8" else f"batch, 3, {height}, {width}"
     softmax = "probabilities = Softmax<axis = -1>(logits)" if output == "probabilities" else ""
     text = f"""stand_in ({"uint8" if kind == "uint8" else "float"}[{size}] images)
-        => (float[batch, {len(labels)}] {output}) {{
+        => (float[batch, {len(labels)}] {output}{", float[batch] known" if known is not None else ""}) {{
         {_PIXELS if kind == "uint8" else _NORMALIZED}
         logits = MatMul(flat, weight)
         {softmax}
+        {_SHARES if known is not None else ""}
     }}"""
     weight = _noise(height * width * 3, len(labels))
     values = {
@@ -66,7 +69,10 @@ def single(
         "precision": "fp32",
         "verification": json.dumps({"max_abs_difference": 0.0, "top1_agreement": 1.0, "images": 1, "batches": [1]}),
     }
-    return _save(path, text, {"weight": weight} | _scaling(preprocess), values | dict(metadata or {}), external)
+    arrays = {"weight": weight} | _scaling(preprocess)
+    if known is not None:
+        arrays |= {"last_axis": np.array([-1]), "share": np.array(known, np.float32)}
+    return _save(path, text, arrays, values | dict(metadata or {}), external)
 
 
 def single_probabilities(pixels: Array, *, classes: int = 3, preprocess: Preprocess = TINY_SPEC.preprocess) -> Array:
@@ -162,6 +168,11 @@ _PIXELS = """
     centred = Sub(scaled, mean)
     normal = Div(centred, std)
     flat = Flatten(normal)
+"""
+_SHARES = """
+    best = ReduceMax<keepdims = 0>(logits, last_axis)
+    nothing = Sub(best, best)
+    known = Add(nothing, share)
 """
 _NORMALIZED = """
     normal = Transpose<perm = [0, 2, 3, 1]>(images)

@@ -1,6 +1,6 @@
 """Exported graphs, run by onnxruntime, against the slow reference of the paper's equations."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gpt_serve.adapters.adapter import Adapter
+from gpt_serve.adapters.unknown import known_share
 from gpt_serve.errors import ExportError
 from gpt_serve.export import graphs
 from gpt_serve.export.graphs import Form, single_graph
@@ -24,7 +25,7 @@ from gpt_serve.specs import Pool
 from tests import reference
 from tests.export.conftest import Exporter
 from tests.export.running import open_graph
-from tests.factories import make_adapter
+from tests.factories import make_adapter, make_unknown
 from tests.tiny_vit import PREPROCESS, tiny_backbone
 
 INF = float("inf")
@@ -91,11 +92,13 @@ class Case:
 
 REGISTERS = {"reg_tokens": 3, "no_embed_class": True, "init_values": 0.5}
 CASES = {
-    "gated": Case({}, [20, 20, 20]),
+    "gated": Case({"unknown": make_unknown(24)}, [20, 20, 20]),
     "deep, registers": Case({"method": "vpt-deep"}, [20, 1], "cls", {"depth": 2} | REGISTERS),
     "all closed, qk_norm": Case({"gamma": torch.tensor([-INF, -INF])}, [17, 17, 1], "cls", {"qk_norm": True}),
     "linear, float to logits": Case({"method": "linear"}, [17, 17], vit={"depth": 2}, form=Form("float", logits=True)),
-    "closed first, half": Case({"gamma": torch.tensor([-INF, 0.5])}, [17, 20, 20], form=Form(half=True)),
+    "closed first, half": Case(
+        {"gamma": torch.tensor([-INF, 0.5]), "unknown": make_unknown(24)}, [17, 20, 20], form=Form(half=True)
+    ),
 }
 """Few graphs, because each takes seconds; "gated" is also that of test_job.py."""
 
@@ -115,11 +118,31 @@ def test_one_task_equals_the_reference(case: Case, model: ir.Model) -> None:
     inputs = nhwc(images) if case.form.input == "uint8" else normalized(images).numpy()
     logits = expected_logits(case.backbone(), case.made(), images)
     expected = logits if case.form.logits else softmax(logits)
-    assert [output.name for output in model.graph.outputs] == [case.form.output]
+    assert model.graph.outputs[0].name == case.form.output
     for batch in (1, 2, 7):
         actual = run(model, images=inputs[:batch])
         assert actual.dtype == np.float32
         np.testing.assert_allclose(actual, expected[:batch], atol=2e-2 if case.form.half else 1e-5)
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("gated", 1e-4), ("closed first, half", 0.01)])
+def test_the_graph_tells_strangers_as_the_reference_does(exporter: Exporter, name: str, tolerance: float) -> None:
+    case = CASES[name]
+    backbone, adapter, images = case.backbone(), case.made(), pixels(7)
+    graph = ort.InferenceSession(
+        ir.to_proto(exporter.single(backbone, adapter, case.form)).SerializeToString(),
+        providers=["CPUExecutionProvider"],
+    )
+    assert [item.name for item in graph.get_outputs()] == ["probabilities", "known"]
+    (known,) = graph.run(["known"], {"images": nhwc(images)})
+    eye = torch.eye(backbone.spec.width)
+    bare = replace(adapter, head_weight=eye, head_bias=torch.zeros(len(eye)))
+    offset = torch.from_numpy(expected_logits(backbone, bare, images)) - adapter.unknown.mean
+    unknown = adapter.unknown
+    distances = (offset * unknown.scale).square().sum(1) - (offset @ unknown.basis.T).square().sum(1)
+    low, high = (known_share(unknown.knots, distances * factor) for factor in (1 + tolerance, 1 - tolerance))
+    assert known.shape == (7,) and 0 < known.mean() < 1
+    assert (low.numpy() <= known).all() and (known <= high.numpy()).all()
 
 
 def test_closed_gates_and_pooling_drop_rows(case: Case, model: ir.Model) -> None:

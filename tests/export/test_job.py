@@ -17,13 +17,13 @@ from PIL import Image
 from gpt_serve.adapters.parse import parse_preprocess
 from gpt_serve.adapters.store import AdapterStore
 from gpt_serve.errors import BackboneMismatch, DataError, ExportError, UnknownTask, UsageError
-from gpt_serve.export import ExportOptions, Graph, add_task, export_task, export_tasks, files, job
+from gpt_serve.export import ExportOptions, Graph, add_task, export_task, export_tasks, files, job, verify
 from gpt_serve.export.files import bank_folder
 from gpt_serve.export.session import _check_placement
 from gpt_serve.export.verify import Tally, check_accuracy
 from gpt_serve.model.backbone import Backbone
 from tests.export.conftest import Exporter
-from tests.factories import make_adapter
+from tests.factories import make_adapter, make_unknown
 from tests.tiny_vit import PREPROCESS, tiny_backbone
 
 LABELS = ("ant", "bee", "cow")
@@ -32,7 +32,7 @@ LABELS = ("ant", "bee", "cow")
 @pytest.fixture(scope="module")
 def store(tiny: Backbone, tmp_path_factory: pytest.TempPathFactory) -> AdapterStore:
     store = AdapterStore(tmp_path_factory.mktemp("adapters"))
-    store.publish(make_adapter(tiny.spec, "alpha", labels=LABELS))
+    store.publish(make_adapter(tiny.spec, "alpha", labels=LABELS, unknown=make_unknown(tiny.spec.width)))
     store.publish(make_adapter(tiny.spec, "beta", method="linear", classes=7))
     store.publish(make_adapter(tiny.spec, "deep", method="vpt-deep"))
     store.publish(make_adapter(tiny.spec, "foreign", backbone="vit_huge", backbone_sha256="cd" * 32))
@@ -75,6 +75,15 @@ def single(tiny: Backbone, store: AdapterStore, data: str, tmp_path_factory: pyt
 def multi(tiny: Backbone, store: AdapterStore, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     output = tmp_path_factory.mktemp("multi") / "many.onnx"
     return export_tasks(tiny, store, ["beta", "alpha"], output, ExportOptions())
+
+
+def test_a_graph_that_does_not_tell_strangers_as_torch_does_is_not_written(
+    tiny: Backbone, store: AdapterStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify, "torch_known", lambda *_: lambda images: np.full(len(images), 2.0))
+    with pytest.raises(ExportError, match="does not tell strangers as torch does: shares differ by up to"):
+        export_task(tiny, store, "alpha", tmp_path / "graph.onnx")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_graph_says_all_that_running_it_needs(tiny: Backbone, store: AdapterStore, single: dict[str, Any]) -> None:
@@ -226,7 +235,7 @@ def test_int8(tiny: Backbone, store: AdapterStore, data: str, tmp_path: Path) ->
     result = export_task(tiny, store, "alpha", output, options)
     operators = [node.op_type for node in onnx.load(output).graph.node]
     assert result["nodes"] == len(operators)
-    assert operators.count("MatMulInteger") == 18 and operators.count("MatMul") == 1, "all but the head"
+    assert operators.count("MatMulInteger") == 18 and operators.count("MatMul") == 2, "all but the head and strangers"
     assert Graph(output).metadata["precision"] == "int8"
     assert 1e-5 < result["verification"]["max_abs_difference"] < 0.5
     assert set(result["verification"]["accuracy"]) == {"torch", "graph", "images"}

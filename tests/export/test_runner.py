@@ -162,6 +162,20 @@ def test_every_form_of_single_graph_gives_probabilities(tmp_path: Path, kind: st
     assert [answer.task.name for answer in answers] == ["flowers"] * 4
 
 
+@pytest.mark.parametrize(("known", "stranger"), [(0.97, False), (0.05, False), (0.0499, True), (0.0, True)])
+def test_a_graph_that_can_tell_strangers_says_so(tmp_path: Path, known: float, stranger: bool) -> None:
+    model = run.Model(single(tmp_path / "g.onnx", known=known))
+    pixels = some_pixels(2)
+    answers = model.predict(as_images(pixels))
+    assert [(answer.known, answer.unknown) for answer in answers] == [(pytest.approx(known), stranger)] * 2
+    assert np.allclose([answer.probabilities for answer in answers], single_probabilities(pixels), atol=1e-5)
+
+
+def test_a_graph_that_cannot_tell_strangers_says_nothing_of_them(tmp_path: Path) -> None:
+    (answer,) = run.Model(single(tmp_path / "g.onnx")).predict(as_images(some_pixels(1)))
+    assert (answer.known, answer.unknown) == (None, None)
+
+
 def test_top_gives_labels_best_first(tmp_path: Path) -> None:
     (answer,) = run.Model(single(tmp_path / "g.onnx")).predict(as_images(some_pixels(1)))
     best = answer.top(2)
@@ -174,8 +188,8 @@ def test_batches_are_bounded_and_images_are_taken_one_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, sizes = run.Model(single(tmp_path / "g.onnx")), []
-    run_graph = model.run
-    monkeypatch.setattr(model, "run", lambda pixels, index: (sizes.append(len(pixels)), run_graph(pixels, index))[1])
+    outputs = model.outputs
+    monkeypatch.setattr(model, "outputs", lambda pixels, index: (sizes.append(len(pixels)), outputs(pixels, index))[1])
     pixels = some_pixels(2 * run.BATCH + 3)
 
     def images() -> Any:

@@ -91,6 +91,13 @@ def expected_top(pixels: np.ndarray) -> list[str]:
     return [LABELS[at] for at in np.argsort(-single_probabilities(pixels[None])[0])]
 
 
+def test_a_stranger_is_named_in_words_and_in_json(folder: Path) -> None:
+    single(folder / "careful.onnx", known=0.02)
+    (answer,) = json.loads(command("careful.onnx", "one.png", "--json", cwd=folder).stdout)["images"]
+    assert (answer["known"], answer["unknown"]) == (0.02, True)
+    assert command("careful.onnx", "one.png", cwd=folder).stdout.endswith(" %, probably none of these\n")
+
+
 def test_a_line_for_each_image(folder: Path) -> None:
     done = command("flowers.onnx", "two.jpg", "one.png", "two.jpg", cwd=folder)
     assert (done.returncode, done.stderr) == (0, "")

@@ -2,8 +2,9 @@
 
 import torch
 
-from gpt_serve.model.heads import HeadForm, mask_logits, per_patch
-from tests.factories import CHANNELS, TINY_SPEC, make_adapter, make_segmenter
+from gpt_serve.adapters.unknown import known_share
+from gpt_serve.model.heads import HeadForm, mask_logits, per_patch, stranger_distance
+from tests.factories import CHANNELS, TINY_SPEC, make_adapter, make_segmenter, make_unknown
 from tests.plain_setr import PlainSetr
 
 GRID = (3, 5)
@@ -46,3 +47,19 @@ def test_operations_are_those_of_the_convolutions() -> None:
     assert pooled.operations(15) == linear.operations(15) == 0
     macs = 15 * 9 * CHANNELS * (16 + CHANNELS * (4 + 16 + 64))
     assert decoder.operations(15) == 2 * macs
+
+
+def test_a_distance_is_mahalanobis_of_the_covariance_that_basis_and_scale_stand_for() -> None:
+    unknown = make_unknown(16)
+    inverse = torch.diag(unknown.scale.square()) - unknown.basis.T @ unknown.basis
+    features = 3 * tokens()[0]
+    offset = (features - unknown.mean).double()
+    expected = torch.einsum("bi,ij,bj->b", offset, inverse.double(), offset)
+    actual = stranger_distance(features, unknown.mean, unknown.scale, unknown.basis)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-3)
+
+
+def test_the_share_of_images_as_far_out_counts_knots() -> None:
+    knots = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    distances = torch.tensor([0.5, 1.0, 2.5, 4.5, float("nan"), float("inf")])
+    assert known_share(knots, distances).tolist() == [1.0, 1.0, 0.5, 0.0, 0.0, 0.0]

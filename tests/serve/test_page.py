@@ -211,10 +211,11 @@ def test_a_refusal_is_shown_beside_the_other_answers(page: Any, tmp_path: Path) 
 
 
 def test_a_stranger_is_marked(page: Any, digit: Path) -> None:
-    answer_with(page, {"task": "digits", "revision": "0" * 12, "predictions": [], "known": False, "unknown": 0.98})
+    answer_with(page, {"task": "digits", "revision": "0" * 12, "predictions": [], "known": 0.02, "unknown": True})
     page.set_input_files("#file", digit)
     choose(page, "digits")
-    assert "Probably none of this task's classes (98.0%)" in ask(page).text_content()
+    shown = ask(page).text_content()
+    assert "Probably none of this task's classes" in shown and "2.0%" in shown
 
 
 def test_a_mask_lies_over_the_image_with_a_legend(page: Any, digit: Path) -> None:

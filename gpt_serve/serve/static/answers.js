@@ -49,9 +49,8 @@ export function drawRefusal(task, sentence) {
 
 /** What `known` and `unknown` say, where the adapter can tell members of its classes from strangers. */
 function strangeness({ known, unknown }) {
-  const score = typeof unknown === "number" ? ` (${percent.format(unknown)})` : "";
-  if (known === false || unknown === true) return `Probably none of this task's classes${score}.`;
-  return score && `Unlike what the task was trained on: ${percent.format(unknown)}.`;
+  if (!unknown) return "";
+  return `Probably none of this task's classes: of the images that it was checked with, ${percent.format(known)} are as unlike what it was trained on.`;
 }
 
 function bars(rows, colours = []) {

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gpt_serve.adapters.adapter import Adapter, closed_gates
+from gpt_serve.adapters.unknown import Unknown
 from gpt_serve.errors import UsageError
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.model.batch import AdapterBatch
@@ -92,6 +93,7 @@ class AdapterModule(TaskModule):
     Attributes:
         gamma: the gate priors that are learned, all of them or fewer; `priors` has all.
         closed: for each of `priors`, whether it is exactly 0 and stays so; None when gates are not learned.
+        unknown: what tells strangers, once that is known; it belongs to the tensors as they are.
     """
 
     _tau_before: Tensor | None
@@ -125,6 +127,7 @@ class AdapterModule(TaskModule):
         self.hard = hard
         self.gumbel_temperature = gumbel_temperature(0.0)
         self.head = head
+        self.unknown: Unknown | None = None
         self.prompt = None if prompt is None else nn.Parameter(prompt)
         self.tau = None if tau is None else nn.Parameter(tau)
         self.shift = None if shift is None else nn.Parameter(shift)
@@ -286,7 +289,7 @@ class AdapterModule(TaskModule):
         tensors |= {"tau": _joined(self._tau_before, self.tau), "shift": _joined(self._shift_before, self.shift)}
         tensors |= {"head_weight": head[0], "head_bias": head[1]}
         stored = {name: tensor.detach().float().cpu() for name, tensor in tensors.items() if tensor is not None}
-        rest = {"first_block": self.first_block, "taps": self.taps, "pool": self.pool}
+        rest = {"first_block": self.first_block, "taps": self.taps, "pool": self.pool, "unknown": self.unknown}
         return {name: tensor.clone() for name, tensor in stored.items()} | rest
 
     @torch.no_grad()
