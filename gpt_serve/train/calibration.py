@@ -68,19 +68,20 @@ def calibrate(
 def fit_temperature(logits: Tensor, targets: Tensor) -> float:
     """The ``T`` for which ``softmax(logits / T)`` has the least cross-entropy.
 
-    Targets are ``(n + 1) / (n + 2)`` instead of 1, the rest spread evenly, as Platt (1999) has it: images that are all
-    classified right would otherwise ask for certainty.
+    Where all images are right it is 1: they would ask for certainty, which so few of them cannot give.
 
     Args:
         logits: (n, C).
         targets: (n,) classes.
     """
-    values, smoothing = logits.double(), 1 / (len(targets) + 2)
+    if torch.equal(logits.argmax(1), targets):
+        return 1.0
+    values = logits.double()
     log = torch.zeros((), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([log], max_iter=STEPS, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
-        return F.cross_entropy(values / log.exp(), targets, label_smoothing=smoothing)
+        return F.cross_entropy(values / log.exp(), targets)
 
     def closure() -> Tensor:
         optimizer.zero_grad()

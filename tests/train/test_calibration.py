@@ -49,16 +49,13 @@ def test_the_temperature_that_made_logits_overconfident_is_found(temperature: fl
     found = fit_temperature(logits, targets)
     assert found == pytest.approx(temperature, rel=0.06)
     grid = torch.linspace(-3, 3, 1201).exp().tolist()
-    smoothing = 1 / (len(targets) + 2)
-    best = min(grid, key=lambda value: F.cross_entropy(logits / value, targets, label_smoothing=smoothing).item())
+    best = min(grid, key=lambda value: F.cross_entropy(logits / value, targets).item())
     assert found == pytest.approx(best, rel=0.01)
 
 
 def test_images_that_are_all_classified_right_do_not_ask_for_certainty() -> None:
     targets = torch.arange(4).repeat(25)
-    found = fit_temperature(F.one_hot(targets, 4).float(), targets)
-    probability = (F.one_hot(targets, 4) / found).softmax(1).max().item()
-    assert 0.95 < probability < 0.999
+    assert fit_temperature(F.one_hot(targets, 4).float(), targets) == 1
 
 
 def test_the_calibration_error_is_that_of_torchmetrics() -> None:
@@ -93,7 +90,7 @@ def test_a_final_fit_has_no_images_to_calibrate_with(tiny: Backbone, colours: Pa
     recipe = make_recipe("adamw", method="linear", epochs=1, warmup=0, final_fit=True)
     summary = train_adapter(tiny, TrainingJob("colours", str(colours), tmp_path, recipe), Silent(), World())
     assert summary is not None and "calibration" not in summary
-    with pytest.raises(UsageError, match="trained on the validation images"):
+    with pytest.raises(UsageError, match="was fitted to the validation images"):
         calibrate_published(tiny, PublishedJob("colours", str(colours), tmp_path), Silent())
 
 
@@ -119,16 +116,17 @@ def test_a_published_adapter_is_calibrated_by_a_command_and_again_to_the_same(
     assert first is not None
     store = AdapterStore(adapters)
     stored = store.load("colours").adapter
-    sure = {"head_weight": 30 * stored.head_weight, "head_bias": 30 * stored.head_bias}
+    noise = torch.randn(stored.head_weight.shape, generator=torch.Generator().manual_seed(0))
+    sure = {"head_weight": 30 * noise, "head_bias": 0 * stored.head_bias}  # often wrong, and always certain
     training = {key: value for key, value in stored.training.items() if key != "calibration"}
     store.publish(type(stored)(**{**vars(stored), **sure, "training": training}))
     args = ["calibrate", "--task", "colours", "--data", str(colours), "--adapters", str(adapters)]
     args += ["--backbone", "mae-vit-tiny-32", "--device", "cpu"]
     ran = CliRunner().invoke(main, [*args, "--json"], catch_exceptions=False)
     record = json.loads(ran.stdout)["calibration"]
-    assert record["temperature"] == pytest.approx(30, rel=0.01)
+    assert record["temperature"] > 10 and record["error_after"] < record["error_before"] / 2
     calibrated = store.load("colours").adapter
-    assert torch.allclose(calibrated.head_weight, stored.head_weight, rtol=0.01)
+    assert torch.allclose(calibrated.head_weight, 30 * noise / record["temperature"], rtol=1e-4)
     again = CliRunner().invoke(main, args, catch_exceptions=False)
     assert "calibration error on" in again.stdout
     second = store.load("colours").adapter.training["calibration"]

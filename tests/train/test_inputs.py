@@ -81,11 +81,12 @@ def test_training_with_and_without_the_cache_gives_the_same_weights(
     tiny: Backbone, colours: Path, tmp_path: Path, counted: list[int], augment: str
 ) -> None:
     kept = trained(tiny, colours, tmp_path / "kept", late(augment=augment), 2**20)
-    # 24 training images in each form once, 6 validation and 12 test images once.
-    assert sum(counted) == (24 if augment == "none" else 2 * 24) + 6 + 12
+    # 24 training images in each form once, and as they are, 6 validation and 12 test images once.
+    assert sum(counted) == (24 if augment == "none" else 3 * 24) + 6 + 12
     counted.clear()
     anew = trained(tiny, colours, tmp_path / "anew", late(augment=augment), 0)
-    assert sum(counted) == 4 * (24 + 6) + 6 + 12  # validation images once more, for the calibration
+    # Validation images once more for the calibration, and both once more for what tells strangers.
+    assert sum(counted) == 4 * (24 + 6) + 6 + 12 + (24 + 6)
     assert kept.keys() == anew.keys() and len(kept) == 6
     for name, value in kept.items():
         torch.testing.assert_close(value, anew[name], atol=1e-5, rtol=0, msg=lambda text, name=name: name + text)
@@ -108,7 +109,7 @@ def test_what_finds_no_room_is_computed_again(
     kept = trained(tiny, colours, tmp_path / "kept", late(augment="none"), 2**20)
     counted.clear()
     some = trained(tiny, colours, tmp_path / "some", late(augment="none"), 10 * ROW + ROW // 2)
-    assert sum(counted) == 24 + 3 * (24 - 10) + 5 * 6 + 12
+    assert sum(counted) == 24 + 4 * (24 - 10) + 6 * 6 + 12
     for name, value in kept.items():
         torch.testing.assert_close(value, some[name], atol=1e-5, rtol=0)
 
@@ -117,7 +118,7 @@ def test_new_views_in_every_epoch_are_not_kept(
     tiny: Backbone, colours: Path, tmp_path: Path, counted: list[int]
 ) -> None:
     trained(tiny, colours, tmp_path, late(views=0), 2**20)
-    assert sum(counted) == 4 * 24 + 6 + 12
+    assert sum(counted) == 4 * 24 + 24 + 6 + 12  # and once as they are
 
 
 def test_views_come_again_and_differ(colours: Path) -> None:
