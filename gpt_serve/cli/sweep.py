@@ -61,12 +61,13 @@ def sweep(
     from gpt_serve.cli.terminal import Terminal, echo_sweep, echo_trained
     from gpt_serve.train.data.datasets import find_benchmark
     from gpt_serve.train.job import TrainingJob
+    from gpt_serve.train.loading import backbone_facts
     from gpt_serve.train.methods.prompts import find_method
     from gpt_serve.train.recipes.choice import choose_recipe
     from gpt_serve.train.recipes.recipe import Recipe
     from gpt_serve.train.sweep.report import report_table
-    from gpt_serve.train.sweep.trial import Sweep, backbone_facts
-    from gpt_serve.train.sweep.workers import local_workers, ray_workers
+    from gpt_serve.train.sweep.trial import Sweep
+    from gpt_serve.train.workers import local_workers, ray_workers
 
     start = partial(local_workers, device) if ray_address == "local" else partial(ray_workers, ray_address, device)
     path = checkpoint and checkpoint.resolve()

@@ -1,7 +1,8 @@
 """The commands that fit adapters: ``train``, ``close-gates`` and ``calibrate``. Heavy imports live inside them."""
 
 import json
-from contextlib import ExitStack, closing
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +17,20 @@ from gpt_serve.cli.options import (
     resolve_device,
     task_option,
 )
-from gpt_serve.cli.training_options import cache_option, closing_options, reading_options, training_options
+from gpt_serve.cli.training_options import (
+    cache_option,
+    closing_options,
+    ray_option,
+    reading_options,
+    training_options,
+)
 from gpt_serve.errors import UsageError
 
 if TYPE_CHECKING:
     from gpt_serve.cli.terminal import Terminal
-    from gpt_serve.model.backbone import Backbone
     from gpt_serve.train.closing.close import ClosingJob
+    from gpt_serve.train.loading import LoadArguments
+    from gpt_serve.train.places import Place
 
 
 @click.command()
@@ -39,6 +47,7 @@ if TYPE_CHECKING:
     help="Publish what a new task starts from at once, where that is an answer already, then train on.  [--instant]",
 )
 @click.option("--nmi", is_flag=True, help="Record what prompts and patch tokens share after each epoch, for inspect.")
+@ray_option
 @adapters_folder_option
 @json_option
 def train(
@@ -56,6 +65,7 @@ def train(
     closes: bool,
     instant: bool,
     nmi: bool,
+    ray_address: str,
     adapters: Path,
     as_json: bool,
     recipe: str,
@@ -66,36 +76,33 @@ def train(
 
     check_task_name(task)
     from gpt_serve.cli.terminal import Terminal, echo_closing, echo_trained
-    from gpt_serve.model.backbone import Backbone
     from gpt_serve.train.closing.close import ClosingJob
     from gpt_serve.train.data.datasets import find_benchmark
-    from gpt_serve.train.distributed import join_world
-    from gpt_serve.train.fit import train_adapter
     from gpt_serve.train.job import TrainingJob
     from gpt_serve.train.methods.prompts import find_method
     from gpt_serve.train.recipes.choice import choose_recipe
 
     published = find_benchmark(data or task)
+    source, folder = data or task, adapters
+    if ray_address != "local":  # on another machine, what is relative here is not
+        source = str(Path(source).resolve()) if Path(source).exists() else source
+        folder, checkpoint = adapters.resolve(), checkpoint and checkpoint.resolve()
+    load = (("name", backbone), ("checkpoint", checkpoint), ("input_size", input_size))
     with ExitStack() as stack:
-        world, device = stack.enter_context(join_world(resolve_device(device)))
-        if closes and world.size > 1:
-            raise UsageError("--close-gates takes one process: leave it out, and run gpt-serve close-gates afterwards")
-        model = Backbone.load(backbone, checkpoint=checkpoint, input_size=input_size, pool=pool, device=device)
-        settings, taken = choose_recipe(recipe, task, model, published, **hyperparameters)
+        place = stack.enter_context(_place(ray_address, (*load, ("pool", pool), ("device", device)), closes))
+        settings, taken = choose_recipe(recipe, task, place.backbone, published, **hyperparameters)
         if closes and not find_method(settings.method).gated:
             raise UsageError(f"--close-gates: the method {settings.method} learns no gates: leave it out")
         if closes and settings.final_fit:
             raise UsageError("--close-gates decides by validation images, which a final fit trains on: --no-final-fit")
         if nmi and not find_method(settings.method).prompts:
             raise UsageError(f"--nmi: the method {settings.method} has no prompts: leave it out")
-        job = TrainingJob(
-            task, data or task, adapters, settings, resume, skip_unreadable, workers, nmi, instant, cache_bytes
-        )
-        terminal = Terminal(quiet=not world.leader)
+        job = TrainingJob(task, source, folder, settings, resume, skip_unreadable, workers, nmi, instant, cache_bytes)
+        terminal = Terminal(quiet=not place.leader)
         terminal.notice(taken)
         stack.callback(terminal.close)
         try:
-            summary = train_adapter(model, job, terminal, world)
+            summary = place.train(job, terminal)
         except KeyboardInterrupt:
             terminal.close()
             if terminal.epochs:
@@ -106,13 +113,31 @@ def train(
         if not as_json:
             echo_trained(summary, adapters)
         if closes:
-            again = ClosingJob(task, job.data, adapters, skip_unreadable=skip_unreadable, workers=workers)
-            step = _close(model, again, terminal)
+            again = ClosingJob(task, source, folder, skip_unreadable=skip_unreadable, workers=workers)
+            step = _close(place, again, terminal)
             summary |= step | {"closing": [step["closing"]]}
     if as_json:
         click.echo(json.dumps(summary))
     elif closes:
         echo_closing(step, adapters)
+
+
+@contextmanager
+def _place(ray_address: str, load: "LoadArguments", closes: bool) -> "Iterator[Place]":
+    """Where the command trains: here, perhaps as one of several processes, or on a Ray cluster."""
+    from gpt_serve.model.backbone import Backbone
+    from gpt_serve.train.distributed import join_world
+    from gpt_serve.train.places import Here, on_ray
+
+    arguments = dict(load)
+    if ray_address != "local":
+        with on_ray(ray_address, load) as place:
+            yield place
+        return
+    with join_world(resolve_device(arguments["device"])) as (world, device):
+        if closes and world.size > 1:
+            raise UsageError("--close-gates takes one process: leave it out, and run gpt-serve close-gates afterwards")
+        yield Here(Backbone.load(**arguments | {"device": device}), world)
 
 
 @click.command("close-gates")
@@ -145,12 +170,14 @@ def close_gates(
     from gpt_serve.cli.terminal import Terminal, echo_closing
     from gpt_serve.model.backbone import Backbone
     from gpt_serve.train.closing.close import ClosingJob
+    from gpt_serve.train.distributed import World
+    from gpt_serve.train.places import Here
 
     job = ClosingJob(task, data, adapters, **options)
     model = Backbone.load(backbone, checkpoint=checkpoint, input_size=input_size, device=resolve_device(device))
     terminal = Terminal()
     try:
-        step = _close(model, job, terminal)
+        step = _close(Here(model, World()), job, terminal)
     finally:
         terminal.close()
     if as_json:
@@ -199,11 +226,9 @@ def calibrate(
         echo_calibrated(summary, adapters)
 
 
-def _close(backbone: "Backbone", job: "ClosingJob", terminal: "Terminal") -> dict[str, Any]:
-    from gpt_serve.train.closing.close import close_gates
-
+def _close(place: "Place", job: "ClosingJob", terminal: "Terminal") -> dict[str, Any]:
     try:
-        return close_gates(backbone, job, terminal)
+        return place.close(job, terminal)
     except KeyboardInterrupt:
         terminal.close()
         terminal.notice(f"stopped while gates of {job.task!r} were closed: to begin anew, run gpt-serve close-gates")

@@ -158,6 +158,12 @@ training_options = option_group(
     click.option("--lr", type=float, help="Peak learning rate.  [lda: 0.05; adamw: 0.01; paper: 0.25; spt: 0.05]"),
     _recipe_options,
 )
+ray_option = click.option(
+    "--ray-address",
+    default="local",
+    show_default=True,
+    help="Ray cluster to train on: auto for this machine's, or HOST:PORT. local: this machine alone.",
+)
 sweep_options = option_group(
     _method_options,
     click.option(
@@ -170,12 +176,7 @@ sweep_options = option_group(
     click.option("--samples", type=click.IntRange(1), help="Try so many points of the grid, drawn by --seed.  [all]"),
     click.option("--early-stop", is_flag=True, help="Stop trials that fall behind the others (ASHA)."),
     click.option("--jobs", type=click.IntRange(1), help="Trials at a time.  [one a GPU; on CPUs one per 4 cores]"),
-    click.option(
-        "--ray-address",
-        default="local",
-        show_default=True,
-        help="Ray cluster to run trials on: auto for this machine's, or HOST:PORT. local: processes of this machine.",
-    ),
+    ray_option,
     _recipe_options,
 )
 reading_options = option_group(

@@ -24,12 +24,13 @@ from gpt_serve.model.backbone import Backbone
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import train_adapter
 from gpt_serve.train.job import TrainingJob
+from gpt_serve.train.loading import BackboneFacts
 from gpt_serve.train.recipes.recipe import Recipe, Select, make_recipe
 from gpt_serve.train.sweep import trial as module
 from gpt_serve.train.sweep.report import plot_sweep, report_table, told
 from gpt_serve.train.sweep.sweep import make_axes, make_grid, run_sweep
-from gpt_serve.train.sweep.trial import BackboneFacts, Sweep, open_study, run_trial
-from gpt_serve.train.sweep.workers import Submit, ray_workers, shares
+from gpt_serve.train.sweep.trial import Sweep, open_study, run_trial
+from gpt_serve.train.workers import Submit, ray_workers, shares
 from tests.train.conftest import Recorder
 
 RECIPE = make_recipe("adamw", prompts=2, epochs=2, warmup=0, batch_size=8)
@@ -65,7 +66,7 @@ class InProcess:
 @pytest.fixture(autouse=True)
 def loads_tiny(tiny: Backbone, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Trials, too, get the tiny backbone."""
-    monkeypatch.setattr(module, "_load", lambda backbone: tiny)
+    monkeypatch.setattr(module, "load_backbone", lambda backbone: tiny)
     module._open.cache_clear()
     yield
     module._open.cache_clear()
@@ -459,6 +460,8 @@ def test_every_shape_of_grid_is_plotted(tmp_path: Path, varying: tuple[str, ...]
         ([{"CPU": 8.0}, {"CPU": 8.0}], "cpu", 1, (1, 8, 0)),  # no machine has the 16
         ([{"CPU": 16.0, "GPU": 1.0}], "auto", None, (1, 16, 1)),
         ([{"CPU": 16.0, "GPU": 1.0}], "cuda", 4, (4, 4, 0.25)),
+        ([{"CPU": 64.0}, {"CPU": 8.0, "GPU": 1.0}], "auto", 1, (1, 8, 1)),  # the 64 have no GPU beside them
+        ([{"CPU": 64.0}, {"CPU": 8.0, "GPU": 1.0}], "cpu", 1, (1, 64, 0)),
         ([{"CPU": 16.0, "GPU": 2.0}], "cuda", 3, (3, 5, 0.5)),  # 2/3 would leave a third idle
     ],
 )
@@ -480,7 +483,7 @@ def test_a_cluster_without_gpus_is_said_so() -> None:
 @pytest.fixture
 def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The command gets `InProcess`."""
-    monkeypatch.setattr("gpt_serve.train.sweep.workers.local_workers", lambda device, jobs: InProcess()(jobs))
+    monkeypatch.setattr("gpt_serve.train.workers.local_workers", lambda device, jobs: InProcess()(jobs))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +36,14 @@ FLAGS = ["--device", "cpu", "--epochs", "1", "--lr", "0.0001,0.02,0.01", "--gate
 
 
 def start(folder: Path, data: str, adapters: Path, *args: str, **options: Any) -> subprocess.Popen[str]:
-    program = folder / "sweep.py"
+    return command(folder, "sweep", "--data", data, "--adapters", str(adapters), *FLAGS, *args, **options)
+
+
+def command(folder: Path, name: str, *args: str, **options: Any) -> subprocess.Popen[str]:
+    program = folder / "command.py"
     program.write_text(PROGRAM)
-    command = [sys.executable, str(program), "sweep", "--task", "colours", "--data", data]
     return subprocess.Popen(
-        [*command, "--adapters", str(adapters), *FLAGS, *args],
+        [sys.executable, str(program), name, "--task", "colours", *args],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -99,17 +103,17 @@ def test_an_interrupted_sweep_resumes_and_publishes_what_train_would(
 
 def test_processes_that_are_killed(colours: Path, tmp_path: Path) -> None:
     """One that trains costs its trial; when it is the command, those that train end with it."""
-    command = start(tmp_path, str(colours), tmp_path / "adapters")
-    wait_for_a_trial(command)
-    (child,) = children_of(command.pid)
+    sweep = start(tmp_path, str(colours), tmp_path / "adapters")
+    wait_for_a_trial(sweep)
+    (child,) = children_of(sweep.pid)
     os.kill(child, signal.SIGKILL)
-    assert command.stderr is not None
-    assert any("failed: its process died: it may have run out of memory" in line for line in command.stderr)
-    while not (left := children_of(command.pid)):
-        assert command.poll() is None
+    assert sweep.stderr is not None
+    assert any("failed: its process died: it may have run out of memory" in line for line in sweep.stderr)
+    while not (left := children_of(sweep.pid)):
+        assert sweep.poll() is None
         time.sleep(0.1)
-    command.kill()
-    command.communicate(timeout=60)
+    sweep.kill()
+    sweep.communicate(timeout=60)
     for _ in range(600):
         if not any(Path(f"/proc/{pid}").exists() for pid in left):
             return
@@ -117,14 +121,40 @@ def test_processes_that_are_killed(colours: Path, tmp_path: Path) -> None:
     pytest.fail("a process goes on without its command")
 
 
-def test_a_ray_cluster_trains_what_a_machine_does(bundled: Backbone, colours: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
     utils = pytest.importorskip("ray.cluster_utils")
     cluster = utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 80 * 2**20})
-    try:
-        adapters = tmp_path / "adapters"
-        command = start(tmp_path, str(colours), adapters, "--json", "--ray-address", cluster.address)
-        out, err = command.communicate(timeout=900)
-    finally:
-        cluster.shutdown()
-    assert command.returncode == 0, err
+    yield cluster
+    cluster.shutdown()
+
+
+def test_a_ray_cluster_sweeps_as_a_machine_does(bundled: Backbone, colours: Path, tmp_path: Path, cluster: Any) -> None:
+    adapters = tmp_path / "adapters"
+    sweep = start(tmp_path, str(colours), adapters, "--json", "--ray-address", cluster.address)
+    out, err = sweep.communicate(timeout=900)
+    assert sweep.returncode == 0, err
     check_it_is_what_train_gives(json.loads(out), bundled, colours, adapters)
+
+
+def test_a_ray_cluster_trains_what_a_machine_does(
+    bundled: Backbone, colours: Path, tmp_path: Path, cluster: Any
+) -> None:
+    """From a relative path; what the run tells is shown by the command, which loads no backbone."""
+    (tmp_path / "colours").symlink_to(colours)
+    flags = ["--data", "colours", "--adapters", "adapters", "--device", "cpu", "--epochs", "1", "--prompts", "2"]
+    remote = command(tmp_path, "train", *flags, "--json", "--ray-address", cluster.address, cwd=tmp_path)
+    out, err = remote.communicate(timeout=900)
+    assert remote.returncode == 0, err
+    assert "epoch   1 " in err
+    recipe = make_recipe("lda", epochs=1, prompts=2)
+    job = TrainingJob("colours", str(colours), tmp_path / "here", recipe, instant=True)
+    summary = train_adapter(bundled, job, Recorder(), World())
+    assert summary is not None and json.loads(out)["metrics"]["val_loss"] == pytest.approx(
+        summary["metrics"]["val_loss"], rel=1e-4
+    )
+    there, here = (AdapterStore(tmp_path / name).load("colours") for name in ("adapters", "here"))
+    assert there.revision == json.loads(out)["revision"]
+    for name in ("prompt", "gamma", "tau", "head_weight", "head_bias"):
+        assert torch.equal(getattr(there.adapter, name), getattr(here.adapter, name))
+    assert not list((tmp_path / "adapters" / ".train").glob("*shared*"))

@@ -24,7 +24,7 @@ from gpt_serve.train.recipes.paper_table import selected_values
 from gpt_serve.train.recipes.recipe import Recipe
 from gpt_serve.train.sweep.report import came_to, described, score, told, write_report
 from gpt_serve.train.sweep.trial import Sweep, open_study, run_trial, train_best
-from gpt_serve.train.sweep.workers import Workers
+from gpt_serve.train.workers import Workers
 
 # Yoo et al., Appendix A.2: the rates that were searched with SGD.
 PAPER_RATES = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)

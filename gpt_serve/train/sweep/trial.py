@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import optuna
-import torch
 from optuna.distributions import FloatDistribution, IntDistribution
 from optuna.pruners import NopPruner, SuccessiveHalvingPruner
 from optuna.storages import JournalStorage
@@ -18,12 +17,13 @@ from optuna.trial import TrialState
 
 from gpt_serve.errors import DataError, GPTServeError, UsageError
 from gpt_serve.model.backbone import Backbone
-from gpt_serve.specs import BackboneSpec, Family
 from gpt_serve.train.checkpoint import RunCheckpoint, run_folder
 from gpt_serve.train.distributed import World
-from gpt_serve.train.fit import make_deterministic, new_trainer, prepare, run_identity, train_on
+from gpt_serve.train.fit import new_trainer, prepare, run_identity, train_on
 from gpt_serve.train.job import Reporter, Silent, TrainingJob, Views
+from gpt_serve.train.loading import BackboneFacts, LoadArguments, load_backbone
 from gpt_serve.train.recipes.recipe import Recipe
+from gpt_serve.train.workers import unshared
 
 SPACE = {  # what recipes take, for Optuna's plots: nothing is drawn from it
     "lr": FloatDistribution(1e-300, 1e4, log=True),
@@ -31,15 +31,6 @@ SPACE = {  # what recipes take, for Optuna's plots: nothing is drawn from it
     "prompts": IntDistribution(1, 4096, log=True),
 }
 REDUCTION = 3  # of the trials that come so far, one in so many goes on
-LoadArguments = tuple[tuple[str, Any], ...]  # of `Backbone.load`
-
-
-class BackboneFacts(NamedTuple):
-    """What is to be known of a backbone where it is not loaded."""
-
-    name: str
-    family: Family | None
-    spec: BackboneSpec
 
 
 @dataclass(frozen=True)
@@ -78,12 +69,6 @@ class Sweep:
         return {name: getattr(recipe, name) for name, _ in self.axes}
 
 
-def backbone_facts(backbone: LoadArguments) -> BackboneFacts:
-    """Load a backbone and describe it."""
-    loaded = _load(backbone)
-    return BackboneFacts(loaded.name, loaded.family, loaded.spec)
-
-
 def open_study(sweep: Sweep) -> optuna.Study:
     """The study that all processes share.
 
@@ -114,6 +99,8 @@ def run_trial(sweep: Sweep) -> int:
 
     The study then holds what it came to: ``val_accuracy``, ``val_loss`` and ``best_epoch``, or ``failure``.
     """
+    if not sweep.journal.is_file():
+        raise unshared(sweep.job.adapters)
     study = open_study(sweep)
     trial = study.ask({name: SPACE[name] for name, _ in sweep.axes})
     try:
@@ -165,17 +152,7 @@ def train_best(sweep: Sweep, recipe: Recipe, reporter: Reporter) -> dict[str, An
 
 
 @lru_cache(maxsize=1)
-def _load(backbone: LoadArguments) -> Backbone:
-    arguments = dict(backbone)
-    if arguments["device"] == "auto":
-        arguments["device"] = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded = Backbone.load(**arguments)
-    make_deterministic(loaded)
-    return loaded
-
-
-@lru_cache(maxsize=1)
 def _open(sweep: Sweep) -> tuple[Backbone, Views]:
     """Backbone and images, once for all trials of a process."""
-    backbone = _load(sweep.backbone)
+    backbone = load_backbone(sweep.backbone)
     return backbone, prepare(backbone, replace(sweep.job, recipe=sweep.recipes[0]), Silent())

@@ -1,4 +1,4 @@
-"""Where a sweep computes: processes of this machine, or of a Ray cluster. The only file that knows either."""
+"""Where training computes: processes of this machine, or of a Ray cluster. The only file that knows either."""
 
 import logging
 import math
@@ -9,11 +9,15 @@ import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from pathlib import Path
 from threading import RLock, Thread
 from typing import Any
 
 from gpt_serve.errors import UsageError
+from gpt_serve.train.job import Reporter
+from gpt_serve.train.relay import Relay, Replay
 
 CPUS_PER_TRIAL = 4
 Submit = Callable[..., Future[Any]]  # takes a function and its arguments
@@ -75,7 +79,7 @@ def ray_workers(address: str, device: str, jobs: int | None) -> Iterator[Submit]
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else it warns of what it will do some day
     try:
         import ray
-        from ray.exceptions import RayTaskError
+        from ray.exceptions import RayError, RayTaskError
     except ImportError as error:
         raise UsageError(f"--ray-address needs Ray ({error}): pip install 'gpt-serve[ray]'") from error
     host, _, port = address.rpartition(":")
@@ -99,8 +103,55 @@ def ray_workers(address: str, device: str, jobs: int | None) -> Iterator[Submit]
             waiting.shutdown(wait=False, cancel_futures=True)
     except RayTaskError as error:
         raise error.cause from error
+    except RayError as error:
+        raise UsageError(
+            f"the process that trained died ({type(error).__name__}): it may have run out of memory; "
+            "--resume goes on after the last epoch that was finished"
+        ) from error
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def ray_relay(reporter: Reporter) -> Iterator[Relay]:
+    """A reporter that can be sent to a process of the cluster, and there tells ``reporter`` here."""
+    from ray.util.queue import Queue
+
+    queue = Queue(actor_options={"num_cpus": 0})
+    thread = Thread(target=_replay, args=(queue, Replay(reporter)), name="reports", daemon=True)
+    thread.start()
+    try:
+        yield Relay(_Sender(queue))
+        queue.put(None)
+        thread.join()
+    finally:
+        queue.shutdown()  # also ends a thread that still waits
+
+
+@dataclass(frozen=True)
+class _Sender:
+    """A queue as `gpt_serve.train.relay.Send`."""
+
+    queue: Any
+
+    def __call__(self, name: str, arguments: tuple[Any, ...]) -> None:
+        self.queue.put((name, arguments))
+
+
+def _replay(queue: Any, replay: Replay) -> None:
+    from ray.exceptions import RayError
+
+    with suppress(RayError):  # the run was interrupted, and the queue is gone
+        while message := queue.get():
+            replay.tell(*message)
+
+
+def unshared(adapters: Path) -> UsageError:
+    """What a process says that does not see the folder of the command."""
+    return UsageError(
+        f"{adapters} on {socket.gethostname()} is another folder than the command's: "
+        "--adapters must be on a disk that all machines of the cluster share"
+    )
 
 
 def shares(machines: Sequence[Mapping[str, float]], device: str, jobs: int | None) -> tuple[int, dict[str, float]]:
@@ -109,9 +160,12 @@ def shares(machines: Sequence[Mapping[str, float]], device: str, jobs: int | Non
     Raises:
         UsageError: there is no GPU for ``cuda``.
     """
-    cores, gpus = (int(sum(machine.get(name, 0) for machine in machines)) for name in ("CPU", "GPU"))
-    if device == "cuda" and not gpus:
+    able = [machine for machine in machines if machine.get("GPU", 0) >= 1]
+    if device == "cuda" and not able:
         raise UsageError("--device cuda: Ray sees no GPU: use --device cpu")
+    if device != "cpu" and able:
+        machines = able  # the cores of others are of no use to a trial that needs a GPU beside them
+    cores, gpus = (int(sum(machine.get(name, 0) for machine in machines)) for name in ("CPU", "GPU"))
     gpus = 0 if device == "cpu" else gpus
     jobs = jobs or gpus or max(1, cores // CPUS_PER_TRIAL)
     # A trial runs on one machine, however large the cluster is.
