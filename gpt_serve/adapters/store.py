@@ -13,7 +13,7 @@ from gpt_serve.adapters.source import FILE_NAME as FILE_NAME
 from gpt_serve.adapters.source import AdapterSource
 from gpt_serve.adapters.source import Signature as Signature
 from gpt_serve.errors import AdapterError, InvalidAdapter, InvalidTaskName, UnknownTask, UsageError
-from gpt_serve.specs import BackboneSpec, check_task_name
+from gpt_serve.specs import BackboneSpec, Kind, check_task_name
 
 POLL_SECONDS = 30.0
 """Time between two listings of a bucket or hub."""
@@ -36,9 +36,10 @@ class StoredAdapter:
 
 @dataclass(frozen=True)
 class TaskSummary:
-    """An adapter without its tensors; accuracies in [0, 1]."""
+    """An adapter without its tensors; accuracy, of classification, and mIoU, of segmentation, in [0, 1]."""
 
     task: str
+    kind: Kind
     method: str
     backbone: str
     labels: tuple[str, ...]
@@ -46,6 +47,7 @@ class TaskSummary:
     nbytes: int
     revision: str
     val_accuracy: float | None
+    val_miou: float | None
     created: str
 
     @property
@@ -57,6 +59,7 @@ class TaskSummary:
         """As listed by ``gpt-serve tasks --json`` and ``GET /tasks``."""
         return {
             "task": self.task,
+            "kind": self.kind,
             "method": self.method,
             "backbone": self.backbone,
             "classes": self.classes,
@@ -64,6 +67,7 @@ class TaskSummary:
             "size_bytes": self.nbytes,
             "revision": self.revision,
             "val_accuracy": self.val_accuracy,
+            "val_miou": self.val_miou,
             "created": self.created,
         }
 
@@ -266,21 +270,23 @@ def _summarise(stored: StoredAdapter) -> TaskSummary:
     adapter = stored.adapter
     return TaskSummary(
         task=adapter.task,
+        kind=adapter.kind,
         method=adapter.method,
         backbone=adapter.backbone,
         labels=adapter.labels,
         prompts=adapter.prompts,
         nbytes=stored.nbytes,
         revision=stored.revision,
-        val_accuracy=_val_accuracy(adapter.training),
+        val_accuracy=_metric(adapter.training, "val_accuracy"),
+        val_miou=_metric(adapter.training, "val_miou"),
         created=adapter.created,
     )
 
 
-def _val_accuracy(training: dict[str, Any]) -> float | None:
+def _metric(training: dict[str, Any], name: str) -> float | None:
     """The metric if it is one: ``training`` may hold anything."""
     metrics = training.get("metrics")
-    value = metrics.get("val_accuracy") if isinstance(metrics, dict) else None
+    value = metrics.get(name) if isinstance(metrics, dict) else None
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
         return None
     return float(value)

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,19 +30,64 @@ CHUNK = 256  # images whose bytes are held at a time
 @click.command("eval")
 @task_option
 @data_option
+@click.option(
+    "--slide/--whole",
+    default=None,
+    help="Segmentation: sliding windows, or each picture in a single input.  [as the adapter is served]",
+)
+@click.option("--multi-scale", is_flag=True, help="Segmentation: average six scales and their mirror images.")
 @backbone_options
 @adapters_option
 @json_option
-def evaluate(task: str, data: str, adapters: Path | str, as_json: bool, **backbone: Any) -> None:
-    """Accuracy of an adapter on DIR/test, or on DIR itself when it holds class folders."""
+def evaluate(
+    task: str,
+    data: str,
+    slide: bool | None,
+    multi_scale: bool,
+    adapters: Path | str,
+    as_json: bool,
+    **backbone: Any,
+) -> None:
+    """Accuracy of an adapter on DIR/test, or on DIR itself when it holds class folders; of masks their mIoU."""
     engine = _engine([task], adapters, **backbone)
-    from gpt_serve.engine.evaluate import evaluate_task
 
-    result = evaluate_task(engine, task, data, lambda text: click.echo(text, err=True))
+    def notice(text: str) -> None:
+        click.echo(text, err=True)
+
+    if engine.bank.store.load(task).adapter.kind == "segmentation":
+        result = _evaluate_masks(engine, task, data, slide, multi_scale, notice)
+    elif slide is not None or multi_scale:
+        raise UsageError(f"--slide, --whole and --multi-scale are for segmentation, and {task!r} classifies")
+    else:
+        from gpt_serve.engine.evaluate import evaluate_task
+
+        result = evaluate_task(engine, task, data, notice)
     if as_json:
         click.echo(json.dumps(result))
+    elif "miou" in result:
+        _echo_iou(result)
     else:
         click.echo(f"{task}: accuracy {100 * result['accuracy']:.2f} % on {result['n']} images ({result['revision']})")
+
+
+def _evaluate_masks(
+    engine: "Engine", task: str, data: str, slide: bool | None, multi_scale: bool, notice: Callable[[str], object]
+) -> dict[str, Any]:
+    from gpt_serve.engine.evaluate_masks import Protocol, evaluate_masks
+
+    if multi_scale and slide is False:
+        raise UsageError("--multi-scale takes windows of each scale: leave --whole out")
+    geometry: Any = None if slide is None else "windows" if slide else "squash"
+    return evaluate_masks(engine, task, data, Protocol(geometry, multi_scale), notice)
+
+
+def _echo_iou(result: dict[str, Any]) -> None:
+    """A line per class, and one for all of them."""
+    for label, iou in result["iou"].items():
+        click.echo(f"  {label}: {'does not occur' if iou is None else f'IoU {100 * iou:.2f} %'}")
+    accuracy = f"pixel accuracy {100 * result['pixel_accuracy']:.2f} %"
+    images = f"on {result['n']} images ({result['revision']})"
+    click.echo(f"{result['task']}: mIoU {100 * result['miou']:.2f} %, {accuracy} {images}")
 
 
 @click.command()

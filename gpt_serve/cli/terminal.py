@@ -99,14 +99,15 @@ def echo_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def echo_trained(summary: dict[str, Any], adapters: Path) -> None:
-    """What `train` published: accuracy, revision, folder."""
+    """What `train` published: accuracy or mIoU, revision, folder."""
     metrics = summary["metrics"]
     text = f"final fit of {metrics['best_epoch'] + 1} epochs"
-    if "val_accuracy" in metrics:
-        when = f"epoch {metrics['best_epoch'] + 1}" if metrics["best_epoch"] >= 0 else "before any epoch"
-        text = f"validation accuracy {100 * metrics['val_accuracy']:.1f} % ({when})"
-    if "test_accuracy" in metrics:
-        text += f", test accuracy {100 * metrics['test_accuracy']:.1f} %"
+    when = f"epoch {metrics['best_epoch'] + 1}" if metrics["best_epoch"] >= 0 else "before any epoch"
+    for key, name in (("accuracy", "accuracy"), ("miou", "mIoU")):
+        if f"val_{key}" in metrics:
+            text = f"validation {name} {100 * metrics[f'val_{key}']:.1f} % ({when})"
+        if f"test_{key}" in metrics:
+            text += f", test {name} {100 * metrics[f'test_{key}']:.1f} %"
     if "path" in summary:
         where = f"the fine-tuned model is in {summary['path']} and is not served"
     else:
@@ -154,6 +155,8 @@ def echo_tasks(described: Sequence[TaskSummary | BrokenAdapter]) -> None:
             rows.append([item.task, f"refused: {item.error}", "", "", "", "", ""])
             continue
         accuracy = "-" if item.val_accuracy is None else f"{100 * item.val_accuracy:.1f} %"
+        if item.val_miou is not None:
+            accuracy = f"mIoU {100 * item.val_miou:.1f} %"
         size = f"{item.nbytes / 1024:.0f} KiB"
         rows.append([item.task, item.method, item.backbone, str(item.classes), size, item.revision, accuracy])
     echo_table(["task", "method", "backbone", "classes", "size", "revision", "val"], rows)

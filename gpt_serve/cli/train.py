@@ -1,7 +1,7 @@
 """The commands that fit adapters: ``train``, ``close-gates`` and ``calibrate``. Heavy imports live inside them."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from gpt_serve.cli.options import (
 from gpt_serve.cli.training_options import (
     cache_option,
     closing_options,
+    mask_options,
     ray_option,
     reading_options,
     training_options,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 @click.option("--data", help=f"{DATA_KINDS}  [default: the task's name]")
 @backbone_options
 @training_options
+@mask_options
 @reading_options
 @cache_option
 @click.option("--close-gates", "closes", is_flag=True, help="Then close gates, as gpt-serve close-gates does.")
@@ -69,6 +71,11 @@ def train(
     adapters: Path,
     as_json: bool,
     recipe: str,
+    kind: str | None,
+    ignore: tuple[int, ...] | None,
+    head: str | None,
+    geometry: str | None,
+    window: float | None,
     **hyperparameters: Any,
 ) -> None:
     """Train an adapter and publish it; a running server picks it up."""
@@ -77,12 +84,11 @@ def train(
     check_task_name(task)
     from gpt_serve.cli.terminal import Terminal, echo_closing, echo_trained
     from gpt_serve.train.closing.close import ClosingJob
-    from gpt_serve.train.data.datasets import find_benchmark
     from gpt_serve.train.job import TrainingJob
     from gpt_serve.train.methods.prompts import find_method
-    from gpt_serve.train.recipes.choice import choose_recipe
 
-    published = find_benchmark(data or task)
+    masks = {"ignore": ignore, "head": head, "geometry": geometry, "window": window}
+    choose = _chooser(kind, task, data or task, masks, closes)
     source, folder = data or task, adapters
     if ray_address != "local":  # on another machine, what is relative here is not
         source = str(Path(source).resolve()) if Path(source).exists() else source
@@ -90,7 +96,7 @@ def train(
     load = (("name", backbone), ("checkpoint", checkpoint), ("input_size", input_size))
     with ExitStack() as stack:
         place = stack.enter_context(_place(ray_address, (*load, ("pool", pool), ("device", device)), closes))
-        settings, taken = choose_recipe(recipe, task, place.backbone, published, **hyperparameters)
+        settings, taken = choose(place.backbone, recipe, **hyperparameters)
         if closes and not find_method(settings.method).gated:
             raise UsageError(f"--close-gates: the method {settings.method} learns no gates: leave it out")
         if closes and settings.final_fit:
@@ -120,6 +126,30 @@ def train(
         click.echo(json.dumps(summary))
     elif closes:
         echo_closing(step, adapters)
+
+
+def _chooser(kind: str | None, task: str, data: str, masks: dict[str, Any], closes: bool) -> Callable[..., Any]:
+    """What chooses the recipe, for the kind of task that is named or that the data are for.
+
+    Args:
+        masks: options for segmentation alone; None for those that are not given.
+
+    Raises:
+        UsageError: one of these is given for classification, or ``closes`` for segmentation.
+    """
+    from gpt_serve.train.data.datasets import find_benchmark
+    from gpt_serve.train.masks.recipe import choose_mask_recipe
+    from gpt_serve.train.masks.sources import find_kind
+    from gpt_serve.train.recipes.choice import choose_recipe
+
+    if (kind or find_kind(data)) == "segmentation":
+        if closes:
+            raise UsageError("--close-gates is for classification: leave it out")
+        return lambda backbone, name, **given: choose_mask_recipe(name, **given, **masks)
+    if given := [name for name, value in masks.items() if value is not None]:
+        raise UsageError(f"--{given[0]} is for segmentation, and {data} is for classification: leave it out")
+    published = find_benchmark(data)
+    return lambda backbone, name, **given: choose_recipe(name, task, backbone, published, **given)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from typing import Any, get_args
 import click
 
 from gpt_serve.cli.options import ByteSize, option_group
-from gpt_serve.specs import Pool
+from gpt_serve.specs import Kind, Pool
 
 
 class Values(click.ParamType[tuple[Any, ...]]):
@@ -201,4 +201,31 @@ closing_options = option_group(
     ),
     click.option("--epochs", type=int, help="Of each of at most 4 fine-tunes.  [a quarter of training's, at least 5]"),
     click.option("--lr", type=float, help="Peak learning rate of the fine-tunes.  [a quarter of training's]"),
+)
+mask_options = option_group(
+    click.option(
+        "--kind",
+        type=click.Choice(get_args(Kind)),
+        help="What the task answers: one class an image, or one a pixel.  [what --data is for]",
+    ),
+    click.option(
+        "--head",
+        type=click.Choice(["linear", "setr-pup"]),
+        help="Segmentation: a linear classifier on each patch, or the paper's decoder.  [linear; paper: setr-pup]",
+    ),
+    click.option(
+        "--geometry",
+        type=click.Choice(["squash", "pad", "windows"]),
+        help="Segmentation: how an image becomes inputs of the backbone; windows overlap.  [windows]",
+    ),
+    click.option(
+        "--window",
+        type=float,
+        help="Share of the scaled image's shorter side that a window covers.  [0.7; paper: 1]",
+    ),
+    click.option(
+        "--ignore",
+        type=Values(click.IntRange(0, 255)),
+        help="Values of label files that belong to no class, such as 0,255.  [255; ade20k: 0]",
+    ),
 )

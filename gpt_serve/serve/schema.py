@@ -70,6 +70,7 @@ class Attention(BaseModel):
 
 class TaskEntry(BaseModel):
     task: str
+    kind: Literal["classification", "segmentation"] | None = None
     method: str | None = None
     backbone: str | None = None
     classes: int | None = None
@@ -77,6 +78,7 @@ class TaskEntry(BaseModel):
     revision: str | None = None
     size_bytes: int | None = None
     val_accuracy: float | None = None
+    val_miou: float | None = None
     created: str | None = None
     error: str | None = None
 

@@ -121,7 +121,7 @@ def card_text(adapter: Adapter, revision: str, inspection: Inspection, split: st
         f"| backbone | `{adapter.backbone}` (`{adapter.backbone_sha256[:12]}`) |",
         f"| prompts | {adapter.prompts}{' per block' if adapter.deep else ''}{_entry(adapter.first_block)} |",
         f"| trainable parameters | {training['trainable_parameters']:,} |",
-        *[f"| {name} | {value} |" for name, value in _metrics(training["metrics"])],
+        *[f"| {name} | {value} |" for name, value in metric_rows(training["metrics"])],
         "",
         f"![gates, temperatures and selection ratio](gates.png) ![confusion matrix on {split}](confusion.png)",
         "",
@@ -192,7 +192,7 @@ def _entry(first_block: int) -> str:
     return f", from block {first_block + 1}" if first_block else ""
 
 
-def _metrics(metrics: dict[str, Any]) -> list[tuple[str, str]]:
+def metric_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
     """Metrics as text; accuracies in per cent."""
     return [(_name(key), _number(key, value)) for key, value in metrics.items()]
 
@@ -200,11 +200,11 @@ def _metrics(metrics: dict[str, Any]) -> list[tuple[str, str]]:
 def _number(key: str, value: float) -> str:
     if key == "best_epoch" and value < 0:
         return "none: what training starts from is kept"
-    return f"{100 * value:.2f} %" if key.endswith("accuracy") else f"{value:.5g}"
+    return f"{100 * value:.2f} %" if key.endswith(("accuracy", "miou")) else f"{value:.5g}"
 
 
 def _name(key: str) -> str:
-    return "best epoch (from 0)" if key == "best_epoch" else key.replace("_", " ")
+    return "best epoch (from 0)" if key == "best_epoch" else key.replace("_", " ").replace("miou", "mIoU")
 
 
 def block_table(inspection: Inspection) -> list[str]:

@@ -162,7 +162,7 @@ class Trainer:
         loader = self.inputs.batches(self.train_view, [share for share in shares if share])
         for step, (batch, share) in enumerate(zip(batches, shares, strict=True)):
             data = next(loader) if share else None
-            if self.recipe.schedule == "step":
+            if self.recipe.schedule != "epoch":
                 self._set_rate(epoch + step / len(batches))
             totals += self._step(data, len(batch))
             if not torch.isfinite(totals[0]):
@@ -176,6 +176,10 @@ class Trainer:
         nmi = None if self.nmi is None else self.nmi()
         return EpochRecord(epoch, rate, loss / count, correct / count, val.loss, val.accuracy, count / seconds, nmi)
 
+    def batch_loss(self, data: Batch) -> tuple[Tensor, Tensor]:
+        """The summed loss of a training batch, and how many of its images are classified right."""
+        return _loss(self.backbone, self.module, data, self.train_view.preprocess)
+
     def _set_rate(self, epoch: float) -> None:
         rate = learning_rate(self.recipe, epoch)
         for group in self.optimizer.param_groups:
@@ -186,7 +190,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         totals = torch.zeros(3, dtype=torch.float64)
         if data is not None:
-            loss, correct = _loss(self.backbone, self.module, data, self.train_view.preprocess)
+            loss, correct = self.batch_loss(data)
             # Divided by the whole batch: the sum over processes is the gradient of the batch's mean loss.
             (loss / batch_size).backward()  # type: ignore[no-untyped-call]
             totals = torch.tensor([loss.item(), correct.item(), len(data[1])]).double()
@@ -219,7 +223,7 @@ class Trainer:
 def _optimizer(module: TaskModule, recipe: Recipe) -> torch.optim.Optimizer:
     """Three groups: the head, shifts, everything else that steers the backbone; ``scale`` multiplies the rate."""
     decay = recipe.weight_decay if recipe.head_weight_decay is None else recipe.head_weight_decay
-    groups = [{"params": list(module.head.parameters()), "scale": recipe.head_lr_scale, "weight_decay": decay}]
+    groups = [{"params": module.head_parameters(), "scale": recipe.head_lr_scale, "weight_decay": decay}]
     shifts = [value for name, value in module.named_parameters() if name == "shift"]
     if shifts:
         groups.append({"params": shifts, "scale": SHIFT_SCALE})
@@ -233,7 +237,7 @@ def _optimizer(module: TaskModule, recipe: Recipe) -> torch.optim.Optimizer:
 def forward_logits(backbone: Backbone, module: TaskModule, images: Tensor | Trunk, preprocess: Preprocess) -> Tensor:
     """uint8 (B, 3, H, W) or their `Trunk`, on the backbone's device, to float32 logits (B, C); bf16 on CUDA."""
     with autocast(backbone):
-        logits: Tensor = module(backbone.model, _prepared(images, preprocess))
+        logits: Tensor = module(backbone.model, prepared_for(images, preprocess))
     return logits.float()
 
 
@@ -245,13 +249,13 @@ def features_of(
     module.eval()
     for images, targets in inputs.batches(view, ordered_batches(len(view), EVAL_BATCH)):
         with autocast(backbone):
-            features = module.features(backbone.model, _prepared(images.to(backbone.device), view.preprocess))
+            features = module.features(backbone.model, prepared_for(images.to(backbone.device), view.preprocess))
         for _ in targets:
             on_image()
         yield features.float()
 
 
-def _prepared(images: Tensor | Trunk, preprocess: Preprocess) -> Tensor | Trunk:
+def prepared_for(images: Tensor | Trunk, preprocess: Preprocess) -> Tensor | Trunk:
     """What a `TaskModule` takes."""
     return images if isinstance(images, Trunk) else normalized(images, preprocess)
 

@@ -16,6 +16,8 @@ from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import train_adapter
 from gpt_serve.train.job import Reporter, TrainingJob
 from gpt_serve.train.loading import BackboneFacts, LoadArguments, backbone_facts, load_backbone
+from gpt_serve.train.masks.fit import train_masks
+from gpt_serve.train.masks.recipe import MaskRecipe
 from gpt_serve.train.recipes.choice import Pretrained
 from gpt_serve.train.relay import Relay
 from gpt_serve.train.workers import Submit, ray_relay, ray_workers, unshared
@@ -53,7 +55,7 @@ class Here:
 
     def train(self, job: TrainingJob, reporter: Reporter) -> dict[str, Any] | None:
         """See `train_adapter`."""
-        return train_adapter(self.backbone, job, reporter, self.world)
+        return _fitted(self.backbone, job, reporter, self.world)
 
     def close(self, job: ClosingJob, reporter: Reporter) -> dict[str, Any]:
         """See `close_gates`."""
@@ -113,7 +115,7 @@ def _run_there(load: LoadArguments, mark: Path, function: Callable[..., Any], jo
 
 
 def _train(backbone: Backbone, job: TrainingJob, reporter: Reporter) -> dict[str, Any] | None:
-    return train_adapter(backbone, job, reporter, World())
+    return _fitted(backbone, job, reporter, World())
 
 
 @contextmanager
@@ -129,3 +131,9 @@ def _mark(adapters: Path) -> Iterator[Path]:
         yield mark
     finally:
         mark.unlink(missing_ok=True)
+
+
+def _fitted(backbone: Backbone, job: TrainingJob, reporter: Reporter, world: World) -> dict[str, Any] | None:
+    """Train for the kind of task that the recipe is for."""
+    fit = train_masks if isinstance(job.recipe, MaskRecipe) else train_adapter
+    return fit(backbone, job, reporter, world)

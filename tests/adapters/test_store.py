@@ -254,6 +254,7 @@ def test_summary(store):
     revision = store.publish(make_adapter(task="birds", prompts=7, labels=["owl", "jay"]))
     assert store.summary("birds") == TaskSummary(
         task="birds",
+        kind="classification",
         method="gated",
         backbone="tiny",
         labels=("owl", "jay"),
@@ -261,6 +262,7 @@ def test_summary(store):
         nbytes=file_of(store, "birds").stat().st_size,
         revision=revision,
         val_accuracy=0.75,
+        val_miou=None,
         created="2026-01-02T03:04:05Z",
     )
     assert store.summary("birds").classes == store.summary("birds").to_dict()["classes"] == 2

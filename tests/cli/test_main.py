@@ -303,6 +303,7 @@ def test_tasks_json(folder):
     size = Path("adapters/alpha", FILE_NAME).stat().st_size
     assert items[0] == {
         "task": "alpha",
+        "kind": "classification",
         "method": "gated",
         "backbone": "mae-vit-tiny-32",
         "classes": 3,
@@ -310,6 +311,7 @@ def test_tasks_json(folder):
         "size_bytes": size,
         "revision": revision,
         "val_accuracy": 0.75,
+        "val_miou": None,
         "created": "2026-01-02T03:04:05Z",
     }
     assert set(items[1]) == {"task", "error"} and "adapter 'corrupt' is refused" in items[1]["error"]

@@ -40,6 +40,10 @@ class TaskModule(nn.Module):
         logits: Tensor = self.head(self.seen(self.features(model, images)))
         return logits
 
+    def head_parameters(self) -> list[nn.Parameter]:
+        """The parameters of the head."""
+        return list(self.head.parameters())
+
     def steering(self) -> list[nn.Parameter]:
         """The parameters that are learned besides the head."""
         return [parameter for name, parameter in self.named_parameters() if not name.startswith("head.")]

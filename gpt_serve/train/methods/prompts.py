@@ -46,6 +46,11 @@ class Method:
     prompt_init: PromptInit = "random"
     full: bool = False
 
+    @property
+    def learns(self) -> bool:
+        """Whether anything is learned besides the head."""
+        return self.prompts or self.tempered or self.shifted or self.full
+
 
 _PROMPTED = {
     "gated": Method(gated=True, tempered=True),

@@ -52,7 +52,7 @@ def start_from_data(
     """
     plain = view.drawn("none")
     if isinstance(module, AdapterModule) and module.prompt is not None and job.recipe.initialisation != "random":
-        _start_prompts(backbone, module.prompt, module.first_block, job, plain, reporter)
+        start_prompts(backbone, module.prompt, module.first_block, job, plain, reporter)
     if job.recipe.head_init == "lda":
         fit_head(backbone, module, job.recipe, [view], inputs, reporter)
     elif module.head_norm is not None and job.recipe.norm == "standard":
@@ -89,9 +89,14 @@ def fit_head(
         module.head.bias.copy_(bias)
 
 
-def _start_prompts(
+def start_prompts(
     backbone: Backbone, prompts: nn.Parameter, first_block: int, job: TrainingJob, plain: View, reporter: Reporter
 ) -> None:
+    """Start prompts from the tokens of training images, as the recipe has it; ``plain`` is not augmented.
+
+    Raises:
+        UsageError: there are fewer tokens than prompts.
+    """
     recipe = job.recipe
     total = images_to_read(len(plain), backbone.model.patch_embed.num_patches, recipe.initialisation, recipe.prompts)
     tokens = prompts_from_tokens(

@@ -12,7 +12,7 @@ from gpt_serve.train.methods.prompts import GateKind, PromptInit, find_method
 
 Augment = Literal["crop-flip", "crop", "none"]
 Optimizer = Literal["sgd", "adamw"]
-Schedule = Literal["epoch", "step"]
+Schedule = Literal["epoch", "step", "poly"]
 Select = Literal["accuracy", "loss"]
 Preparation = Literal["backbone", "fgvc", "vtab"]
 FirstBlock = int | Literal["auto"]
@@ -37,7 +37,8 @@ class Recipe:
             features standardised over the training images.
         epochs: passes over the training images.
         warmup: epochs of linear warm-up; with any, epoch 0 runs at learning rate 0, as the authors' does.
-        schedule: whether the learning rate is set before each epoch or before each step.
+        schedule: whether the learning rate is set before each epoch or before each step; ``poly`` is before each step,
+            and falls as a polynomial of power 0.9 instead of as a cosine.
         lr: peak learning rate of prompts, gates and temperatures; not scaled with the batch.
         min_lr: what the learning rate falls to.
         head_lr_scale: the head's learning rate as a multiple of ``lr``.
@@ -259,8 +260,10 @@ def prepared(preprocess: Preprocess, name: Preparation) -> Preprocess:
 
 
 def learning_rate(recipe: Recipe, epoch: float) -> float:
-    """Learning rate at ``epoch`` (from 0; with a fraction within one): linear warm-up from 0, then half a cosine."""
+    """Learning rate at ``epoch`` (from 0; with a fraction within one): linear warm-up from 0, then
+    half a cosine, or a polynomial."""
     if epoch < recipe.warmup:
         return recipe.lr * epoch / recipe.warmup
     progress = (epoch - recipe.warmup) / max(1, recipe.epochs - recipe.warmup)
-    return recipe.min_lr + (recipe.lr - recipe.min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
+    left = (1 - progress) ** 0.9 if recipe.schedule == "poly" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return recipe.min_lr + (recipe.lr - recipe.min_lr) * left

@@ -37,7 +37,7 @@ def open_hub(name: str, options: Mapping[str, str], splits: Collection[str]) -> 
     """
     if unknown := sorted(set(options) - set(OPTIONS)):
         raise DataError(f"--data hf:{name}: no option {unknown[0]!r}: use {', '.join(OPTIONS)}")
-    tables = _load(name, options.get("config"))
+    tables = load_tables(name, options.get("config"))
     found = _find_splits(name, list(tables), options)
     first = tables[found["train"]]
     image, label = _columns(name, first.features, options)
@@ -59,7 +59,7 @@ def open_hub(name: str, options: Mapping[str, str], splits: Collection[str]) -> 
     return Dataset(labels, **opened, unused=(f"not used: the splits {some(others)}",) if others else ())
 
 
-def _load(name: str, config: str | None) -> Any:
+def load_tables(name: str, config: str | None) -> Any:
     try:
         import datasets
     except ImportError as error:

@@ -51,9 +51,9 @@ def open_vision(name: str, options: Mapping[str, str], splits: Collection[str]) 
     entry = published("torchvision")[name]
     arguments = _arguments(name, options)
     if not entry["splits"]:
-        return _unsplit(name, _open(name, arguments))
+        return _unsplit(name, open_class(name, arguments))
     chosen = {split: given for split, given in entry["splits"].items() if split in splits}
-    opened = {split: _open(name, arguments | given) for split, given in chosen.items()}
+    opened = {split: open_class(name, arguments | given) for split, given in chosen.items()}
     targets = {split: _targets(name, data) for split, data in opened.items()}
     labels, position = _labels(name, next(iter(opened.values())), targets.values())
     splits = {split: _split(f"{name}/{split}", data, targets[split], position) for split, data in opened.items()}
@@ -124,7 +124,7 @@ def _class(name: str) -> Any:
     return getattr(torchvision.datasets, name)
 
 
-def _open(name: str, arguments: Mapping[str, Any]) -> Any:
+def open_class(name: str, arguments: Mapping[str, Any]) -> Any:
     from torchvision.datasets import ImageFolder
 
     kind, root = _class(name), data_root()
@@ -150,7 +150,7 @@ def _open(name: str, arguments: Mapping[str, Any]) -> Any:
 
 
 def _missing(name: str, root: Path, error: Exception) -> str:
-    entry = published("torchvision")[name]
+    entry = published("torchvision").get(name) or published("masks")[name]
     how = "as they are" if entry.get("packed") else "archives unpacked"
     return (
         f"--data torchvision:{name}: not in {root} and cannot be downloaded ({_reason(error)}): "
