@@ -1,6 +1,7 @@
 """The command that searches hyperparameters: ``sweep``. Heavy imports live inside it."""
 
 import json
+from concurrent.futures import BrokenExecutor
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -72,8 +73,11 @@ def sweep(
     start = partial(local_workers, device) if ray_address == "local" else partial(ray_workers, ray_address, device)
     path = checkpoint and checkpoint.resolve()
     load = (("name", backbone), ("checkpoint", path), ("input_size", input_size), ("pool", pool), ("device", device))
-    with start(1) as submit:
-        facts = submit(backbone_facts, load).result()
+    try:
+        with start(1) as submit:
+            facts = submit(backbone_facts, load).result()
+    except BrokenExecutor as error:
+        raise UsageError("the process that loads the backbone died: it may have run out of memory") from error
     given = {name: hyperparameters.pop(name) for name in ("lr", "gate_init", "prompts")}
     first = {name: values and values[0] for name, values in given.items()}
     published = find_benchmark(data or task)

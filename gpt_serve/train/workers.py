@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -20,7 +20,7 @@ from gpt_serve.train.job import Reporter
 from gpt_serve.train.relay import Relay, Replay
 
 CPUS_PER_TRIAL = 4
-Submit = Callable[..., Future[Any]]  # takes a function and its arguments
+Submit = Callable[..., Future[Any]]  # takes a function and its arguments; BrokenExecutor where its process died
 Workers = Callable[[int | None], AbstractContextManager[Submit]]  # so many processes at a time, or as many as fit
 
 
@@ -95,7 +95,12 @@ def ray_workers(address: str, device: str, jobs: int | None) -> Iterator[Submit]
         waiting = ThreadPoolExecutor(jobs)  # Ray alone would run as many as there is room for
 
         def run(function: Callable[..., Any], *args: Any) -> Any:
-            return ray.get(ray.remote(max_retries=0, **options)(function).remote(*args))
+            try:
+                return ray.get(ray.remote(max_retries=0, **options)(function).remote(*args))
+            except RayTaskError:  # what the function itself raised
+                raise
+            except RayError as error:
+                raise BrokenExecutor(str(error)) from error
 
         try:
             yield lambda function, *args: waiting.submit(run, function, *args)

@@ -95,7 +95,7 @@ def scripted() -> Iterator[Scripted]:
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         script.url = f"http://127.0.0.1:{server.server_port}"
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))  # seconds until it sees that it shall end
         thread.start()
         yield script
         server.shutdown()

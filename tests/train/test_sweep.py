@@ -546,3 +546,19 @@ def test_a_cluster_that_is_not_there_is_one_line() -> None:
     refused = r"^Ray cannot be used \(--ray-address 127.0.0.1:1\): .*refused$"
     with pytest.raises(UsageError, match=refused), ray_workers("127.0.0.1:1", "cpu", None):
         pass
+
+
+def test_a_process_that_dies_as_it_loads_the_backbone_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def die(*_: Any) -> "Future[Any]":
+        future: Future[Any] = Future()
+        future.set_exception(BrokenProcessPool("terminated abruptly"))
+        return future
+
+    @contextmanager
+    def workers(*_: Any) -> Iterator[Submit]:
+        yield die
+
+    monkeypatch.setattr("gpt_serve.train.sweep.workers.local_workers", workers)
+    result = CliRunner().invoke(main, ["sweep", "--task", "t"])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == "gpt-serve: the process that loads the backbone died: it may have run out of memory\n"

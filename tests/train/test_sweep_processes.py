@@ -32,11 +32,15 @@ if __name__ == "__main__":
     Backbone.load = None
     main(prog_name="gpt-serve")
 """
-FLAGS = ["--device", "cpu", "--epochs", "1", "--lr", "0.0001,0.02,0.01", "--gate-init", "5", "--prompts", "2"]
+FLAGS = ["--device", "cpu", "--epochs", "1", "--gate-init", "5", "--prompts", "2"]
+RATES = "0.02,0.01"
 
 
-def start(folder: Path, data: str, adapters: Path, *args: str, **options: Any) -> subprocess.Popen[str]:
-    return command(folder, "sweep", "--data", data, "--adapters", str(adapters), *FLAGS, *args, **options)
+def start(
+    folder: Path, data: str, adapters: Path, *args: str, rates: str = RATES, **options: Any
+) -> subprocess.Popen[str]:
+    flags = ["--data", data, "--adapters", str(adapters), "--lr", rates, *FLAGS]
+    return command(folder, "sweep", *flags, *args, **options)
 
 
 def command(folder: Path, name: str, *args: str, **options: Any) -> subprocess.Popen[str]:
@@ -55,7 +59,7 @@ def command(folder: Path, name: str, *args: str, **options: Any) -> subprocess.P
 
 def wait_for_a_trial(process: subprocess.Popen[str]) -> None:
     assert process.stderr is not None
-    assert any(line.startswith("trial 1 of 3: ") for line in process.stderr)
+    assert any(line.startswith("trial 1 of ") for line in process.stderr)
 
 
 def children_of(pid: int) -> list[int]:
@@ -87,23 +91,23 @@ def test_an_interrupted_sweep_resumes_and_publishes_what_train_would(
     out, err = first.communicate(timeout=300)
     assert (first.returncode, out) == (130, "")
     *_, how, interrupted = err.splitlines()
-    assert how.endswith("of 3 trials are done: add --resume to continue") and interrupted == "gpt-serve: interrupted"
+    assert how.endswith("of 2 trials are done: add --resume to continue") and interrupted == "gpt-serve: interrupted"
 
     # From another folder, with a relative path, and in several processes.
     (tmp_path / "colours").symlink_to(colours)
     again = start(tmp_path, "colours", adapters, "--resume", "--json", "--jobs", "2", cwd=tmp_path)
     out, err = again.communicate(timeout=600)
     assert again.returncode == 0, err
-    assert f"resuming after {how[0]} of 3 trials" in err and "Traceback" not in err and "leaked" not in err
+    assert f"resuming after {how[0]} of 2 trials" in err and "Traceback" not in err and "leaked" not in err
     report = json.loads(out)
-    assert [trial["status"] for trial in report["sweep"]["trials"]] == ["finished"] * 3
+    assert [trial["status"] for trial in report["sweep"]["trials"]] == ["finished"] * 2
     assert not (adapters / ".train" / "colours").exists()
     check_it_is_what_train_gives(report, bundled, colours, adapters)
 
 
 def test_processes_that_are_killed(colours: Path, tmp_path: Path) -> None:
     """One that trains costs its trial; when it is the command, those that train end with it."""
-    sweep = start(tmp_path, str(colours), tmp_path / "adapters")
+    sweep = start(tmp_path, str(colours), tmp_path / "adapters", rates="0.0001,0.02,0.01")
     wait_for_a_trial(sweep)
     (child,) = children_of(sweep.pid)
     os.kill(child, signal.SIGKILL)
@@ -124,14 +128,17 @@ def test_processes_that_are_killed(colours: Path, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     utils = pytest.importorskip("ray.cluster_utils")
-    cluster = utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "object_store_memory": 80 * 2**20})
+    cluster = utils.Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False},
+    )
     yield cluster
     cluster.shutdown()
 
 
 def test_a_ray_cluster_sweeps_as_a_machine_does(bundled: Backbone, colours: Path, tmp_path: Path, cluster: Any) -> None:
     adapters = tmp_path / "adapters"
-    sweep = start(tmp_path, str(colours), adapters, "--json", "--ray-address", cluster.address)
+    sweep = start(tmp_path, str(colours), adapters, "--json", "--ray-address", cluster.address, rates="0.01")
     out, err = sweep.communicate(timeout=900)
     assert sweep.returncode == 0, err
     check_it_is_what_train_gives(json.loads(out), bundled, colours, adapters)
