@@ -11,11 +11,14 @@ STAMP := $(VENV)/.installed
 serve: $(STAMP)
 	exec $(BIN)/gpt-serve serve --port $(PORT) --adapters adapters
 
+# The tests start many processes: what Python compiles is kept for the next one, whatever the environment says.
+quick test: export PYTHONDONTWRITEBYTECODE :=
+
 quick: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder -m 'not slow'
 
 test: $(STAMP)
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -9,7 +9,6 @@ from gpt_serve.engine.engine import Engine, Prediction
 from gpt_serve.engine.evaluate import evaluate_task
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.model.catalog import TINY
-from gpt_serve.train.data.datasets import open_evaluation
 
 ADAPTERS = Path(__file__).parents[2] / "adapters"
 TASKS = ("caltech101", "digits", "flowers")
@@ -58,15 +57,3 @@ def test_the_recorded_test_accuracy_is_measured_again(
     source = "digits" if folder is None else str(request.getfixturevalue("shared_data") / folder)
     recorded = engine.bank.store.load(task).adapter.training["metrics"]["test_accuracy"]
     assert evaluate_task(engine, task, source)["accuracy"] == pytest.approx(recorded, abs=0.005)
-
-
-@pytest.mark.usefixtures("all_threads")
-def test_caltech_is_measured_again_on_a_fifth(engine: Engine, shared_data: Path) -> None:
-    adapter = engine.bank.store.load("caltech101").adapter
-    samples = open_evaluation(str(shared_data / "caltech101"), adapter.labels).test[::5]
-    results = engine.predict([("caltech101", sample.read()) for sample in samples])
-    hits = [
-        isinstance(result, Prediction) and result.top(1)[0][0] == adapter.labels[sample.target]
-        for sample, result in zip(samples, results, strict=True)
-    ]
-    assert sum(hits) / len(hits) == pytest.approx(adapter.training["metrics"]["test_accuracy"], abs=0.04)
