@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # boto3 takes seconds to import
 torch.set_num_threads(1)
 
 
-SLOW = {"server", "shipped_server", "flowers_graph", "shipped_graph", "all_threads"}
+SLOW = {"server", "shipped_server", "flowers_graph", "shipped_graph"}
 """Fixtures that take seconds, so that what uses them is marked ``slow``."""
 
 
@@ -108,14 +108,6 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("needs the image folders in ../shared/data")
     return folder
-
-
-@pytest.fixture
-def all_threads() -> Iterator[None]:
-    """For a test that computes for long and alone."""
-    torch.set_num_threads(os.cpu_count() or 1)
-    yield
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

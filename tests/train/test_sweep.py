@@ -558,7 +558,7 @@ def test_a_process_that_dies_as_it_loads_the_backbone_is_one_line(monkeypatch: p
     def workers(*_: Any) -> Iterator[Submit]:
         yield die
 
-    monkeypatch.setattr("gpt_serve.train.sweep.workers.local_workers", workers)
+    monkeypatch.setattr(sys.modules[ray_workers.__module__], "local_workers", workers)
     result = CliRunner().invoke(main, ["sweep", "--task", "t"])
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr == "gpt-serve: the process that loads the backbone died: it may have run out of memory\n"
