@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,15 +98,21 @@ def on_ray(address: str, load: LoadArguments) -> Iterator[OnRay]:
     """A place on a machine of a Ray cluster that has what ``load``'s device needs.
 
     Raises:
-        UsageError: as `ray_workers`, or the options do not go together.
+        UsageError: as `ray_workers`, the options do not go together, or the process there died.
     """
     device = dict(load)["device"]
     if device not in ("auto", "cpu", "cuda"):
         raise UsageError(f"--device {device}: Ray chooses among the GPUs of its machines: use auto, cpu or cuda")
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise UsageError("--ray-address trains in one process: start the command without torchrun")
-    with ray_workers(address, device, 1) as submit:
-        yield OnRay(submit, load, submit(backbone_facts, load).result())
+    try:
+        with ray_workers(address, device, 1) as submit:
+            yield OnRay(submit, load, submit(backbone_facts, load).result())
+    except BrokenExecutor as error:
+        raise UsageError(
+            f"the process that trained died ({error}): it may have run out of memory; "
+            "--resume goes on after the last epoch that was finished"
+        ) from error
 
 
 def _run_there(load: LoadArguments, mark: Path, function: Callable[..., Any], job: Any, relay: Relay) -> Any:

@@ -70,6 +70,7 @@ def ray_workers(address: str, device: str, jobs: int | None) -> Iterator[Submit]
         address: of the cluster as ``ray.init`` has it: ``auto``, or HOST:PORT.
 
     Raises:
+        BrokenExecutor: from a future, the process that computed it died.
         UsageError: Ray is not installed, or the cluster cannot be used.
     """
     if address.startswith("ray://"):  # this machine would be no part of the cluster, nor would its folders
@@ -100,7 +101,7 @@ def ray_workers(address: str, device: str, jobs: int | None) -> Iterator[Submit]
             except RayTaskError:  # what the function itself raised
                 raise
             except RayError as error:
-                raise BrokenExecutor(str(error)) from error
+                raise BrokenExecutor(type(error).__name__) from error
 
         try:
             yield lambda function, *args: waiting.submit(run, function, *args)
@@ -108,11 +109,6 @@ def ray_workers(address: str, device: str, jobs: int | None) -> Iterator[Submit]
             waiting.shutdown(wait=False, cancel_futures=True)
     except RayTaskError as error:
         raise error.cause from error
-    except RayError as error:
-        raise UsageError(
-            f"the process that trained died ({type(error).__name__}): it may have run out of memory; "
-            "--resume goes on after the last epoch that was finished"
-        ) from error
     finally:
         ray.shutdown()
 

@@ -562,3 +562,16 @@ def test_a_process_that_dies_as_it_loads_the_backbone_is_one_line(monkeypatch: p
     result = CliRunner().invoke(main, ["sweep", "--task", "t"])
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr == "gpt-serve: the process that loads the backbone died: it may have run out of memory\n"
+
+
+def test_a_training_elsewhere_that_dies_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def workers(*_: Any) -> Iterator[Submit]:
+        future: Future[Any] = Future()
+        future.set_exception(BrokenProcessPool("WorkerCrashedError"))
+        yield lambda *_: future
+
+    monkeypatch.setattr("gpt_serve.train.places.ray_workers", workers)
+    result = CliRunner().invoke(main, ["train", "--task", "t", "--data", "digits", "--ray-address", "auto"])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "the process that trained died (WorkerCrashedError): it may have run out of memory" in result.stderr
