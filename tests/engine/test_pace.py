@@ -102,6 +102,18 @@ def test_slow_rows_make_batches_too_but_small_ones() -> None:
     assert pace.fits(load(*[1.0] * FEW_ROWS)) and not pace.fits(load(*[1.0] * (FEW_ROWS + 1)))
 
 
+def test_a_row_is_slow_beside_others_and_not_by_itself() -> None:
+    """On a slow device, or with a large backbone, rows that take long are what there is: they make batches."""
+    pace = Pace()
+    assert not pace.is_slow(2.0)
+    pace.learn(load(1000.0), 2.0)
+    assert not pace.is_slow(pace.row(1000.0))
+    pace.learn(load(1.0), 0.4)
+    assert pace.is_slow(2.0) and not pace.is_slow(0.5)
+    pace.learn(load(1.0), 0.001)
+    assert not pace.is_slow(0.2) and pace.is_slow(0.3)
+
+
 def test_a_speed_that_no_longer_holds_is_forgotten() -> None:
     pace = Pace()
     pace.learn(load(1.0), 0.001)

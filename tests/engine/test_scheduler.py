@@ -372,7 +372,8 @@ def test_a_slow_row_holds_up_no_others() -> None:
     """On a CPU, where it is computed beside them; what a row is worth and how long it took says that it is slow."""
     engine = Engine()
     with scheduling(engine, overlap=False) as scheduler:
-        scheduler._pace.learn(Load([Row(None, torch.zeros(1), SLOW_WORK)]), 2.0)  # type: ignore[arg-type]
+        for work, seconds in ((1.0, 0.01), (SLOW_WORK, 2.0)):
+            scheduler._pace.learn(Load([Row(None, torch.zeros(1), work)]), seconds)  # type: ignore[arg-type]
         engine.slow_gate.clear()
         slow = [scheduler.submit("slow", b"x", soon()) for _ in range(3)]
         until(lambda: engine.computing_slow)

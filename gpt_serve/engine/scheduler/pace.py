@@ -12,6 +12,8 @@ SHORT_SECONDS, FEW_ROWS, MOST_SECONDS = 0.05, 4, 1.0
 Whoever comes meanwhile waits for its end. On a fast device a short time is enough for large batches; on a slow one more
 rows gain little: of ViT-S on a CPU, 8 rows take 0.73 of the time of 8 passes. A single row may take as long as it does.
 """
+SLOW_SECONDS, FAR_FROM = 0.25, 4
+"""A row that is expected to take longer, and so many times as long as the cheapest rows that there were, is slow."""
 _UNKNOWN = 2  # rows in the first pass over rows of a worth that has not been measured
 _FORGET = 1.05  # a measured speed counts for less with each pass, so that one that no longer holds is replaced
 _PIXEL, _BYTE = 3e-8, 1e-8  # seconds of decoding: WebP's, which lies between JPEG's third of it and PNG's triple
@@ -107,6 +109,11 @@ class Pace:
         if unit is None:
             return load.computed <= _UNKNOWN
         return load.work * unit <= min(MOST_SECONDS, max(SHORT_SECONDS, FEW_ROWS * load.largest * unit))
+
+    def is_slow(self, seconds: float) -> bool:
+        """Whether a row that is expected to take so long would hold the others up: long, and by far not like them."""
+        cheapest = min((2**key * unit for key, unit in self._seconds.items()), default=seconds)
+        return seconds > max(SLOW_SECONDS, FAR_FROM * cheapest)
 
     def row(self, work: float) -> float:
         """Seconds that a row worth ``work`` takes beside others like it."""

@@ -33,9 +33,6 @@ LARGE = 0.1
 of them ..."""
 SMALL_SEEN = 2.0
 """... if there was a smaller one within so many seconds."""
-SLOW = 0.25
-"""On a CPU, a row that is expected to take more seconds of a pass is computed alone, beside the others and yielding to
-them: a pass cannot be interrupted, and they would wait for its end."""
 ROWS = 8
 """Most answers of a pass by its ``max_batch``: heads are cheap, but a thousand of them take time."""
 
@@ -209,7 +206,8 @@ class Scheduler:
     def _push_ready(self, job: Job, row: Row) -> None:
         job.row = row
         job.work = self._pace.row(row.work)
-        if job.work > SLOW and not self.overlap:
+        if self._pace.is_slow(job.work) and not self.overlap:
+            # A pass cannot be interrupted: beside it, yielding to it, this row holds nobody up. A GPU has one queue.
             self._slow.push(job)
             self._to_compute_slow.notify()
         else:
