@@ -244,7 +244,7 @@ def test_decoding_takes_turns_too() -> None:
     with scheduling(engine) as scheduler:
         flood = [scheduler.submit("flood", b"x", soon()) for _ in range(200)]
         trickle = scheduler.submit("trickle", b"x", soon())
-        until(lambda: len(scheduler._small) == 201 - (os.cpu_count() or 1))  # the rest is with the decoders
+        until(lambda: len(scheduler._decoding.small) == 201 - (os.cpu_count() or 1))  # the rest is with the decoders
         engine.decoder_gate.set()
         wait([trickle, *flood], timeout=10)
     assert engine.decoded.index("trickle") < 2 * (os.cpu_count() or 1) + 2
@@ -514,11 +514,11 @@ def test_an_image_is_decoded_once_for_all_who_ask_about_it(overlap: bool) -> Non
         engine.gate.clear()
         engine.decoder_gate.clear()
         first = [scheduler.submit(f"task-{number}", b"image", soon()) for number in range(6)]
-        until(lambda: sum(map(len, scheduler._shared._following.values())) == 5)
+        until(lambda: sum(map(len, scheduler._decoding.shared._following.values())) == 5)
         engine.decoder_gate.set()
         until(lambda: engine.computing)
         later = [scheduler.submit(f"task-{number}", bytes(bytearray(b"image")), soon()) for number in range(6, 12)]
-        until(lambda: len(scheduler._small) + len(scheduler._ready) == 6)
+        until(lambda: len(scheduler._decoding.small) + len(scheduler._ready) == 6)
         engine.gate.set()
         answers = [future.result(timeout=20) for future in [*first, *later]]
     assert [answer.task for answer in answers] == [f"task-{number}" for number in range(12)]
@@ -535,7 +535,7 @@ def test_those_who_share_a_broken_image_get_an_error_each() -> None:
         for image, kind in ((b"bad", UndecodableImage), (b"bug", GPTServeError)):
             engine.decoder_gate.clear()
             futures = [scheduler.submit(f"task-{number}", image, soon()) for number in range(5)]
-            until(lambda: sum(map(len, scheduler._shared._following.values())) == 4)
+            until(lambda: sum(map(len, scheduler._decoding.shared._following.values())) == 4)
             engine.decoder_gate.set()
             errors = [error_of(future) for future in futures]
             assert {type(error) for error in errors} == {kind} and len(set(map(id, errors))) == 5
@@ -548,9 +548,9 @@ def test_who_gives_up_takes_no_image_from_those_who_share_it() -> None:
     engine.decoder_gate.clear()
     with scheduling(engine) as scheduler:
         leader = scheduler.submit("a", b"image", soon())
-        until(lambda: scheduler._shared._following)
+        until(lambda: scheduler._decoding.shared._following)
         follower, other = (scheduler.submit(task, b"image", soon()) for task in ("b", "c"))
-        until(lambda: sum(map(len, scheduler._shared._following.values())) == 2)
+        until(lambda: sum(map(len, scheduler._decoding.shared._following.values())) == 2)
         scheduler.abandon(leader)
         scheduler.abandon(other)
         engine.decoder_gate.set()
@@ -558,7 +558,7 @@ def test_who_gives_up_takes_no_image_from_those_who_share_it() -> None:
         assert isinstance(error_of(leader), DeadlineExceeded) and isinstance(error_of(other), DeadlineExceeded)
         late = scheduler.submit("a", b"image", soon(-1))
         assert isinstance(error_of(late), DeadlineExceeded)
-    assert not scheduler._shared._following
+    assert not scheduler._decoding.shared._following
 
 
 @pytest.mark.usefixtures("alike")

@@ -11,6 +11,7 @@ import torch
 from gpt_serve.engine.engine import Answer, Engine, Row, Success
 from gpt_serve.engine.priority import yield_to_others
 from gpt_serve.engine.scheduler.admission import Admission
+from gpt_serve.engine.scheduler.decoding import Decoding
 from gpt_serve.engine.scheduler.jobs import (
     Batch,
     FairQueue,
@@ -24,15 +25,10 @@ from gpt_serve.engine.scheduler.jobs import (
     guarded,
 )
 from gpt_serve.engine.scheduler.pace import Load, Pace, decode_seconds
-from gpt_serve.engine.scheduler.sharing import ReadyQueue, SharedImages, Turn
+from gpt_serve.engine.scheduler.sharing import ReadyQueue, Turn
 from gpt_serve.errors import GPTServeError, UsageError
 from gpt_serve.images.headers import pixels
 
-LARGE = 0.1
-"""An image that is expected to take more seconds of decoding is left to threads that yield to all others, and to fewer
-of them ..."""
-SMALL_SEEN = 2.0
-"""... if there was a smaller one within so many seconds."""
 ROWS = 8
 """Most answers of a pass by its ``max_batch``: heads are cheap, but a thousand of them take time."""
 
@@ -69,15 +65,11 @@ class Scheduler:
         self.on_batch = on_batch
         self.on_error = guarded(on_error)
         self._lock = Lock()  # guards all below; nobody holds it while calling the engine or finishing a job
-        self._to_decode, self._to_compute = Condition(self._lock), Condition(self._lock)
-        self._to_decode_large, self._to_compute_slow = Condition(self._lock), Condition(self._lock)
+        self._to_compute, self._to_compute_slow = Condition(self._lock), Condition(self._lock)
         self._shares = Shares()
-        self._small, self._large = FairQueue(self._shares), FairQueue(self._shares)
+        self._decoding = Decoding(self._lock, self._shares)
         self._ready, self._slow = ReadyQueue(self._shares), FairQueue(self._shares)
         self._ready_since = 0.0
-        self._small_at = float("-inf")  # when the last small image came
-        self._shared = SharedImages()
-        self._decoding: dict[Job, float] = {}  # with the time at which a thread began
         self._computing: float | None = None  # since when
         self._computing_slow: float | None = None
         self._closed = False
@@ -120,7 +112,7 @@ class Scheduler:
         """
         with self._lock:
             passes = [since for since in (self._computing, self._computing_slow) if since is not None]
-            began = [*self._decoding.values(), *passes]
+            began = [*self._decoding.begun.values(), *passes]
         return time.monotonic() - min(began) if began else 0.0
 
     def close(self) -> None:
@@ -128,8 +120,9 @@ class Scheduler:
         with self._lock:
             self._closed = True
             jobs = [job for queue in self._queues() for job in queue.pop(len(queue))]
-            for condition in (self._to_decode, self._to_decode_large, self._to_compute, self._to_compute_slow):
-                condition.notify_all()
+            self._decoding.wake()
+            self._to_compute.notify_all()
+            self._to_compute_slow.notify_all()
         self._admission.close()
         for job in jobs:
             job.finish(closed())
@@ -137,7 +130,7 @@ class Scheduler:
             thread.join()
 
     def _queues(self) -> tuple[FairQueue, ...]:
-        return self._small, self._large, self._ready, self._slow
+        return self._decoding.small, self._decoding.large, self._ready, self._slow
 
     def _start(self) -> list[Thread]:
         count, setting = cpu_count() or 1, torch.get_num_threads()
@@ -162,13 +155,7 @@ class Scheduler:
         with self._lock:
             lost = self._closed
             if not lost:
-                if job.work > LARGE:
-                    self._large.push(job)
-                    self._to_decode_large.notify()
-                else:
-                    self._small.push(job)
-                    self._small_at = time.monotonic()
-                    self._to_decode.notify()
+                self._decoding.push(job)
         if lost:
             job.finish(closed())
 
@@ -183,20 +170,19 @@ class Scheduler:
         while (turn := self._next_to_decode(large)) is not None:
             result = self._prepare(turn)
             with self._lock:
-                followers = self._shared.end(turn, result.prepared if isinstance(result, Row) else None)
+                followers = self._decoding.followers(turn, result.prepared if isinstance(result, Row) else None)
             self._decoded(turn.job, [(turn.job, result), *((job, self._alike(job, result)) for job in followers)])
 
     def _decoded(self, leader: Job, results: list[tuple[Job, Row | GPTServeError]]) -> None:
         """Hand on all jobs about an image at once, so that they meet in a batch."""
         with self._lock:
-            leader.decoding = time.monotonic() - self._decoding.pop(leader)
+            self._decoding.end(leader)
             lost = self._closed
             for job, result in results:
                 self._shares.charge(job.owner, job.decoding - job.work)
                 if isinstance(result, Row) and not lost:
                     self._push_ready(job, result)
             self._to_compute.notify()
-            self._to_decode_large.notify()  # one may have waited for this one's end
         for job, result in results:
             if isinstance(result, GPTServeError):
                 job.finish(result)
@@ -215,23 +201,12 @@ class Scheduler:
             self._ready.push(job)
 
     def _next_to_decode(self, large: bool) -> Turn | None:
-        queue, condition = (self._large, self._to_decode_large) if large else (self._small, self._to_decode)
         with self._lock:
-            while not self._closed:
-                held = self._computing is not None and not self.overlap
-                if queue and not held and (not large or self._room_for_large()):
-                    turn = self._shared.begin(queue.pop()[0])
-                    if turn is None:
-                        continue
-                    self._decoding[turn.job] = time.monotonic()
-                    return turn
-                condition.wait(SMALL_SEEN if queue and large else None)
-            return None
-
-    def _room_for_large(self) -> bool:
-        others = sum(job.work > LARGE for job in self._decoding)
-        alone = time.monotonic() - self._small_at > SMALL_SEEN
-        return alone or others < max(1, (cpu_count() or 1) - 1)
+            return self._decoding.next(
+                large,
+                held=lambda: self._computing is not None and not self.overlap,
+                closed=lambda: self._closed,
+            )
 
     def _prepare(self, turn: Turn) -> Row | GPTServeError:
         if turn.key is None:
@@ -257,8 +232,7 @@ class Scheduler:
             finish = self._computed(jobs)
             with self._lock:
                 self._computing = None
-                self._to_decode.notify_all()
-                self._to_decode_large.notify_all()
+                self._decoding.wake()
                 if not self.overlap:
                     self._ready_since = time.monotonic()  # nothing could become ready meanwhile
             finish()
@@ -345,7 +319,7 @@ class Scheduler:
         """Seconds until the next batch may begin; None when there is nothing to begin with."""
         if not self._ready:
             return None
-        decoding = bool(self._small) or any(job.work <= LARGE for job in self._decoding)  # large ones take too long
+        decoding = self._decoding.soon
         full = self._ready.images >= self.max_batch or len(self._ready) >= self.max_rows
         if full or not (decoding or self._admission.loading):
             return 0.0
