@@ -9,6 +9,7 @@ import logging
 import socket
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from ctypes import Array, c_int
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -28,15 +29,21 @@ from gpt_serve.serve.state import ServerState
 
 logger = logging.getLogger("gpt_serve.serve")
 
-PAUSE = 0.1  # seconds until the next attempt to accept
+PAUSE = 0.1  # seconds until the next attempt to accept after one that failed
+POLITE = 0.01  # seconds that other processes get to accept a connection first
+GONE = 2**30  # connections of a process that takes none
 
 
-def run_front(config: ServeConfig, sock: socket.socket, end: "Connection[Any, Any]") -> None:
+def run_front(
+    config: ServeConfig, sock: socket.socket, counts: "Array[c_int]", number: int, end: "Connection[Any, Any]"
+) -> None:
     """Answer HTTP on ``sock``, asking the desk at the other end of ``end``, until told to stop.
 
     Args:
         config: the options; limits that count connections and memory are this process's share of them.
         sock: listening; other processes may accept from it, too.
+        counts: how many connections each of them has.
+        number: of this one.
     """
     guard_child()
     configure_logging()
@@ -51,22 +58,29 @@ def run_front(config: ServeConfig, sock: socket.socket, end: "Connection[Any, An
         yield
         door.close()
 
-    Front(sock, door, build_app(door, lifespan), stopping=lambda: desk.stopped, every_second=desk.beat).run()
+    app = build_app(door, lifespan)
+    Front(sock, counts, number, door, app, stopping=lambda: desk.stopped, every_second=desk.beat).run()
 
 
 class Front(HTTPServer):
     """Answers HTTP, and leaves signals to the process that started it.
 
-    It accepts one connection each time that its event loop comes round: whoever has less to do takes more of them.
-    uvicorn's way, to accept all that are there, leaves one of several processes with all connections that come at once.
+    It accepts one connection each time that its event loop comes round, and lets the others go first when it has more
+    than they have. uvicorn's way, to accept all that are there, leaves one process with all that come at once.
 
     Args:
         sock: listening; shared with other processes.
+        counts: how many connections each process has; shared with them, too.
+        number: of this one.
         door: and all else, see `HTTPServer`.
     """
 
-    def __init__(self, sock: socket.socket, door: Door, app: FastAPI, **options: Any) -> None:
+    def __init__(
+        self, sock: socket.socket, counts: "Array[c_int]", number: int, door: Door, app: FastAPI, **options: Any
+    ) -> None:
         super().__init__(door, app, **options)
+        self.counts = counts
+        self.number = number
         self.sock = sock
         self.sock.setblocking(False)
         self._beginning: set[asyncio.Task[Any]] = set()  # the loop itself holds tasks weakly
@@ -82,9 +96,32 @@ class Front(HTTPServer):
         self.sock.close()
         await super().shutdown(sockets=[])
 
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: tell the others how many connections there are, and whether to stop."""
+        self._count()
+        return await super().on_tick(counter)
+
     def _listen(self) -> None:
         if self.sock.fileno() >= 0:
-            asyncio.get_running_loop().add_reader(self.sock, self._accept)
+            asyncio.get_running_loop().add_reader(self.sock, self._accept_in_turn)
+
+    def _count(self) -> int:
+        own = self.counts[self.number] = len(self.connections.open) + len(self._beginning)
+        return own
+
+    def _accept_in_turn(self) -> None:
+        loop, least = asyncio.get_running_loop(), min(self.counts)
+        if self._count() <= least + least // 4 + 1:
+            self._accept()
+        else:
+            loop.remove_reader(self.sock)
+            loop.call_later(POLITE, self._accept_late)
+
+    def _accept_late(self) -> None:
+        """Take what the others, who may hang, have left."""
+        if self.sock.fileno() >= 0:
+            self._listen()
+            self._accept()
 
     def _accept(self) -> None:
         loop = asyncio.get_running_loop()

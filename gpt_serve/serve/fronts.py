@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Awaitable
 from contextlib import suppress
+from ctypes import c_int
 from functools import partial
 from multiprocessing import get_context
 from multiprocessing.context import SpawnProcess
@@ -15,7 +16,7 @@ from typing import Any
 from gpt_serve.errors import GPTServeError, NotReady
 from gpt_serve.serve.config import ServeConfig
 from gpt_serve.serve.desk import LocalDesk
-from gpt_serve.serve.front import run_front, share_of
+from gpt_serve.serve.front import GONE, run_front, share_of
 from gpt_serve.serve.keyfile import Tenant
 from gpt_serve.serve.link import Link
 from gpt_serve.serve.messages import Call, Failure, NoLonger, Returned, Standing, Stop
@@ -105,6 +106,8 @@ class Fronts:
         self.desk = desk
         self.processes: dict[int, SpawnProcess] = {}
         self._windows: dict[int, Window] = {}
+        # Not counted under a lock: one that is late or wrong by one does no harm.
+        self._counts = get_context("spawn").RawArray(c_int, [GONE] * config.http_workers)
         self._stopping = False
         self._deaths: list[float] = []
 
@@ -139,7 +142,7 @@ class Fronts:
         while not self._stopping and self.desk.state.fatal is None:
             try:
                 link = Link()
-                self.processes[number] = process = self._start(link)
+                self.processes[number] = process = self._start(number, link)
             except OSError as error:  # too many files or processes just now
                 logger.error("an HTTP process cannot be started: %s; trying again", error.strerror)
                 await asyncio.sleep(1)
@@ -152,12 +155,15 @@ class Fronts:
             link.close()
             del self.processes[number], self._windows[number]
             process.join()
+            self._counts[number] = GONE
             if not self._stopping:
                 self._count_death(process.exitcode)
 
-    def _start(self, link: Link) -> SpawnProcess:
+    def _start(self, number: int, link: Link) -> SpawnProcess:
         share = share_of(self.config, self.config.http_workers)
-        process = get_context("spawn").Process(target=run_front, args=(share, self.sock, link.worker), daemon=True)
+        process = get_context("spawn").Process(
+            target=run_front, args=(share, self.sock, self._counts, number, link.worker), daemon=True
+        )
         with holding_signals():
             process.start()
         return process
