@@ -50,6 +50,13 @@ class Server:
             self.cpu[kind, part].append(1000 * (cpu - before[part]) / answered)
         self.rates[kind].append(answered / took)
 
+    def wait_for_all(self) -> None:
+        """Until all HTTP processes are there, and the first answer is."""
+        while sum(self.port in listening(pid) for pid in children(self.pid)) < (self.fronts if self.fronts > 1 else 0):
+            time.sleep(0.1)
+        load(self.port, request("raw"), 2, 1.0)
+        time.sleep(1)
+
     def _seconds(self) -> dict[str, float]:
         """Of CPU, so far."""
         parts = {"desk": cpu_seconds(self.pid), "front": 0.0}
@@ -97,9 +104,11 @@ def serving(fronts: int) -> Iterator[Server]:
                 if process.poll() is not None or time.monotonic() > end:
                     sys.exit(f"the server did not start: {log.read_text()[-500:]}")
                 time.sleep(0.1)
-            time.sleep(2)  # for all HTTP processes to be there
-            port = log.read_text().partition("ready on http://127.0.0.1:")[2].partition(":")[0]
-            yield Server(fronts, int(port), process.pid)
+            server = Server(
+                fronts, int(log.read_text().partition("ready on http://127.0.0.1:")[2].partition(":")[0]), process.pid
+            )
+            server.wait_for_all()
+            yield server
         finally:
             process.terminate()
             process.wait(60)
@@ -130,7 +139,7 @@ def _load(port: int, data: bytes, clients: int, seconds: float) -> tuple[int, fl
         sock = socket.create_connection(("127.0.0.1", port))
         selector.register(sock, selectors.EVENT_READ, bytearray())
         sock.sendall(data)
-    while time.monotonic() < began + seconds:
+    while time.monotonic() < began + seconds or not answered:
         for key, _ in selector.select(1):
             sock, answer = key.fileobj, key.data
             assert isinstance(sock, socket.socket)
