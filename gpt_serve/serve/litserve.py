@@ -12,6 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from functools import cached_property, partial
+from importlib import import_module
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from queue import SimpleQueue
@@ -141,6 +142,7 @@ class PredictAPI(LitAPI):
         except GPTServeError as error:
             self.transport.send(Failure.of(error), CONSUMER)
             end_child()
+        import_module("gpt_serve.serve.encode")  # or the first answers would wait for it
         self.transport.send(Ready(self.scheduler.engine.backbone.spec, self.stats()), CONSUMER)
 
     def load(self, device: str) -> "Scheduler":
