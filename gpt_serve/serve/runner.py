@@ -113,6 +113,8 @@ async def _run_fronts(fronts: Fronts, drain: Drain, beside: AbstractAsyncContext
     try:
         async with beside:
             while not drain.over():
+                if running.done():
+                    running.result()  # raises what went wrong: nobody answers any more
                 fronts.stand()
                 await asyncio.sleep(TICK)
             await fronts.stop()
