@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from gpt_serve.errors import InvalidRequest
+from gpt_serve.errors import InvalidRequest, UnsupportedImage
+from gpt_serve.images.headers import identify
 from gpt_serve.serve.forms import Form, text_of
 from gpt_serve.serve.messages import MaskFormat
 from gpt_serve.serve.problems import HTTPError
@@ -30,6 +31,7 @@ _MAX_PARTS = MAX_IMAGES + MAX_TASKS + 8
 _MAX_JSON_MARKS = 4 * _MAX_PARTS  # quotes, brackets, commas: a body that holds more is no request
 _JSON_MARKS = (b'"', b"[", b"{", b",")
 _BASE64_SLICE = 4 * 2**16
+_HEAD, _HEAD_TEXT = 64, 1024  # bytes of a file that tell what it is, and characters of base64 that hold them
 
 Fields = dict[str, Any]
 
@@ -103,7 +105,7 @@ def parse(headers: Mapping[str, str], query: Iterable[tuple[str, str]], body: by
         raise _missing("image", "a JPEG, PNG or WebP file")
     return PredictRequest(
         tasks,
-        tuple(_listed(images)),
+        tuple(image if _begins_an_image(image) else image[:_HEAD] for image in _listed(images)),
         fields.get("top_k"),
         _mask_format(fields.get("mask")),
         several_images=isinstance(images, list),
@@ -263,9 +265,25 @@ def _base64(value: Any) -> bytes:
         if not comma or not head.lower().endswith(";base64"):
             raise InvalidRequest("field 'image' is a data: URI without base64: send data:image/...;base64,...")
     try:
-        return _decoded(value.encode("ascii").translate(None, b" \t\r\n"))
+        text = _plain(value[:_HEAD_TEXT])
+        if len(value) > _HEAD_TEXT and not _begins_an_image(first := _decoded(text[: len(text) // 4 * 4])):
+            return first
+        return _decoded(_plain(value))
     except (binascii.Error, ValueError):
         raise InvalidRequest("field 'image' is not valid base64") from None
+
+
+def _begins_an_image(data: bytes) -> bool:
+    """Whether this is an image as far as its first bytes tell. Of what is not, nobody need carry more to say so."""
+    try:
+        identify(data[:_HEAD])
+    except UnsupportedImage:
+        return False
+    return True
+
+
+def _plain(text: str) -> bytes:
+    return text.encode("ascii").translate(None, b" \t\r\n")
 
 
 def _decoded(text: bytes) -> bytes:

@@ -49,13 +49,13 @@ def test_many_parts_are_not_parsed_to_their_end() -> None:
 @pytest.mark.parametrize("length", [0, 1, 2, 3, 196_607, 196_608, 196_609, 500_000])
 def test_base64_in_slices_is_base64(length: int) -> None:
     """With line breaks wherever they fall, and of any length around that of a slice."""
-    data = bytes(range(256)) * (length // 256 + 1)
+    data = b"\xff\xd8\xff" + bytes(range(256)) * (length // 256 + 1)
     data = data[:length]
     assert inputs._base64(base64.encodebytes(data).decode()) == data
     assert inputs._base64(base64.b64encode(data).decode()) == data
 
 
-@pytest.mark.parametrize("text", ["YQ==" + "YWFh" * 100_000, "Y", "YW=h", "YWFh" * 70_000 + "Y", "YWFh!"])
+@pytest.mark.parametrize("text", ["YQ==" + "YWFh" * 100_000, "Y", "YW=h", "/9j/" * 70_000 + "Y", "YWFh!"])
 def test_what_is_not_base64(text: str) -> None:
     with pytest.raises(InvalidRequest):
         inputs._base64(text)
@@ -155,3 +155,22 @@ def test_the_task_of_the_path_is_the_only_one() -> None:
     for fields in ({"task": ["birds", "cars"]}, {"task": ["birds"]}, {"tasks": "*"}):
         with pytest.raises(InvalidRequest):
             parse(JSON, (), body(**fields), "birds")
+
+
+@pytest.mark.parametrize("size", [3, 100, 700, 10**6])
+def test_of_what_is_no_image_the_first_bytes_are_enough(size: int) -> None:
+    """Megabytes that are none are neither decoded from base64 nor carried to the worker; images stay whole."""
+    nothing, picture = bytes([7]) * size, b"\x89PNG\r\n\x1a\n" + bytes([7]) * size
+    for data, kept in ((nothing, nothing[:64]), (picture, picture)):
+        text = base64.encodebytes(data).decode()
+        asked = [
+            parse({"content-type": "image/png"}, (), data, "birds"),
+            parse({"content-type": "application/json"}, (), json.dumps({"image": text}).encode(), "birds"),
+            parse(
+                {"content-type": "application/json"},
+                (),
+                json.dumps({"image": ["data:;base64," + text]}).encode(),
+                "birds",
+            ),
+        ]
+        assert [request.images for request in asked] == [(kept,)] * 3
