@@ -11,12 +11,12 @@ from fastapi import FastAPI
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
+from gpt_serve.cluster.metrics import ClusterDesk
 from gpt_serve.errors import DeadlineExceeded, NotReady
 from gpt_serve.serve.app import Door, build_app
 from gpt_serve.serve.config import ServeConfig
-from gpt_serve.serve.desk import LocalDesk
 from gpt_serve.serve.messages import Answer, Failure, Item
-from gpt_serve.serve.metrics import Metrics
+from gpt_serve.serve.metrics import RequestMetrics
 from gpt_serve.serve.process import configure_logging
 from gpt_serve.serve.state import ServerState
 
@@ -83,7 +83,8 @@ def build_front(config: ServeConfig, engine_name: str) -> FastAPI:
     state = ServerState(config.queue_limit)
     context = serve.get_replica_context()
     handle = serve.get_deployment_handle(engine_name, app_name=context.app_name)
-    desk = LocalDesk(config, Replicas(handle), state, Metrics(state))
+    desk = ClusterDesk(config, Replicas(handle), state, RequestMetrics(state))
+    desk.handle = handle
     door = Door(config, desk)
 
     @asynccontextmanager

@@ -6,6 +6,9 @@ import time
 from dataclasses import replace
 from queue import SimpleQueue
 
+from ray import serve
+
+from gpt_serve.cluster.metrics import ReplicaMetrics, Told
 from gpt_serve.engine.malloc import reuse_freed_memory
 from gpt_serve.serve.config import ServeConfig
 from gpt_serve.serve.litserve import PredictAPI
@@ -25,6 +28,7 @@ class EngineReplica:
         configure_logging()
         reuse_freed_memory()
         self.patience = 2 * config.deadline
+        self._metrics = ReplicaMetrics()
         self._api = PredictAPI(config)
         self._api.batches = SimpleQueue()
         self._scheduler = self._api.scheduler = self._api.load(config.device)
@@ -42,10 +46,15 @@ class EngineReplica:
         try:
             future = self._api.predict(replace(item, expires=time.monotonic() + seconds))
             await asyncio.gather(asyncio.wrap_future(future), return_exceptions=True)
-            self._api.stats()  # the passes are counted by Ray; kept, they would grow
-            return await asyncio.to_thread(self._api.encode_response, future, form=item.format)
+            reply = await asyncio.to_thread(self._api.encode_response, future, form=item.format)
+            self._metrics.answered(reply, self._api.stats())
+            return reply
         finally:
             del self._asked[number]
+
+    async def metrics(self) -> Told:
+        """This replica's name, and what it has counted."""
+        return str(serve.get_replica_context().replica_id.unique_id), self._metrics.series()
 
     def check_health(self) -> None:
         """Ray asks every few seconds, and replaces a replica that raises three times: one whose engine hangs."""

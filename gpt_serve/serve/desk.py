@@ -20,7 +20,7 @@ from gpt_serve.serve.config import ServeConfig
 from gpt_serve.serve.gate import Gate
 from gpt_serve.serve.keyfile import Tenant
 from gpt_serve.serve.messages import Answer, Asks, Item
-from gpt_serve.serve.metrics import Metrics
+from gpt_serve.serve.metrics import RequestMetrics
 from gpt_serve.serve.state import ServerState
 from gpt_serve.serve.tenants import Allowances
 
@@ -92,7 +92,7 @@ class LocalDesk:
         metrics: where all is counted.
     """
 
-    def __init__(self, config: ServeConfig, asks: Asks, state: ServerState, metrics: Metrics) -> None:
+    def __init__(self, config: ServeConfig, asks: Asks, state: ServerState, metrics: RequestMetrics) -> None:
         self.config = config
         self.state = state
         self.metrics = metrics
@@ -137,15 +137,15 @@ class LocalDesk:
 
     async def tasks(self) -> list[str]:
         """The names of the stored tasks, sorted."""
-        return list(await self._read(lambda: self.store.tasks()))
+        return list(await self.read(lambda: self.store.tasks()))
 
     async def listing(self, tenant: Tenant) -> bytes:
         """The tasks that the key of ``tenant`` opens, as JSON; one that cannot be served is there with the reason."""
-        return bytes(await self._read(self._listing, tenant))
+        return bytes(await self.read(self._listing, tenant))
 
     async def summary(self, task: str) -> dict[str, Any]:
         """One adapter, with its labels. Raises `UnknownTask`."""
-        found = await self._read(lambda: self.store.summary(task))
+        found = await self.read(lambda: self.store.summary(task))
         return {**found.to_dict(), "labels": list(found.labels)}
 
     async def exposition(self) -> bytes:
@@ -163,14 +163,19 @@ class LocalDesk:
             await asyncio.sleep(max(0.0, self._no_scrape_before - time.monotonic()))
             self._next_scrape = None  # what is counted from now on is in a later one
             began = time.monotonic()
-            text: bytes = await self._read(self.metrics.text)
+            text = await self.scrape()
             ended = time.monotonic()
             self._no_scrape_before = ended + (ended - began) * (1 / _SCRAPE_SHARE - 1)
             return text
+
+    async def scrape(self) -> bytes:
+        """The metrics as they are now."""
+        return bytes(await self.read(self.metrics.text))
 
     def _listing(self, tenant: Tenant) -> bytes:
         entries = [entry.to_dict() for entry in self.store.describe() if tenant.may_ask(entry.task)]
         return json.dumps({"tasks": entries}, ensure_ascii=False).encode()
 
-    async def _read(self, function: Callable[..., Any], *arguments: Any) -> Any:
+    async def read(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call ``function`` in a thread."""
         return await asyncio.get_running_loop().run_in_executor(self._reading, function, *arguments)

@@ -5,9 +5,10 @@ processes tell what they answered), so a plain registry is exact; Prometheus's m
 that a killed process leaves behind.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import Metric
 
 from gpt_serve.errors import NotReady
 from gpt_serve.serve.messages import Stats
@@ -36,8 +37,58 @@ MOST_PAIRS = 1000
 OTHER = "OTHER"  # no task's or tenant's name: those are lower case
 
 
-class Metrics:
-    """Prometheus metrics of one server, in a registry of their own."""
+class EngineMetrics:
+    """What engines do: their passes and their banks."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._batch = Histogram(
+            "gpt_serve_batch_size", "Images per forward pass, one for each task", buckets=_BATCHES, registry=registry
+        )
+        self._pass = Histogram(
+            "gpt_serve_batch_seconds", "Seconds per batch in the engine", buckets=_SECONDS, registry=registry
+        )
+        self._wait = Histogram(
+            "gpt_serve_queue_seconds",
+            "Seconds from a request's arrival at the worker to its batch, loading and decoding included",
+            buckets=_SECONDS,
+            registry=registry,
+        )
+        self._held = {key: Gauge(*texts, registry=registry) for key, texts in _HELD.items()}
+        self._counted = {key: Counter(*texts, registry=registry) for key, texts in _COUNTED.items()}
+        self._last: dict[int, dict[str, float]] = {}  # the numbers of each current worker
+
+    def count(self, stats: Stats, *, new: bool, number: int = 0) -> None:
+        """Count what came with a message of worker ``number``; a ``new`` one has just started, and counts from 0."""
+        bank = stats.bank
+        for done in stats.passes:
+            self._batch.observe(len(done.waits))
+            self._pass.observe(done.seconds)
+            for wait in done.waits:
+                self._wait.observe(wait)
+        last = {} if new else self._last.get(number, {})
+        self._last[number] = bank
+        for key, counter in self._counted.items():
+            counter.inc(bank[key] - last.get(key, 0))
+        for key, gauge in self._held.items():
+            gauge.set(sum(numbers[key] for numbers in self._last.values()))
+
+
+class Bounded:
+    """Labels of which at most `MOST_PAIRS` combinations are series of their own."""
+
+    def __init__(self) -> None:
+        self._seen: set[tuple[str, ...]] = set()
+
+    def __call__(self, *labels: str) -> tuple[str, ...]:
+        """The labels, or `OTHER` for each when there are too many combinations already."""
+        if labels not in self._seen and len(self._seen) >= MOST_PAIRS:
+            return (OTHER,) * len(labels)
+        self._seen.add(labels)
+        return labels
+
+
+class RequestMetrics:
+    """What is asked and answered, in a registry of its own."""
 
     def __init__(self, state: ServerState) -> None:
         self.registry = CollectorRegistry()
@@ -59,25 +110,7 @@ class Metrics:
             buckets=_SECONDS,
             registry=self.registry,
         )
-        self._batch = Histogram(
-            "gpt_serve_batch_size",
-            "Images per forward pass, one for each task",
-            buckets=_BATCHES,
-            registry=self.registry,
-        )
-        self._pass = Histogram(
-            "gpt_serve_batch_seconds", "Seconds per batch in the engine", buckets=_SECONDS, registry=self.registry
-        )
-        self._wait = Histogram(
-            "gpt_serve_queue_seconds",
-            "Seconds from a request's arrival at the worker to its batch, loading and decoding included",
-            buckets=_SECONDS,
-            registry=self.registry,
-        )
-        self._held = {key: Gauge(*texts, registry=self.registry) for key, texts in _HELD.items()}
-        self._counted = {key: Counter(*texts, registry=self.registry) for key, texts in _COUNTED.items()}
-        self._pairs: set[tuple[str, str]] = set()
-        self._last: dict[int, dict[str, float]] = {}  # the numbers of each current worker
+        self._bounded = Bounded()
         self._gauge("gpt_serve_in_flight", "Images, for each of their tasks, that hold a slot", lambda: state.admitted)
         self._gauge("gpt_serve_ready", "1 while requests are taken on", lambda: _is_ready(state))
         self._gauge("gpt_serve_worker_restarts", "Workers started after the first", lambda: state.restarts)
@@ -101,39 +134,36 @@ class Metrics:
                 self._requests.labels(*self._bounded(task, tenant), str(own)).inc()
             self._seconds.observe(seconds)
 
-    def _bounded(self, task: str, tenant: str) -> tuple[str, str]:
-        """The labels of a task and tenant, or `OTHER` for both when there are too many pairs already."""
-        pair = task, tenant
-        if pair not in self._pairs and len(self._pairs) >= MOST_PAIRS:
-            return OTHER, OTHER
-        self._pairs.add(pair)
-        return pair
-
     def refused(self, status: int) -> None:
         """Count an answer to what never became a request."""
         self._answers.labels("", str(status)).inc()
 
-    def worker(self, stats: Stats, *, new: bool, number: int = 0) -> None:
-        """Count what came with a message of worker ``number``; a ``new`` one has just started, and counts from 0."""
-        bank = stats.bank
-        for done in stats.passes:
-            self._batch.observe(len(done.waits))
-            self._pass.observe(done.seconds)
-            for wait in done.waits:
-                self._wait.observe(wait)
-        last = {} if new else self._last.get(number, {})
-        self._last[number] = bank
-        for key, counter in self._counted.items():
-            counter.inc(bank[key] - last.get(key, 0))
-        for key, gauge in self._held.items():
-            gauge.set(sum(numbers[key] for numbers in self._last.values()))
-
-    def text(self) -> bytes:
-        """The exposition format."""
-        return generate_latest(self.registry)
+    def text(self, others: Iterable[Metric] = ()) -> bytes:
+        """The exposition format, with the series of ``others`` after these."""
+        return generate_latest(_Joined(self.registry, others))
 
     def _gauge(self, name: str, help_text: str, value: Callable[[], float]) -> None:
         Gauge(name, help_text, registry=self.registry).set_function(value)
+
+
+class Metrics(RequestMetrics):
+    """Prometheus metrics of one server: its requests, and the engines of its workers."""
+
+    def __init__(self, state: ServerState) -> None:
+        super().__init__(state)
+        self.worker = EngineMetrics(self.registry).count
+
+
+class _Joined:
+    """A registry and other series as one."""
+
+    def __init__(self, registry: CollectorRegistry, others: Iterable[Metric]) -> None:
+        self._registry, self._others = registry, others
+
+    def collect(self) -> Iterator[Metric]:
+        """All of them."""
+        yield from self._registry.collect()
+        yield from self._others
 
 
 def _is_ready(state: ServerState) -> float:

@@ -1,5 +1,6 @@
 """A Ray cluster of several nodes on this machine: the same interface, and a node that is killed under clients."""
 
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -77,7 +78,9 @@ def test_the_interface_is_that_of_a_single_machine(cluster: Cluster, adapters: P
             assert [value for _, value in shown] == pytest.approx([value for _, value in expected.top(5)], abs=1e-5)
         assert len(client.get(f"{URL}/tasks").json()["tasks"]) == 6
         assert client.get(f"{URL}/ready").json()["backbone_sha256"] == bundled.fingerprint
-        assert "gpt_serve_" in client.get(f"{URL}/metrics").text
+        counted = re.findall(r"^gpt_serve_replica_answers_total{(.*)} 1.0", metrics(client), re.MULTILINE)
+        assert len(counted) == 6 and all("replica=" in labels for labels in counted)
+        assert "gpt_serve_replicas 2.0" in metrics(client)
         for response, status in (
             (predict(client, "nobody", image), 404),
             (predict(client, "task-0", b"junk"), 415),
@@ -86,6 +89,10 @@ def test_the_interface_is_that_of_a_single_machine(cluster: Cluster, adapters: P
         ):
             assert response.status_code == status
             assert response.headers["content-type"].startswith("application/problem+json")
+
+
+def metrics(client: httpx.Client) -> str:
+    return client.get(f"{URL}/metrics").text
 
 
 class Sender(threading.Thread):

@@ -1,8 +1,11 @@
 """What runs on Ray, without a cluster: routing, asking again, health, files."""
 
 import asyncio
+import pickle
+import re
 import time
 from collections import Counter
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,18 +13,24 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import CliRunner
+from prometheus_client.parser import text_string_to_metric_families
 from ray.exceptions import ActorDiedError, RayTaskError
+from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ServeDeploySchema
 
 from gpt_serve.cli.main import main
 from gpt_serve.cluster.app import ClusterConfig, engine_options, from_args, to_args
 from gpt_serve.cluster.front import Replicas
 from gpt_serve.cluster.manifest import IMPORT_PATH, write
+from gpt_serve.cluster.metrics import ClusterDesk, ReplicaMetrics, joined
 from gpt_serve.cluster.replica import EngineReplica
+from gpt_serve.engine.bank import BankStats
 from gpt_serve.errors import DeadlineExceeded, NotReady, UnknownTask, UsageError
 from gpt_serve.serve.config import ServeConfig
-from gpt_serve.serve.messages import Answer, Failure, Format, Item
+from gpt_serve.serve.messages import Answer, Failure, Format, Item, Passed, Stats
+from gpt_serve.serve.metrics import Metrics, RequestMetrics
 from gpt_serve.serve.routing import order
+from gpt_serve.serve.state import ServerState
 
 TASKS = [f"task-{number}" for number in range(600)]
 
@@ -178,3 +187,54 @@ def test_mistakes_are_one_line(args: list[str], line: str, tmp_path: Path) -> No
     result = CliRunner().invoke(main, ["deploy", "--adapters", str(tmp_path), *args])
     assert (result.exit_code, result.stdout) == (2, "")
     assert f"gpt-serve: {line}" in result.stderr
+
+
+# metrics
+
+
+def stats(hits: float, waits: tuple[float, ...]) -> Stats:
+    bank = dict.fromkeys((field.name for field in fields(BankStats)), 0.0) | {"hits": hits}
+    return Stats(bank, [Passed(0.01, waits)] if waits else [])
+
+
+def test_a_front_shows_what_each_replica_counted() -> None:
+    told = []
+    for replica, tasks in (("r1", ["birds", "birds"]), ("r2", ["dogs"])):
+        counted = ReplicaMetrics()
+        for number, task in enumerate(tasks, 1):
+            counted.answered(Answer(task, "0123456789ab", b"{}"), stats(number, (0.1, 0.2)))
+        counted.answered(Failure.of(UnknownTask("unknown task 'invented'")), stats(len(tasks), ()))
+        told.append(pickle.loads(pickle.dumps((replica, counted.series()))))
+    text = RequestMetrics(ServerState(8)).text(joined(told)).decode()
+    values = {
+        (sample.name, *sorted(sample.labels.values())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+    assert values["gpt_serve_replicas",] == 2
+    assert values["gpt_serve_replica_answers_total", "birds", "r1"] == 2
+    assert values["gpt_serve_replica_answers_total", "dogs", "r2"] == 1
+    assert values["gpt_serve_replica_failures_total", "UnknownTask", "r2"] == 1
+    assert values["gpt_serve_bank_hits_total", "r1"] == 2 and values["gpt_serve_bank_hits_total", "r2"] == 1
+    assert values["gpt_serve_batch_size_sum", "r1"] == 4
+    assert "invented" not in text, "names that clients make up are endless"
+    names = re.findall(r"^# TYPE (\S+)", text, re.MULTILINE)
+    assert len(names) == len(set(names)), "a family is announced once, however many replicas have it"
+    alone = {name for name in re.findall(r"^# TYPE (\S+)", Metrics(ServerState(8)).text().decode(), re.MULTILINE)}
+    assert alone <= set(names), "what one machine shows"
+
+
+@pytest.mark.parametrize("told", [TimeoutError(), RayServeException("none is there")])
+def test_replicas_that_do_not_tell_are_left_out_of_the_metrics(told: Exception) -> None:
+    class Broadcast:
+        async def results_async(self, **_: Any) -> Any:
+            raise told
+
+    async def scrape() -> bytes:
+        state = ServerState(8)
+        desk = ClusterDesk(ServeConfig(), Replicas(Handle()), state, RequestMetrics(state))
+        desk.handle = SimpleNamespace(broadcast=lambda name: Broadcast())
+        return await desk.exposition()
+
+    text = asyncio.run(scrape()).decode()
+    assert "gpt_serve_replicas 0.0" in text and "gpt_serve_in_flight 0.0" in text
