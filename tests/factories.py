@@ -4,6 +4,7 @@ import dataclasses
 import math
 import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ import torch
 from gpt_serve.adapters.adapter import Adapter
 from gpt_serve.adapters.store import AdapterStore
 from gpt_serve.adapters.unknown import Unknown
+from gpt_serve.engine.engine import Engine
+from gpt_serve.model.backbone import Backbone
 from gpt_serve.specs import BackboneSpec, CropMode, Tap
 from tests.tiny_vit import PREPROCESS, random_tensors
 
@@ -109,3 +112,11 @@ def make_segmenter(
 def remove_adapter(store: AdapterStore, task: str) -> None:
     """As a user removes a task: with its folder."""
     shutil.rmtree(store.root / task)
+
+
+def make_engine(backbone: Backbone, root: Path, tasks: Sequence[str], **options: Any) -> Engine:
+    """An engine, made with ``options``, that has an adapter of its own for each of ``tasks``, stored in ``root``."""
+    store = AdapterStore(root, backbone.spec)
+    for seed, task in enumerate(tasks):
+        store.publish(make_adapter(backbone.spec, task, seed=seed))
+    return Engine(backbone, store, **options)

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -32,6 +32,9 @@ SCHEMA = pa.schema(
 ``known`` is null where the adapter cannot tell strangers."""
 
 
+Compute = Callable[[list[int]], Iterable[tuple[int, pa.Table]]]
+
+
 class Parts:
     """The unfinished results beside ``output``, in ``.<output>.parts``.
 
@@ -47,7 +50,8 @@ class Parts:
         self.output = output
         self.folder = output.with_name(f".{output.name}.parts")
         self.images = len(images)
-        self._run = {"input": images.identity(), "tasks": list(tasks), "part": PART}
+        self.identity = images.identity()
+        self._run = {"input": self.identity, "tasks": list(tasks), "part": PART}
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -65,6 +69,26 @@ class Parts:
             raise UsageError(f"{self.output} is being written by another process: wait for it") from error
         except OSError as error:
             raise UsageError(f"--output {self.output} cannot be written: {error.strerror}") from error
+
+    def complete(self, compute: Compute, on_images: Callable[[int], object]) -> dict[str, int]:
+        """Compute what is not yet there, and put all together.
+
+        Args:
+            compute: gives the rows of each part that it is told, in any order.
+            on_images: told how many images an earlier run has done.
+
+        Returns:
+            As `finish`.
+
+        Raises:
+            UsageError: as `held`.
+        """
+        with self.held():
+            pending = self.pending()
+            on_images(self.images - sum(stop - start for start, stop in map(self.range, pending)))
+            for part, rows in compute(pending):
+                self.write(part, rows)
+            return self.finish()
 
     def range(self, part: int) -> tuple[int, int]:
         """The images of a part, from and to."""

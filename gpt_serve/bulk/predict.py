@@ -31,12 +31,10 @@ def predict_in_bulk(
         AdapterError: an adapter was removed or cannot be used any more; what is done is kept.
         UsageError: as `Parts.held`.
     """
-    with parts.held():
-        pending = parts.pending()
-        on_images(len(images) - sum(stop - start for start, stop in map(parts.range, pending)))
-        for part in pending:
-            parts.write(part, predict_part(engine, tasks, images, parts.range(part), on_images))
-        return parts.finish()
+    return parts.complete(
+        lambda pending: ((part, predict_part(engine, tasks, images, parts.range(part), on_images)) for part in pending),
+        on_images,
+    )
 
 
 def predict_part(

@@ -4,6 +4,8 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,8 @@ from gpt_serve.cli.options import (
 from gpt_serve.errors import GPTServeError, ImageError, UsageError
 
 if TYPE_CHECKING:
+    from gpt_serve.adapters.store import AdapterStore
+    from gpt_serve.bulk.parts import Parts
     from gpt_serve.engine.engine import Engine
 
 CHUNK = 256  # images whose bytes are held at a time
@@ -101,6 +105,12 @@ def _echo_iou(result: dict[str, Any]) -> None:
 )
 @click.option("--output", type=click.Path(path_type=Path, dir_okay=False), help="The table to write, FILE.parquet.")
 @click.option("--column", help="Column of paths or image files in --input tables.  [default: image, or the only one]")
+@click.option(
+    "--ray-address",
+    default="local",
+    show_default=True,
+    help="Ray cluster to predict --input on: auto for this machine's, or HOST:PORT. local: this machine alone.",
+)
 @backbone_options
 @adapters_option
 @json_option
@@ -111,6 +121,7 @@ def predict(
     source: str | None,
     output: Path | None,
     column: str | None,
+    ray_address: str,
     adapters: Path | str,
     as_json: bool,
     **backbone: Any,
@@ -123,8 +134,10 @@ def predict(
     """
     if (source is None) != (output is None) or (source is None) != bool(images):
         raise UsageError("name what to classify: IMAGES, or --input with --output")
+    if source is None and ray_address != "local":
+        raise UsageError("--ray-address is for --input with --output: leave it out")
     if source is not None and output is not None:
-        _predict_in_bulk(tasks, source, output, column, adapters, as_json, **backbone)
+        _predict_in_bulk(tasks, source, output, column, ray_address, adapters, as_json, **backbone)
         return
     if len(tasks) > 1:
         raise UsageError("several --task need --input and --output: run once for each task")
@@ -182,6 +195,7 @@ def _predict_in_bulk(
     source: str,
     output: Path,
     column: str | None,
+    ray_address: str,
     adapters: Path | str,
     as_json: bool,
     **backbone: Any,
@@ -195,15 +209,37 @@ def _predict_in_bulk(
         raise UsageError("a --task is given twice: give each once")
     images = open_images(source, column)
     parts = Parts(output, images, tasks)
-    engine = _engine(tasks, adapters, **backbone)
     with closing(Terminal()) as terminal:
-        done = predict_in_bulk(engine, tasks, images, parts, terminal.counting(len(images), "predicting"))
+        if ray_address == "local":
+            engine = _engine(tasks, adapters, **backbone)
+            done = predict_in_bulk(engine, tasks, images, parts, terminal.counting(len(images), "predicting"))
+        else:
+            run = _on_ray(ray_address, tasks, source, column, adapters, **backbone)
+            done = run(parts, terminal.counting(len(images), "predicting"))
     if as_json:
         click.echo(json.dumps({"tasks": list(tasks), "output": str(output)} | done))
     else:
         click.echo(f"{output}: {done['rows']} rows of {done['images']} images, {done['errors']} with an error")
     if done["errors"]:
         sys.exit(EXIT_MISTAKE if done["errors"] == done["rows"] else EXIT_PARTLY)
+
+
+def _on_ray(
+    address: str, tasks: Sequence[str], source: str, column: str | None, adapters: Path | str, **backbone: Any
+) -> "Callable[[Parts, Callable[[int], object]], dict[str, int]]":
+    """How a Ray cluster completes parts; processes of other machines get absolute paths."""
+    if find_spec("ray") is None:
+        raise UsageError("--ray-address needs Ray: pip install 'gpt-serve[ray]'")
+    from gpt_serve.cluster.bulk import Work, predict_on_ray
+
+    _check(tasks, adapters)
+    if "://" not in source:
+        source = str(Path(source).absolute())
+    place = adapters.resolve() if isinstance(adapters, Path) else adapters
+    checkpoint = backbone["checkpoint"]
+    backbone |= {"checkpoint": checkpoint and checkpoint.resolve()}
+    work = Work(partial(_engine, tasks, place, **backbone), tuple(tasks), source, column)
+    return partial(predict_on_ray, address, backbone["device"], work)
 
 
 def _engine(
@@ -216,11 +252,7 @@ def _engine(
     device: str,
 ) -> "Engine":
     """An engine that has the tasks; an unknown or broken one is reported before the backbone is loaded."""
-    from gpt_serve.adapters.store import AdapterStore
-
-    store = AdapterStore(adapters)
-    for task in tasks:
-        store.load(task)
+    store = _check(tasks, adapters)
     from gpt_serve.engine.engine import Engine
     from gpt_serve.images.decode import LOCAL_LIMITS
     from gpt_serve.model.backbone import Backbone
@@ -231,3 +263,13 @@ def _engine(
         with engine.bank.holding(task):  # trouble is reported before anything is computed
             pass
     return engine
+
+
+def _check(tasks: Sequence[str], adapters: Path | str) -> "AdapterStore":
+    """The store, which has the tasks."""
+    from gpt_serve.adapters.store import AdapterStore
+
+    store = AdapterStore(adapters)
+    for task in tasks:
+        store.load(task)
+    return store

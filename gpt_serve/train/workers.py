@@ -20,6 +20,7 @@ from gpt_serve.train.job import Reporter
 from gpt_serve.train.relay import Relay, Replay
 
 CPUS_PER_TRIAL = 4
+Machine = Mapping[str, float]  # the number of each of its resources, by Ray's names: CPU, GPU
 Submit = Callable[..., Future[Any]]  # takes a function and its arguments; BrokenExecutor where its process died
 Workers = Callable[[int | None], AbstractContextManager[Submit]]  # so many processes at a time, or as many as fit
 
@@ -63,14 +64,13 @@ def _set_up(jobs: int, gpus: int, started: Any, lifeline: Connection) -> None:
 
 
 @contextmanager
-def ray_workers(address: str, device: str, jobs: int | None) -> Iterator[Submit]:
-    """Processes of a Ray cluster, each with its share of cores and GPUs.
+def ray_cluster(address: str) -> Iterator[list[Machine]]:
+    """A Ray cluster while it is used, and what each of its machines has.
 
     Args:
         address: of the cluster as ``ray.init`` has it: ``auto``, or HOST:PORT.
 
     Raises:
-        BrokenExecutor: from a future, the process that computed it died.
         UsageError: Ray is not installed, or the cluster cannot be used.
     """
     if address.startswith("ray://"):  # this machine would be no part of the cluster, nor would its folders
@@ -80,7 +80,6 @@ def ray_workers(address: str, device: str, jobs: int | None) -> Iterator[Submit]
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else it warns of what it will do some day
     try:
         import ray
-        from ray.exceptions import RayError, RayTaskError
     except ImportError as error:
         raise UsageError(f"--ray-address needs Ray ({error}): pip install 'gpt-serve[ray]'") from error
     host, _, port = address.rpartition(":")
@@ -91,7 +90,23 @@ def ray_workers(address: str, device: str, jobs: int | None) -> Iterator[Submit]
     except (OSError, OverflowError, RuntimeError, ValueError) as error:
         raise UsageError(f"Ray cannot be used (--ray-address {address}): {' '.join(str(error).split())}") from error
     try:
-        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        yield [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def ray_workers(address: str, device: str, jobs: int | None) -> Iterator[Submit]:
+    """Processes of a Ray cluster, each with its share of cores and GPUs.
+
+    Raises:
+        BrokenExecutor: from a future, the process that computed it died.
+        UsageError: as `ray_cluster`.
+    """
+    with ray_cluster(address) as machines:
+        import ray
+        from ray.exceptions import RayError, RayTaskError
+
         jobs, options = shares(machines, device, jobs)
         waiting = ThreadPoolExecutor(jobs)  # Ray alone would run as many as there is room for
 
@@ -105,12 +120,10 @@ def ray_workers(address: str, device: str, jobs: int | None) -> Iterator[Submit]
 
         try:
             yield lambda function, *args: waiting.submit(run, function, *args)
+        except RayTaskError as error:
+            raise error.cause from error
         finally:
             waiting.shutdown(wait=False, cancel_futures=True)
-    except RayTaskError as error:
-        raise error.cause from error
-    finally:
-        ray.shutdown()
 
 
 @contextmanager
@@ -155,7 +168,7 @@ def unshared(adapters: Path) -> UsageError:
     )
 
 
-def shares(machines: Sequence[Mapping[str, float]], device: str, jobs: int | None) -> tuple[int, dict[str, float]]:
+def shares(machines: Sequence[Machine], device: str, jobs: int | None) -> tuple[int, dict[str, float]]:
     """How many trials run at a time, and what each of them asks Ray for, by what the machines have.
 
     Raises:

@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from gpt_serve.adapters.store import AdapterStore
 from gpt_serve.bulk import parts as parts_module
 from gpt_serve.bulk.inputs import Images, open_images
 from gpt_serve.bulk.parts import SCHEMA, Parts
@@ -19,7 +18,7 @@ from gpt_serve.bulk.predict import predict_in_bulk
 from gpt_serve.engine.engine import Engine
 from gpt_serve.errors import DataError, ImageError, UnknownTask, UsageError
 from gpt_serve.model.backbone import Backbone
-from tests.factories import make_adapter, remove_adapter
+from tests.factories import make_adapter, make_engine, remove_adapter
 from tests.s3 import S3
 
 TASKS = ("alpha", "beta")
@@ -34,10 +33,7 @@ def encode(seed: int, kind: str = "PNG") -> bytes:
 
 @pytest.fixture
 def engine(tiny: Backbone, tmp_path: Path) -> Engine:
-    store = AdapterStore(tmp_path / "adapters", tiny.spec)
-    for seed, task in enumerate(TASKS):
-        store.publish(make_adapter(tiny.spec, task, seed=seed))
-    return Engine(tiny, store, max_batch=4)
+    return make_engine(tiny, tmp_path / "adapters", TASKS, max_batch=4)
 
 
 @pytest.fixture(autouse=True)

@@ -5,11 +5,12 @@ from dataclasses import asdict
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from gpt_serve.engine.bank import BankStats
 from gpt_serve.errors import NotReady, Overloaded
 from gpt_serve.serve.messages import Passed, Stats
-from gpt_serve.serve.metrics import Metrics
+from gpt_serve.serve.metrics import EngineMetrics, Metrics
 from gpt_serve.serve.state import ServerState, Slot
 
 
@@ -145,5 +146,5 @@ def test_a_new_worker_counts_from_nothing_and_the_server_goes_on() -> None:
 
 
 def test_every_number_of_the_bank_is_shown() -> None:
-    metrics = Metrics(ready(8))
+    metrics = EngineMetrics(CollectorRegistry())
     assert {*metrics._held, *metrics._counted} == set(bank())

@@ -1,7 +1,8 @@
-"""The command as a user runs it, with processes of its own: of this machine, and of a Ray cluster."""
+"""Commands as a user runs them, with processes of their own: of this machine, and of one Ray cluster for all."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,22 +11,29 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from gpt_serve.adapters.store import AdapterStore
+from gpt_serve.bulk.inputs import open_images
+from gpt_serve.bulk.predict import predict_part
+from gpt_serve.engine.engine import Engine
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import train_adapter
 from gpt_serve.train.job import TrainingJob
 from gpt_serve.train.recipes.recipe import make_recipe
+from tests.factories import make_adapter
 from tests.train.conftest import Recorder
 
 pytestmark = pytest.mark.slow
 # The command itself must not need the backbone.
 PROGRAM = """
 import os, signal
+from gpt_serve.bulk import parts
 from gpt_serve.cli.main import main
+parts.PART = 5
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in what it runs in the background
 if __name__ == "__main__":
     from gpt_serve.model.backbone import Backbone
@@ -165,3 +173,30 @@ def test_a_ray_cluster_trains_what_a_machine_does(
     for name in ("prompt", "gamma", "tau", "head_weight", "head_bias"):
         assert torch.equal(getattr(there.adapter, name), getattr(here.adapter, name))
     assert not list((tmp_path / "adapters" / ".train").glob("*shared*"))
+
+
+def test_a_ray_cluster_predicts_as_a_machine_does(
+    bundled: Backbone, colours: Path, tmp_path: Path, cluster: Any
+) -> None:
+    """24 images, one of them broken, in parts of 5 for two tasks."""
+    store = AdapterStore(tmp_path / "adapters")
+    for seed, task in enumerate(("colours", "other")):
+        store.publish(make_adapter(bundled.spec, task, seed=seed))
+    shutil.copytree(colours / "train", tmp_path / "images", ignore=lambda _, names: names[8:] if len(names) > 3 else [])
+    (tmp_path / "images" / "red" / "broken.png").write_bytes(b"broken")
+    tasks, images = ("colours", "other"), open_images(str(tmp_path / "images"))
+    engine = Engine(bundled, store)
+    here = predict_part(engine, tasks, images, (0, len(images)))
+    flags = ["--task", "other", "--input", "images", "--output", "out.parquet", "--adapters", "adapters"]
+    address = ["--backbone", bundled.name, "--device", "cpu", "--ray-address", cluster.address, "--json"]
+    remote = command(tmp_path, "predict", *flags, *address, cwd=tmp_path)
+    out, err = remote.communicate(timeout=900)
+    assert remote.returncode == 1, err
+    assert json.loads(out) | {"output": ""} == {
+        "tasks": list(tasks), "output": "", "images": 25, "rows": 50, "errors": 2
+    }  # fmt: skip
+    there = pq.read_table(tmp_path / "out.parquet")
+    for row, expected in zip(there.to_pylist(), here.to_pylist(), strict=True):
+        assert row | {"probability": None} == expected | {"probability": None}
+        assert row["error"] or row["probability"] == pytest.approx(expected["probability"], abs=1e-5)
+    assert not list(tmp_path.glob(".out.parquet*"))
