@@ -3,10 +3,13 @@
 from pathlib import Path
 
 import pytest
+import torch
+from sklearn.datasets import load_sample_image
 
 from gpt_serve.adapters.store import AdapterStore
 from gpt_serve.engine.engine import Engine, Prediction
 from gpt_serve.engine.evaluate import evaluate_task
+from gpt_serve.engine.segment import Segmentation
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.model.catalog import TINY
 
@@ -47,6 +50,22 @@ def test_photographs_are_recognised(small: Backbone, shared_data: Path) -> None:
     with Engine(small, AdapterStore(ADAPTERS)) as engine:
         results = engine.predict([("flowers", file.read_bytes()) for file in files])
     assert [isinstance(result, Prediction) and result.top(1)[0][0] for result in results] == ["iris"] * 5
+
+
+def test_the_mask_of_a_photograph(small: Backbone) -> None:
+    """Sky above trees and a tower, as the README shows it."""
+    store = AdapterStore(ADAPTERS / "segmentation")
+    stored = store.load("camvid", small.spec)
+    card = (ADAPTERS / "segmentation" / "camvid" / "README.md").read_text()
+    assert f"`{stored.revision}`" in card
+    assert f"{100 * stored.adapter.training['metrics']['test_miou']:.2f} %" in card
+    with Engine(small, store) as engine:
+        photo = torch.from_numpy(load_sample_image("china.jpg").copy()).permute(2, 0, 1)
+        (answer,) = engine.predict([("camvid", photo)])
+    assert isinstance(answer, Segmentation) and answer.mask.shape == (427, 640)
+    sky, building, tree = (answer.labels.index(label) for label in ("sky", "building", "tree"))
+    assert (answer.mask[:20] == sky).mean() > 0.95 and (answer.mask[-40:, -100:] == tree).mean() > 0.9
+    assert answer.mask[170, 200] == building
 
 
 @pytest.mark.slow
