@@ -33,7 +33,7 @@ def calibrate(
     unseen: tuple[View, str],
     inputs: Inputs,
     known: float = 1.0,
-    refit: Callable[[], object] | None = None,
+    refit: Callable[[], tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[dict[str, Any], Answers]:
     """Divide the module's head by the temperature that suits the validation images, and answer for ``unseen``.
 
@@ -42,7 +42,8 @@ def calibrate(
         unseen: the images that the result is reported on, and what they are called.
         inputs: gives what ``module`` takes.
         known: a temperature that the head was divided by before, which this one takes the place of.
-        refit: fits the head to the validation images as well, once the temperature is known.
+        refit: fits the head to the validation images as well; returns logits (n, C) of images that were left out in
+            turn, and their classes (n,), which give the temperature instead.
 
     Returns:
         The record of it, for the adapter's metadata, empty without ``val``; and the answers of the calibrated head.
@@ -50,18 +51,15 @@ def calibrate(
     view, name = unseen
     if val is None:
         return {}, predict_all(backbone, module, view, inputs)
-    some = thinned(val, MOST_IMAGES)
-    logits, targets = logits_of(backbone, module, some, inputs)
+    logits, targets = logits_of(backbone, module, thinned(val, MOST_IMAGES), inputs) if refit is None else refit()
     temperature = fit_temperature(known * logits, targets)
-    if refit is not None:
-        refit()
     answers = predict_all(backbone, module, view, inputs, (1 / known, temperature / known))
     with torch.no_grad():
         module.head.weight.mul_(known / temperature)
         module.head.bias.mul_(known / temperature)
     right = answers.predictions == answers.targets
     before, after = (calibration_error(confidences, right) for confidences in answers.confidences)
-    record = {"temperature": temperature, "fitted_to": len(some), "error_before": before, "error_after": after}
+    record = {"temperature": temperature, "fitted_to": len(targets), "error_before": before, "error_after": after}
     return record | {"measured_on": len(view), "split": name}, answers
 
 

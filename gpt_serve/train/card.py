@@ -151,7 +151,7 @@ def _calibration(record: dict[str, Any] | None) -> list[str]:
         "## Calibration",
         "",
         f"Logits are divided by {record['temperature']:.4g}, which is folded into the head and was fitted to "
-        f"{record['fitted_to']} validation images.",
+        f"{record['fitted_to']} images that the head was not fitted to.",
         "",
         "| | before | after |",
         "|---|---|---|",

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gpt_serve.adapters.adapter import taps_of
 from gpt_serve.adapters.store import AdapterStore
@@ -23,6 +24,7 @@ from gpt_serve.train.distributed import World
 from gpt_serve.train.inputs import Inputs, TrunkInputs
 from gpt_serve.train.job import Reporter, TrainingJob, Views
 from gpt_serve.train.loop import EpochRecord, Trainer
+from gpt_serve.train.methods.heads import left_out_logits
 from gpt_serve.train.methods.modules import FullModule, TaskModule
 from gpt_serve.train.methods.prompts import AdapterModule, find_method
 from gpt_serve.train.methods.start import fit_head, start_from_data
@@ -86,8 +88,10 @@ def train_on(
     module.load_state_dict(progress.best)
     kept_apart = None if job.recipe.final_fit else views.val
 
-    def refit() -> None:
-        fit_head(backbone, module, job.recipe, (views.train, views.val), trainer.inputs, reporter)
+    def refit() -> tuple[Tensor, Tensor]:
+        parts = (views.train, views.val)
+        seen, targets = fit_head(backbone, module, job.recipe, parts, trainer.inputs, reporter)
+        return left_out_logits(seen, targets, len(views.labels)), targets
 
     again = refit if job.recipe.refit else None
     calibration, answers = calibrate(backbone, module, kept_apart, views.unseen, trainer.inputs, refit=again)

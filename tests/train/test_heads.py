@@ -14,6 +14,7 @@ from gpt_serve.adapters.store import AdapterStore
 from gpt_serve.errors import UsageError
 from gpt_serve.images.preprocess import normalize
 from gpt_serve.model.backbone import Backbone
+from gpt_serve.train.calibration import fit_temperature
 from gpt_serve.train.data.datasets import open_dataset
 from gpt_serve.train.data.samples import Sample
 from gpt_serve.train.data.views import View, thinned
@@ -22,7 +23,16 @@ from gpt_serve.train.fit import build_module, train_adapter
 from gpt_serve.train.inputs import Inputs, normalized
 from gpt_serve.train.job import TrainingJob
 from gpt_serve.train.methods import start
-from gpt_serve.train.methods.heads import ALIKE, FOLDS, SCALES, SHRINKAGES, Discriminant, HeadNorm, lda_head
+from gpt_serve.train.methods.heads import (
+    ALIKE,
+    FOLDS,
+    SCALES,
+    SHRINKAGES,
+    Discriminant,
+    HeadNorm,
+    lda_head,
+    left_out_logits,
+)
 from gpt_serve.train.methods.modules import TaskModule
 from gpt_serve.train.methods.start import start_from_data
 from gpt_serve.train.recipes.recipe import Recipe, make_recipe
@@ -189,6 +199,20 @@ def test_fewer_images_than_features_have_the_same_head(shrinkage: float) -> None
     torch.testing.assert_close(bias, -(means * expected).sum(1) / 2, atol=1e-8, rtol=1e-8)
 
 
+def test_images_are_left_out_of_the_head_that_judges_them() -> None:
+    """Of features that mean nothing a head remembers nearly all, and knows nothing of what it has not seen."""
+    generator = torch.Generator().manual_seed(0)
+    features, targets = torch.randn(1, 60, 200, generator=generator), torch.arange(60) % 3
+    weight, bias = lda_head(features, targets, 3)
+    assert ((features[0] @ weight.T + bias).argmax(1) == targets).double().mean() > 0.9
+    right = left_out_logits(features, targets, 3).argmax(1) == targets
+    assert right.double().mean() < 0.5
+    told, classes = clouds((30, 30, 30), apart=3.0)
+    views = torch.stack([told, told + 0.01])
+    right = left_out_logits(views, classes, CLASSES).argmax(1) == classes
+    assert right.double().mean() > 0.8
+
+
 def test_a_refit_takes_validation_images_too(tiny: Backbone, colours: Path, tmp_path: Path) -> None:
     """The published head is that of all images, at the temperature that the head of the training images asked for."""
     for refit in (False, True):
@@ -197,8 +221,6 @@ def test_a_refit_takes_validation_images_too(tiny: Backbone, colours: Path, tmp_
     apart, adapter = (AdapterStore(tmp_path / str(refit)).load("colours").adapter for refit in (False, True))
     for name in ("val_accuracy", "val_loss"):  # of the head that has not seen those images
         assert apart.training["metrics"][name] == adapter.training["metrics"][name]
-    temperature = adapter.training["calibration"]["temperature"]
-    assert temperature == apart.training["calibration"]["temperature"]
     dataset = open_dataset(str(colours), 0)
     samples = [*dataset.train, *dataset.val]
     view = View(samples, PREPROCESS, None, "none", 0)
@@ -206,7 +228,10 @@ def test_a_refit_takes_validation_images_too(tiny: Backbone, colours: Path, tmp_
     features = build_module(tiny, make_recipe("instant"), 3).features(tiny.model, images).detach()
     norm = HeadNorm(24)
     norm.set_standard([features])
-    weight, bias = lda_head(norm(features)[None], torch.tensor([sample.target for sample in samples]), 3)
+    targets = torch.tensor([sample.target for sample in samples])
+    weight, bias = lda_head(norm(features)[None], targets, 3)
+    temperature = fit_temperature(left_out_logits(norm(features)[None], targets, 3), targets)
+    assert adapter.training["calibration"]["temperature"] == pytest.approx(temperature, rel=1e-3)
     head = nn.Linear(24, 3)
     with torch.no_grad():
         head.weight.copy_(weight / temperature)

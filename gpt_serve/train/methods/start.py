@@ -62,11 +62,14 @@ def start_from_data(
 
 def fit_head(
     backbone: Backbone, module: TaskModule, recipe: Recipe, parts: Sequence[View], inputs: Inputs, reporter: Reporter
-) -> None:
+) -> tuple[Tensor, Tensor]:
     """Fit the head to each image as it is and, where training augments, to `AUGMENTED` more views of it.
 
     Args:
         parts: splits of the images, which it takes together.
+
+    Returns:
+        What it was fitted to: features as the head sees them, (V, n, D) of ``V`` views, and classes (n,).
     """
     others = 0 if recipe.augment == "none" else min(AUGMENTED, recipe.views or AUGMENTED)
     wider = module.head.in_features // backbone.spec.width
@@ -87,6 +90,7 @@ def fit_head(
     with torch.no_grad():
         module.head.weight.copy_(weight)
         module.head.bias.copy_(bias)
+    return seen, targets
 
 
 def start_prompts(
