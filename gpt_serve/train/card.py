@@ -114,6 +114,24 @@ def card_text(adapter: Adapter, revision: str, inspection: Inspection, split: st
         f"An adapter for the frozen backbone `{adapter.backbone}`, {len(adapter.labels)} classes, "
         f"trained with the method `{adapter.method}`.",
         "",
+        *fact_lines(adapter, revision),
+        f"![gates, temperatures and selection ratio](gates.png) ![confusion matrix on {split}](confusion.png)",
+        "",
+        "## Blocks",
+        "",
+        *block_table(inspection),
+        "",
+        *[line for step in training.get("closing", []) for line in _closing(step)],
+        *_calibration(training.get("calibration")),
+        *training_lines(training),
+    ]
+    return "\n".join(lines)
+
+
+def fact_lines(adapter: Adapter, revision: str) -> list[str]:
+    """The card's first table: what the adapter is, and how good."""
+    training = adapter.training
+    return [
         "| | |",
         "|---|---|",
         f"| revision | `{revision}` |",
@@ -123,14 +141,12 @@ def card_text(adapter: Adapter, revision: str, inspection: Inspection, split: st
         f"| trainable parameters | {training['trainable_parameters']:,} |",
         *[f"| {name} | {value} |" for name, value in metric_rows(training["metrics"])],
         "",
-        f"![gates, temperatures and selection ratio](gates.png) ![confusion matrix on {split}](confusion.png)",
-        "",
-        "## Blocks",
-        "",
-        *block_table(inspection),
-        "",
-        *[line for step in training.get("closing", []) for line in _closing(step)],
-        *_calibration(training.get("calibration")),
+    ]
+
+
+def training_lines(training: dict[str, Any]) -> list[str]:
+    """The card's last section: recipe and data."""
+    return [
         "## Training",
         "",
         "| | |",
@@ -139,7 +155,6 @@ def card_text(adapter: Adapter, revision: str, inspection: Inspection, split: st
         *[f"| {key} | {value} |" for key, value in training["data"].items()],
         "",
     ]
-    return "\n".join(lines)
 
 
 def _calibration(record: dict[str, Any] | None) -> list[str]:

@@ -235,16 +235,23 @@ def build_module(backbone: Backbone, recipe: Recipe, classes: int, choice: Choic
         backbone,
         recipe.method,
         classes,
-        prompts=recipe.prompts,
-        gate_init=recipe.gate_init,
-        prompt_dropout=recipe.prompt_dropout,
-        head_init=recipe.head_init,
-        hard=recipe.gate == "hard",
-        tempered=recipe.tempered,
         first_block=choice.first_block,
-        norm=recipe.norm,
         taps=choice.taps,
+        **initial_settings(recipe),
     )
+
+
+def initial_settings(recipe: Recipe) -> dict[str, Any]:
+    """Arguments of `AdapterModule.initial` that every recipe names."""
+    return {
+        "prompts": recipe.prompts,
+        "gate_init": recipe.gate_init,
+        "prompt_dropout": recipe.prompt_dropout,
+        "head_init": recipe.head_init,
+        "hard": recipe.gate == "hard",
+        "tempered": recipe.tempered,
+        "norm": recipe.norm,
+    }
 
 
 def load_views(dataset: Dataset, preprocess: Preprocess, job: TrainingJob, reporter: Reporter) -> Views:

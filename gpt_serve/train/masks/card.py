@@ -12,9 +12,9 @@ from torch import Tensor
 from gpt_serve.adapters.adapter import Adapter
 from gpt_serve.files import replacing
 from gpt_serve.images.convert import encode_png
-from gpt_serve.images.palette import colours
+from gpt_serve.images.mask_files import palette
 from gpt_serve.insight.inspect import inspect_adapter, plot_inspection
-from gpt_serve.train.card import block_table, metric_rows
+from gpt_serve.train.card import block_table, fact_lines, training_lines
 from gpt_serve.train.masks.samples import NOTHING, Ids
 
 LONGEST = 480  # pixels of a picture's longer side in the card
@@ -39,16 +39,16 @@ def write_mask_card(folder: Path, adapter: Adapter, revision: str, split: str, e
     inspection = inspect_adapter(adapter)
     plot_inspection(inspection, f"{adapter.task} ({adapter.method})", folder / "gates.png")
     with replacing(folder / "masks.png") as temporary:
-        temporary.write_bytes(encode_png(examples_image(examples, len(adapter.labels)), level=9))
+        temporary.write_bytes(encode_png(examples_image(examples), level=9))
     text = card_text(adapter, revision, split, block_table(inspection))
     with replacing(folder / "README.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def examples_image(examples: Sequence[Example], classes: int) -> Image.Image:
-    """Rows of a picture, its label file and its mask, side by side; black where nothing is known."""
-    table = np.concatenate([colours(classes), np.zeros((256 - classes, 3), np.uint8)])
-    table[NOTHING] = 0
+def examples_image(examples: Sequence[Example]) -> Image.Image:
+    """Rows of a picture, its label file and its mask, side by side, coloured as masks are; white for no class."""
+    table = _colours()
+    table[NOTHING] = 255
     rows = []
     for example in examples:
         picture = example.image.permute(1, 2, 0).numpy()
@@ -68,7 +68,6 @@ def _small(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 def card_text(adapter: Adapter, revision: str, split: str, blocks: Sequence[str]) -> str:
     """The model card in Markdown; ``blocks`` from `block_table`."""
-    training = adapter.training
     head = "a SETR-PUP decoder" if adapter.decoder else "a linear head on each patch"
     lines = [
         f"# {adapter.task}",
@@ -76,18 +75,10 @@ def card_text(adapter: Adapter, revision: str, split: str, blocks: Sequence[str]
         f"A segmentation adapter for the frozen backbone `{adapter.backbone}`: {len(adapter.labels)} classes, {head}, "
         f"trained with the method `{adapter.method}`. Images are covered by `{adapter.preprocess.crop_mode}`.",
         "",
-        "| | |",
-        "|---|---|",
-        f"| revision | `{revision}` |",
-        f"| created | {adapter.created} |",
-        f"| backbone | `{adapter.backbone}` (`{adapter.backbone_sha256[:12]}`) |",
-        f"| prompts | {adapter.prompts}{' per block' if adapter.deep else ''} |",
-        f"| trainable parameters | {training['trainable_parameters']:,} |",
-        *[f"| {name} | {value} |" for name, value in metric_rows(training["metrics"])],
-        "",
+        *fact_lines(adapter, revision),
         f"![{split} pictures, their labels and predicted masks](masks.png)",
         "",
-        f"From left to right: a {split} picture, its label file (black: no class), the mask.",
+        f"From left to right: a {split} picture, its label file (white: no class), the mask.",
         "",
         f"| class | colour | IoU on {split} pictures |",
         "|---|---|---|",
@@ -99,20 +90,19 @@ def card_text(adapter: Adapter, revision: str, split: str, blocks: Sequence[str]
         "",
         *blocks,
         "",
-        "## Training",
-        "",
-        "| | |",
-        "|---|---|",
-        *[f"| {key} | {value} |" for key, value in training["recipe"].items()],
-        *[f"| {key} | {value} |" for key, value in training["data"].items()],
-        "",
+        *training_lines(adapter.training),
     ]
     return "\n".join(lines)
 
 
+def _colours() -> NDArray[np.uint8]:
+    """Red, green and blue of each id, (256, 3)."""
+    return np.frombuffer(palette(), np.uint8).reshape(-1, 3).copy()
+
+
 def _class_rows(adapter: Adapter) -> list[str]:
     rows = []
-    for colour, (label, iou) in zip(colours(len(adapter.labels)), adapter.training["iou"].items(), strict=True):
+    for colour, (label, iou) in zip(_colours(), adapter.training["iou"].items(), strict=False):
         shown = "does not occur" if iou is None else f"{100 * iou:.1f} %"
         rows.append(f"| {label} | `#{colour[0]:02x}{colour[1]:02x}{colour[2]:02x}` | {shown} |")
     return rows

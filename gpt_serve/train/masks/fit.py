@@ -17,7 +17,7 @@ from gpt_serve.specs import Preprocess, check_task_name
 from gpt_serve.train.checkpoint import RunCheckpoint, held, run_folder
 from gpt_serve.train.data.samples import digest
 from gpt_serve.train.distributed import World
-from gpt_serve.train.fit import make_deterministic, run_identity
+from gpt_serve.train.fit import initial_settings, make_deterministic, run_identity
 from gpt_serve.train.inputs import Inputs, TrunkInputs
 from gpt_serve.train.job import Reporter, TrainingJob
 from gpt_serve.train.loop import EpochRecord, Progress
@@ -137,15 +137,9 @@ def _build(backbone: Backbone, recipe: MaskRecipe, classes: int) -> MaskModule:
         backbone,
         recipe.method,
         classes,
-        prompts=recipe.prompts,
-        gate_init=recipe.gate_init,
-        prompt_dropout=recipe.prompt_dropout,
-        head_init=recipe.head_init,
-        hard=recipe.gate == "hard",
-        tempered=recipe.tempered,
         first_block=recipe.named_block,
-        norm=recipe.norm,
         taps=mask_taps(recipe, backbone.spec),
+        **initial_settings(recipe),
     )
     assert isinstance(module, MaskModule)
     module.grid = backbone.model.patch_embed.grid_size
