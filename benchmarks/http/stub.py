@@ -25,9 +25,10 @@ class Answered:
     task: str
     revision: str = "0123456789ab"
 
-    def top(self, k: int) -> list[tuple[str, float]]:
+    def to_dict(self, top_k: int) -> dict[str, Any]:
         """Five labels."""
-        return [(f"label-{number}", 0.2) for number in range(5)][:k]
+        best = [{"label": f"label-{number}", "probability": 0.2} for number in range(5)]
+        return {"task": self.task, "revision": self.revision, "predictions": best[:top_k]}
 
 
 class StubScheduler:

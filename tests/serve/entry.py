@@ -46,8 +46,9 @@ class Answered:
     task: str
     revision: str = "0123456789ab"
 
-    def top(self, k: int) -> list[tuple[str, float]]:
-        return [("yes", 0.75), ("no", 0.25)][:k]
+    def to_dict(self, top_k: int) -> dict[str, Any]:
+        best = [{"label": "yes", "probability": 0.75}, {"label": "no", "probability": 0.25}]
+        return {"task": self.task, "revision": self.revision, "predictions": best[:top_k]}
 
 
 class StubScheduler:
