@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gpt_serve.cli.exits import EXIT_MISTAKE, EXIT_PARTLY, say
+from gpt_serve.cli.answers import TOP_K, Entries, show
+from gpt_serve.cli.exits import EXIT_MISTAKE, EXIT_PARTLY
 from gpt_serve.cli.options import (
     adapters_option,
     backbone_options,
@@ -26,7 +27,7 @@ from gpt_serve.errors import GPTServeError, ImageError, UsageError
 if TYPE_CHECKING:
     from gpt_serve.adapters.store import AdapterStore
     from gpt_serve.bulk.parts import Parts
-    from gpt_serve.engine.engine import Engine
+    from gpt_serve.engine.engine import Answer, Engine
 
 CHUNK = 256  # images whose bytes are held at a time
 
@@ -95,9 +96,16 @@ def _echo_iou(result: dict[str, Any]) -> None:
 
 
 @click.command()
-@click.option("--task", "tasks", multiple=True, required=True, help="Name of the task; with --input, repeat for more.")
+@click.option("--task", "tasks", multiple=True, required=True, help="Name of the task; repeat for more.")
 @click.argument("images", nargs=-1, type=click.Path(path_type=Path))
-@click.option("--top-k", type=click.IntRange(1, 1000), default=5, show_default=True, help="Answers per image.")
+@click.option("--top-k", type=click.IntRange(1, 1000), help="Labels of an answer.  [default: 5]")
+@click.option(
+    "--masks",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=".",
+    show_default=True,
+    help="Where segmentation tasks write IMAGE.TASK.png.",
+)
 @click.option(
     "--input",
     "source",
@@ -117,7 +125,8 @@ def _echo_iou(result: dict[str, Any]) -> None:
 def predict(
     tasks: tuple[str, ...],
     images: tuple[Path, ...],
-    top_k: int,
+    top_k: int | None,
+    masks: Path,
     source: str | None,
     output: Path | None,
     column: str | None,
@@ -126,7 +135,7 @@ def predict(
     as_json: bool,
     **backbone: Any,
 ) -> None:
-    """Classify image files, or with --input and --output a folder or a table of them.
+    """Ask tasks about image files, or with --input and --output about a folder or a table of them.
 
     An image that cannot be read gets a line on stderr instead of an answer, with --json also an entry with "error", and
     with --output a row with its error. The exit code is 1 when some have no answer, and 2 when none has. A run with
@@ -136,50 +145,48 @@ def predict(
         raise UsageError("name what to classify: IMAGES, or --input with --output")
     if source is None and ray_address != "local":
         raise UsageError("--ray-address is for --input with --output: leave it out")
+    if len(set(tasks)) != len(tasks):
+        raise UsageError("a --task is given twice: give each once")
     if source is not None and output is not None:
         _predict_in_bulk(tasks, source, output, column, ray_address, adapters, as_json, **backbone)
         return
-    if len(tasks) > 1:
-        raise UsageError("several --task need --input and --output: run once for each task")
-    task = tasks[0]
     engine = _engine(tasks, adapters, **backbone)
+    making = Entries(tasks, top_k or TOP_K, masks)
+    making.check_names(images, _segmenting(engine, tasks, top_k))
     entries: list[dict[str, Any]] = []
-    for entry in _entries(engine, task, images, top_k):
-        entries.append(entry)
-        if "error" in entry:
-            say(f"{entry['image']}: {entry['error']}")
-        elif not as_json:
-            shown = ", ".join(f"{item['label']} {100 * item['probability']:.1f} %" for item in entry["predictions"])
-            stranger = ", probably none of these" if entry.get("unknown") else ""
-            click.echo(f"{click.format_filename(entry['image'])}: {shown}{stranger}")
-    failed = sum("error" in entry for entry in entries)
-    if failed == len(entries):
+    for path, outcomes in _answers(engine, tasks, images):
+        entries.append(making.entry(path, outcomes))
+        show(entries[-1], errors_only=as_json)
+    answers = [answer for entry in entries for answer in entry.get("answers", [entry])]
+    failed = sum("error" in answer for answer in answers)
+    if failed == len(answers):
         sys.exit(EXIT_MISTAKE)
     if as_json:
-        click.echo(json.dumps({"task": task, "images": entries}))
+        asked = {"task": tasks[0]} if len(tasks) == 1 else {"tasks": list(tasks)}
+        click.echo(json.dumps(asked | {"images": entries}))
     if failed:
         sys.exit(EXIT_PARTLY)
 
 
-def _entries(engine: "Engine", task: str, images: Sequence[Path], top_k: int) -> Iterator[dict[str, Any]]:
-    """What ``--json`` has of each image, in order."""
-    from gpt_serve.engine.segment import Segmentation
+def _segmenting(engine: "Engine", tasks: Sequence[str], top_k: int | None) -> list[str]:
+    """The tasks that answer with masks. Raises where that is all of them and labels are wanted."""
+    found = [task for task in tasks if engine.bank.store.load(task).adapter.kind == "segmentation"]
+    if top_k is not None and len(found) == len(tasks):
+        raise UsageError(f"task {tasks[0]!r} answers with a mask of all its classes: leave out --top-k")
+    return found
 
+
+def _answers(engine: "Engine", tasks: Sequence[str], images: Sequence[Path]) -> Iterator[tuple[Path, list["Answer"]]]:
+    """Each image with what the tasks say of it, in order."""
     for start in range(0, len(images), CHUNK):
         read = [(path, _read(path)) for path in images[start : start + CHUNK]]
-        results = iter(engine.predict([(task, data) for _, data in read if isinstance(data, bytes)]))
+        told = iter(engine.predict([(list(tasks), data) for _, data in read if isinstance(data, bytes)]))
         for path, data in read:
-            result = next(results) if isinstance(data, bytes) else data
-            if isinstance(result, ImageError):
-                yield {"image": str(path), "error": str(result)}
-            elif isinstance(result, GPTServeError):
-                raise result
-            elif isinstance(result, Segmentation):
-                raise UsageError(f"task {task!r} answers with masks, which this command does not write")
-            else:
-                answer = result.to_dict(top_k)
-                answer.pop("task")
-                yield {"image": str(path)} | answer
+            outcomes: list[Answer] = next(told) if isinstance(data, bytes) else [data for _ in tasks]
+            for outcome in outcomes:
+                if isinstance(outcome, GPTServeError) and not isinstance(outcome, ImageError) and len(tasks) == 1:
+                    raise outcome  # of the adapter: no image is to blame
+            yield path, outcomes
 
 
 def _read(path: Path) -> bytes | ImageError:
@@ -205,8 +212,6 @@ def _predict_in_bulk(
     from gpt_serve.bulk.predict import predict_in_bulk
     from gpt_serve.cli.terminal import Terminal
 
-    if len(set(tasks)) != len(tasks):
-        raise UsageError("a --task is given twice: give each once")
     images = open_images(source, column)
     parts = Parts(output, images, tasks)
     with closing(Terminal()) as terminal:

@@ -18,8 +18,8 @@ from importlib.util import find_spec
 if find_spec("httpx") is None:
     raise ModuleNotFoundError("gpt_serve.client needs httpx: pip install 'gpt-serve[client]'", name="httpx")
 
-from gpt_serve.client.answers import Answer, Label
+from gpt_serve.client.answers import Answer, ClassShare, Label, Segmentation
 from gpt_serve.client.clients import AsyncClient, Client
 from gpt_serve.client.retries import Retries
 
-__all__ = ["Answer", "AsyncClient", "Client", "Label", "Retries"]
+__all__ = ["Answer", "AsyncClient", "ClassShare", "Client", "Label", "Retries", "Segmentation"]

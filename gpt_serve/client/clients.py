@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 import httpx
 
-from gpt_serve.client.answers import Answer, answer_of, answers_of, error_of, object_of
+from gpt_serve.client.answers import Answer, answer_of, answers_by_task, answers_of, error_of, object_of
 from gpt_serve.client.retries import Attempts, Retries
 from gpt_serve.errors import GPTServeError, ServerError, UsageError
 
@@ -54,6 +54,20 @@ class Client:
             For each image, in order, the answer, or the error that kept this one from being answered.
         """
         return answers_of(self._send("POST", "predict", **_questions(task, images, top_k)), len(images))
+
+    def predict_tasks(
+        self, image: Image, tasks: Sequence[str] | None = None, *, top_k: int | None = None
+    ) -> dict[str, Answer | GPTServeError]:
+        """Ask several tasks about ``image`` in one request: what they share is computed once.
+
+        Args:
+            tasks: their names; None for all that the key opens.
+            top_k: the most classes in an answer; masks have all.
+
+        Returns:
+            For each task the answer, or the error that kept this one from answering.
+        """
+        return answers_by_task(self._send("POST", "predict", **_question_to_all(image, tasks, top_k)))
 
     def tasks(self) -> list[dict[str, Any]]:
         """The stored tasks, as ``GET /tasks`` lists them."""
@@ -111,6 +125,13 @@ class AsyncClient:
         """See `Client.predict_batch`."""
         questions = await asyncio.to_thread(_questions, task, images, top_k)  # it may read files
         return answers_of(await self._send("POST", "predict", **questions), len(images))
+
+    async def predict_tasks(
+        self, image: Image, tasks: Sequence[str] | None = None, *, top_k: int | None = None
+    ) -> dict[str, Answer | GPTServeError]:
+        """See `Client.predict_tasks`."""
+        question = await asyncio.to_thread(_question_to_all, image, tasks, top_k)  # it may read a file
+        return answers_by_task(await self._send("POST", "predict", **question))
 
     async def tasks(self) -> list[dict[str, Any]]:
         """See `Client.tasks`."""
@@ -170,6 +191,15 @@ def _questions(task: str, images: Sequence[Image], top_k: int | None) -> dict[st
         raise UsageError("give a list of one image or more")
     fields = {"task": task} | ({} if top_k is None else {"top_k": top_k})
     return {"json": fields | {"image": [b64encode(_content(image)).decode() for image in images]}}
+
+
+def _question_to_all(image: Image, tasks: Sequence[str] | None, top_k: int | None) -> dict[str, Any]:
+    """JSON, in which one task may be a list, too."""
+    if isinstance(tasks, str) or (tasks is not None and not tasks):
+        raise UsageError("give a list of one task or more, or none of it for all tasks")
+    asked: dict[str, Any] = {"tasks": "*"} if tasks is None else {"task": list(tasks)}
+    fields = asked | ({} if top_k is None else {"top_k": top_k})
+    return {"json": fields | {"image": b64encode(_content(image)).decode()}}
 
 
 def _content(image: Image) -> bytes:

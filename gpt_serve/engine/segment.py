@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +45,14 @@ class Segmentation:
     def shares(self) -> Floats:
         """The share of the mask's pixels that each class has, (C,), adding up to 1."""
         return shares(self.mask, len(self.labels))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The answer as ``--json`` and HTTP have it, without the mask."""
+        height, width = self.size
+        named = enumerate(zip(self.labels, self.shares.tolist(), strict=True))
+        classes = [{"id": number, "label": label, "share": share} for number, (label, share) in named]
+        about = {"task": self.task, "revision": self.revision, "kind": "segmentation"}
+        return about | {"width": width, "height": height, "classes": classes}
 
 
 @dataclass(frozen=True, eq=False)

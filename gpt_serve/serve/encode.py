@@ -46,18 +46,8 @@ def _segmentation(result: "Segmentation", form: Format, seconds: dict[str, float
         raise InvalidRequest(f"task {result.task!r} answers with a mask of all its classes: leave out top_k")
     if form.picture:
         return Answer(result.task, result.revision, png(result.mask), "image/png", seconds)
-    height, width = result.size
-    named = enumerate(zip(result.labels, result.shares.tolist(), strict=True))
-    content = {
-        "task": result.task,
-        "revision": result.revision,
-        "kind": "segmentation",
-        "width": width,
-        "height": height,
-        "classes": [{"id": number, "label": label, "share": share} for number, (label, share) in named],
-    }
-    mask = _mask(result, form.mask or "png")
-    return Answer(result.task, result.revision, _json(content | mask), seconds=seconds)
+    content = result.to_dict() | _mask(result, form.mask or "png")
+    return Answer(result.task, result.revision, _json(content), seconds=seconds)
 
 
 def _mask(result: "Segmentation", form: MaskFormat) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -20,7 +21,7 @@ from gpt_serve.adapters.store import FILE_NAME, AdapterStore
 from gpt_serve.cli.main import main
 from gpt_serve.engine.engine import Engine
 from gpt_serve.model.backbone import Backbone
-from tests.factories import make_adapter
+from tests.factories import make_adapter, make_segmenter
 
 LABELS = ("ant", "bee", "cow")
 COMMANDS = (
@@ -172,6 +173,51 @@ def test_labels_of_any_script_can_be_shown_anywhere(folder, bundled, tmp_path, m
     sys.stdout.flush()
     text = shown.getvalue().decode(encoding)
     assert "\\u82b1 " in text and "caf\u00e9 " in text
+
+
+def test_predict_several_tasks(folder, bundled):
+    tasks = ("alpha", "probe")
+    value = run_json("predict", "--device", "cpu", "--task", "alpha", "--task", "probe", "one.png", "two.png")
+    assert value["tasks"] == [*tasks] and [entry["image"] for entry in value["images"]] == ["one.png", "two.png"]
+    for entry in value["images"]:
+        for task, answer in zip(tasks, entry["answers"], strict=True):
+            (alone,) = run_json("predict", "--device", "cpu", "--task", task, entry["image"])["images"]
+            assert answer["task"] == task and answer["revision"] == alone["revision"]
+            labels = [[item["label"] for item in one["predictions"]] for one in (answer, alone)]
+            assert labels[0] == labels[1]
+    result = run_cpu("predict", "--task", "alpha", "--task", "probe", "text.png", "one.png")
+    assert result.exit_code == 1
+    told = [line.removeprefix("gpt-serve: ").split(": ")[:2] for line in (result.stdout + result.stderr).splitlines()]
+    assert told == [[image, task] for image in ("one.png", "text.png") for task in tasks]
+    twice = run_cpu("predict", "--task", "alpha", "--task", "alpha", "one.png")
+    assert twice.exit_code == 2 and "a --task is given twice: give each once" in twice.stderr
+
+
+def test_predict_writes_masks(folder, bundled, tmp_path):
+    store = AdapterStore(tmp_path / "store")
+    revision = store.publish(make_segmenter(bundled.spec, "roads", mode="windows"))
+    store.publish(make_adapter(bundled.spec, "alpha"))
+    options = ("--device", "cpu", "--adapters", str(store.root), "--masks", str(tmp_path / "masks"))
+    (entry,) = run_json("predict", *options, "--task", "roads", "one.png")["images"]
+    (expected,) = Engine(bundled, store).predict([("roads", Path("one.png").read_bytes())])
+    height, width = expected.size
+    assert (entry["revision"], entry["width"], entry["height"]) == (revision, width, height)
+    assert entry["kind"] == "segmentation" and entry["mask"] == str(tmp_path / "masks" / "one.roads.png")
+    with Image.open(entry["mask"]) as mask:
+        assert mask.mode == "P" and (np.asarray(mask) != expected.mask).mean() < 1e-3
+    assert [item["share"] for item in entry["classes"]] == pytest.approx(expected.shares.tolist(), abs=1e-3)
+    both = run("predict", *options, "--task", "roads", "--task", "alpha", "--top-k", "1", "one.png")
+    first, second = both.stdout.splitlines()
+    assert first.startswith("one.png: roads: ") and first.endswith("one.roads.png") and second.count(" %") == 1
+    Path("sub").mkdir()
+    shutil.copy("one.png", "sub/one.png")
+    for images, says in (
+        (["one.png", "sub/one.png"], "one.png and sub/one.png would both write"),
+        (["--top-k", "2", "one.png"], "'roads' answers with a mask of all its classes: leave out --top-k"),
+        (["--masks", "one.png", "one.png"], "--masks"),
+    ):
+        refused = run("predict", *options, "--task", "roads", *images)
+        assert refused.exit_code == 2 and says in refused.stderr and len(refused.stderr.splitlines()) == 1
 
 
 # predict --input --output

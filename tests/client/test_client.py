@@ -18,7 +18,7 @@ import pytest
 
 from gpt_serve import errors
 from gpt_serve.adapters.store import AdapterStore
-from gpt_serve.client import Answer, AsyncClient, Client, Label, Retries
+from gpt_serve.client import Answer, AsyncClient, ClassShare, Client, Label, Retries, Segmentation
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.serve.problems import STATUS, problem_of
 from gpt_serve.train.data.datasets import open_dataset
@@ -171,6 +171,40 @@ def test_a_name_stays_one_part_of_the_path(make: Any, scripted: Scripted) -> Non
     with make(scripted.url) as client:
         client.task("../metrics?x")
     assert scripted.asked[0][1] == "/tasks/..%2Fmetrics%3Fx"
+
+
+def test_several_tasks_answer_by_name(make: Any, scripted: Scripted) -> None:
+    other = {"type": "urn:gpt-serve:problem:unknown-task", "status": 404, "detail": "no such", "task": "nobody"}
+    scripted.say((200, {}, [ANSWER, other]))
+    with make(scripted.url) as client:
+        told = client.predict_tasks(b"1", ["birds", "nobody"], top_k=2)
+        client.predict_tasks(b"1")
+        with pytest.raises(errors.UsageError, match="a list of one task or more"):
+            client.predict_tasks(b"1", "birds")
+        with pytest.raises(errors.UsageError, match="a list of one task or more"):
+            client.predict_tasks(b"1", [])
+        scripted.say((200, {}, ANSWER))
+        with pytest.raises(errors.ServerError, match="does not answer as GPT-Serve does"):
+            client.predict_tasks(b"1")
+    assert told["birds"] == Answer("birds", "0123456789ab", (Label("wren", 0.75),), ANSWER)
+    assert type(told["nobody"]) is errors.UnknownTask and str(told["nobody"]) == "no such"
+    asked = [json.loads(body) for *_, body in scripted.asked[:2]]
+    assert asked == [{"task": ["birds", "nobody"], "top_k": 2, "image": "MQ=="}, {"tasks": "*", "image": "MQ=="}]
+
+
+def test_a_mask_has_its_type(make: Any, scripted: Scripted) -> None:
+    classes = [{"id": 0, "label": "road", "share": 0.25}, {"id": 1, "label": "sky", "share": 0.75}]
+    said = {"task": "roads", "revision": "0123456789ab", "kind": "segmentation", "width": 7, "height": 5}
+    said |= {"classes": classes, "mask": "UE5H"}
+    scripted.say((200, {}, said))
+    with make(scripted.url) as client:
+        answer = client.predict("roads", b"image")
+        assert answer.predictions == () and answer.content == said
+        shares = (ClassShare(0, "road", 0.25), ClassShare(1, "sky", 0.75))
+        assert answer.segmentation == Segmentation(7, 5, shares, b"PNG")
+        scripted.say((200, {}, said | {"mask": "!"}))
+        with pytest.raises(errors.ServerError, match="does not answer as GPT-Serve does"):
+            client.predict("roads", b"image")
 
 
 # Errors

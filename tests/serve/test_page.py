@@ -25,6 +25,8 @@ MASK = (
     "AABJRU5ErkJggg=="
 )
 
+ANSWER = {"task": "digits", "revision": "0" * 12}
+
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ServerProcess]:
@@ -205,6 +207,21 @@ def test_a_refusal_is_shown_beside_the_other_answers(page: Any, tmp_path: Path) 
     page.set_input_files("#file", tmp_path / "text.png")
     choose(page, "digits")
     assert "415 Unsupported image type" in ask(page).text_content()
+
+
+def test_tasks_share_a_request_and_each_has_its_own_answer(page: Any, server: ServerProcess, digit: Path) -> None:
+    posted: list[str] = []
+    page.on("request", lambda request: request.method == "POST" and posted.append(request.url))
+    problem = {"title": "Unknown task", "status": 404, "detail": "no such task", "task": "flowers"}
+    page.set_input_files("#file", digit)
+    choose(page, "digits", "flowers")
+    assert ask(page).count() == 2
+    assert len(posted) == 1
+    assert page.locator("#curl").text_content().count("-F task=") == 2
+    page.route("**/predict", lambda route: route.fulfill(json=[{**ANSWER, "predictions": []}, problem]))
+    articles = ask(page)
+    assert "revision 000000000000" in articles.nth(0).text_content()
+    assert "404 Unknown task: no such task" in articles.nth(1).text_content()
 
 
 # What only some tasks answer

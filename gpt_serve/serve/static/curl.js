@@ -1,11 +1,11 @@
-// The commands that ask what the page has just asked, for a POSIX shell.
+// The command that asks what the page has just asked, for a POSIX shell.
 
-export function commands(tasks, topK, imageName, hasKey) {
+export function command(tasks, topK, imageName, hasKey) {
   const address = quoted(new URL("predict", location.href).href);
   const key = hasKey ? ' -H "X-API-Key: $GPT_SERVE_KEY"' : "";
-  return tasks
-    .map((task) => `curl${key} -F task=${task} -F top_k=${topK} -F ${quoted(`image=@${filePart(imageName)}`)} ${address}`)
-    .join("\n");
+  const asked = tasks.map((task) => ` -F task=${task}`).join("");
+  const labels = topK === null ? "" : ` -F top_k=${topK}`;
+  return `curl${key}${asked}${labels} -F ${quoted(`image=@${filePart(imageName)}`)} ${address}`;
 }
 
 /** A file name as curl's -F reads it: in quotes where it would take a comma or semicolon for its own. */

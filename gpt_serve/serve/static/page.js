@@ -1,10 +1,10 @@
 // The page: an image, some tasks, their answers, and how the server is.
 
 import { drawAnswer, drawRefusal } from "./answers.js";
-import { commands } from "./curl.js";
+import { command } from "./curl.js";
 import { element } from "./dom.js";
 import { takeImages } from "./image.js";
-import { ask, attention, predict, state } from "./server.js";
+import { ask, attention, predict, sentence, state } from "./server.js";
 import { TaskList } from "./tasks.js";
 
 const byId = (id) => document.getElementById(id);
@@ -35,26 +35,31 @@ async function answer(event) {
   byId("ask").disabled = true;
   byId("progress").textContent = `Asking ${count(chosen.length, "task")} …`;
   const asked = image;
-  const topK = Number(byId("top-k").value);
+  const topK = tasks.label(chosen) ? Number(byId("top-k").value) : null;
   byId("answers").replaceChildren();
-  showCommands(chosen, topK, asked.name);
-  const drawn = await Promise.all(chosen.map((task) => one(task, topK, asked)));
-  byId("answers").replaceChildren(...drawn);
+  showCommand(chosen, topK, asked.name);
+  byId("answers").replaceChildren(...(await drawn(chosen, topK, asked)));
   byId("progress").textContent = `${count(chosen.length, "task")} answered for ${asked.name}.`;
   byId("ask").disabled = false;
   return refresh();
 }
 
-async function one(task, topK, asked) {
+/** One request for all tasks; what refuses it as a whole is said of each. */
+async function drawn(chosen, topK, asked) {
   try {
-    return drawAnswer(await predict(task, topK, asked), asked, () => attention(task, asked));
+    const { answers, seconds } = await predict(chosen, topK, asked);
+    return answers.map((answer) =>
+      answer.detail
+        ? drawRefusal(answer.task, sentence(answer))
+        : drawAnswer({ ...answer, seconds }, asked, () => attention(answer.task, asked)),
+    );
   } catch (refusal) {
-    return drawRefusal(task, refusal.message);
+    return chosen.map((task) => drawRefusal(task, refusal.message));
   }
 }
 
-function showCommands(chosen, topK, name) {
-  byId("curl").textContent = commands(chosen, topK, name, Boolean(sessionStorage.getItem("key")));
+function showCommand(chosen, topK, name) {
+  byId("curl").textContent = command(chosen, topK, name, Boolean(sessionStorage.getItem("key")));
   byId("command").hidden = false;
 }
 

@@ -24,19 +24,24 @@ export async function ask(path, options = {}) {
 async function reason(response) {
   const again = response.headers.get("Retry-After");
   const problem = await response.json().catch(() => ({}));
-  const detail = problem.detail ?? response.statusText;
-  return `${response.status} ${problem.title ?? ""}: ${detail}${again ? ` (worth another try in ${again} s)` : ""}`;
+  return sentence({ detail: response.statusText, ...problem, status: response.status }, again);
 }
 
-/** The answer for one task, with the seconds that it took. */
-export async function predict(task, topK, image) {
+/** The answers of several tasks, each an answer or a problem that names its task, and the seconds that they took. */
+export async function predict(tasks, topK, image) {
   const form = new FormData();
-  form.append("task", task);
-  form.append("top_k", topK);
+  for (const task of tasks) form.append("task", task);
+  if (topK !== null) form.append("top_k", topK); // masks have all classes
   form.append("image", image.file, image.name);
   const began = performance.now();
-  const answer = await (await ask("predict", { method: "POST", body: form })).json();
-  return { ...answer, seconds: (performance.now() - began) / 1000 };
+  const answers = await (await ask("predict", { method: "POST", body: form })).json();
+  return { answers: [answers].flat(), seconds: (performance.now() - began) / 1000 };
+}
+
+/** A problem (RFC 9457) as one sentence. */
+export function sentence(problem, again = null) {
+  const wait = again ? ` (worth another try in ${again} s)` : "";
+  return `${problem.status} ${problem.title ?? ""}: ${problem.detail}${wait}`;
 }
 
 /** Where the adapter of a task looks in the image: {block, most, picture}, see `POST /attention/{task}`. */

@@ -24,6 +24,11 @@ export class TaskList {
     this.draw();
   }
 
+  /** Whether one of these tasks answers with labels, and not with a mask. */
+  label(tasks) {
+    return this.tasks.some((entry) => tasks.includes(entry.task) && entry.kind !== "segmentation");
+  }
+
   draw() {
     const wanted = this.filter.value.trim().toLowerCase();
     const found = this.tasks.filter((entry) => entry.task.includes(wanted) || this.chosen.has(entry.task));
