@@ -49,7 +49,6 @@ class TaskSummary:
     val_accuracy: float | None
     val_miou: float | None
     created: str
-    kind: Kind = "classification"
 
     @property
     def classes(self) -> int:
@@ -281,7 +280,6 @@ def _summarise(stored: StoredAdapter) -> TaskSummary:
         val_accuracy=_metric(adapter.training, "val_accuracy"),
         val_miou=_metric(adapter.training, "val_miou"),
         created=adapter.created,
-        kind=adapter.kind,
     )
 
 

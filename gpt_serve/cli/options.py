@@ -116,6 +116,13 @@ serving_options = option_group(
         show_default=True,
         help="Memory for adapters that are ready to be copied there; 0 for none.",
     ),
+    click.option(
+        "--trunk-cache-bytes",
+        type=ByteSize(),
+        default="0",
+        show_default=True,
+        help="Memory on the device for what blocks that tasks share made of images asked about again; 0 for none.",
+    ),
     click.option("--max-batch-size", type=int, default=32, show_default=True, help="Most images in a forward pass."),
     click.option(
         "--batch-timeout", type=float, default=0.002, show_default=True, help="Seconds to wait for batch-mates."

@@ -11,6 +11,7 @@ from PIL import Image
 from gpt_serve.adapters.store import AdapterStore
 from gpt_serve.engine.bank import DEFAULT_BANK_BYTES, DEFAULT_HOST_BYTES
 from gpt_serve.engine.engine import Engine, Forward, TorchForward, planner_for
+from gpt_serve.engine.trunks import CachedForward, TrunkCache
 from gpt_serve.images.decode import ImageLimits
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.model.batch import AdapterBatch
@@ -29,6 +30,7 @@ def build_engine(
     compiled: bool = False,
     bank_bytes: int = DEFAULT_BANK_BYTES,
     host_bytes: int = DEFAULT_HOST_BYTES,
+    trunk_cache_bytes: int = 0,
     limits: ImageLimits = ImageLimits(),
     max_batch: int = 64,
 ) -> Engine:
@@ -39,6 +41,8 @@ def build_engine(
         precision: of weights and activations.
         onnx: let onnxruntime compute the passes that it is faster at; needs ``fp32``.
         compiled: let ``torch.compile`` fuse the blocks.
+        trunk_cache_bytes: memory on the device for what images made of blocks that no task touches, see
+            `gpt_serve.engine.trunks`; 0 for none.
         bank_bytes: see `Engine`, as are the others.
 
     Raises:
@@ -47,6 +51,10 @@ def build_engine(
     """
     if precision == "bf16":
         backbone.cast(torch.bfloat16)
+    by_torch = TorchForward(backbone, compiled=compiled)
+    forward = faster_forward(backbone) if onnx else by_torch
+    if trunk_cache_bytes:
+        forward = CachedForward(backbone, forward, TrunkCache(trunk_cache_bytes), by_torch.run_block)
     engine = Engine(
         backbone,
         store,
@@ -54,7 +62,7 @@ def build_engine(
         host_bytes=host_bytes,
         limits=limits,
         max_batch=max_batch,
-        forward=faster_forward(backbone) if onnx else TorchForward(backbone, compiled=compiled),
+        forward=forward,
     )
     _warm_up(engine, store, backbone)
     logger.info("engine: %s on %s", "onnxruntime and torch" if onnx else "torch", backbone.device)

@@ -39,6 +39,7 @@ class ServeConfig:
         compile: let ``torch.compile`` fuse the blocks; computed by torch.
         bank_bytes: memory for adapters on the device.
         host_bytes: memory for adapters that are ready to be copied there; 0 for none.
+        trunk_cache_bytes: memory on the device for what images made of blocks that no task touches; 0 for none.
         max_batch_size: most images in one forward pass.
         batch_timeout: seconds that a decoded image waits for others that are on their way.
         max_body_bytes: largest request body; beyond it 413.
@@ -73,6 +74,7 @@ class ServeConfig:
     compile: bool = False
     bank_bytes: int = 2**30
     host_bytes: int = 2**30
+    trunk_cache_bytes: int = 0
     max_batch_size: int = 32
     batch_timeout: float = 0.002
     max_body_bytes: int = 10 * 2**20
@@ -107,7 +109,7 @@ class ServeConfig:
         ):
             if not 0 < getattr(self, name) < math.inf:
                 raise UsageError(f"{name} is {getattr(self, name)}: it must be a number and more than 0")
-        for name in ("host_bytes", "batch_timeout"):
+        for name in ("host_bytes", "trunk_cache_bytes", "batch_timeout"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise UsageError(f"{name} is {getattr(self, name)}: it must be a number and not negative")
         _check_proxies(self.trusted_proxies)

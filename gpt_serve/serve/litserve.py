@@ -251,6 +251,7 @@ def _load_engine(config: ServeConfig, device: str) -> "Engine":
         compiled=config.compile,
         bank_bytes=config.bank_bytes,
         host_bytes=config.host_bytes,
+        trunk_cache_bytes=config.trunk_cache_bytes,
         limits=ImageLimits(max_bytes=config.max_body_bytes, max_pixels=config.max_pixels),
         max_batch=config.max_batch_size,
     )

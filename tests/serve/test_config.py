@@ -51,7 +51,8 @@ def test_default_sizes_are_the_banks_own() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"bank_bytes": 0}, {"host_bytes": -1}, {"batch_timeout": -0.1}, {"queue_limit": 0}]
+    "options",
+    [{"bank_bytes": 0}, {"host_bytes": -1}, {"trunk_cache_bytes": -1}, {"batch_timeout": -0.1}, {"queue_limit": 0}],
 )
 def test_numbers_that_cannot_work(options: dict[str, float]) -> None:
     (name,) = options
