@@ -92,8 +92,10 @@ def recipe_of(adapter: Adapter) -> Recipe:
     """How the adapter was trained.
 
     Raises:
-        UsageError: it does not tell, or validation images were trained on.
+        UsageError: it does not tell, validation images were trained on, or it is for segmentation.
     """
+    if adapter.kind != "classification":
+        raise UsageError(f"adapter {adapter.task!r} answers with masks: this is for classification")
     try:
         recipe = Recipe(**adapter.training["recipe"])
         card_text(adapter, "", inspect_adapter(adapter), "test")  # the new card needs all that the old one did

@@ -71,6 +71,14 @@ MISTAKES = {
         ["train", "--task", "a", "--data", "DATA", "--device", "cpu", "--backbone", "mae-vit-tiny-32"],
         "10 label files with values that are none of the 3 classes",
     ),
+    "closing gates": (
+        ["close-gates", "--task", "scenes", "--data", "DATA", "--backbone", "mae-vit-tiny-32"],
+        "(method linear): there is nothing to close",
+    ),
+    "calibrating": (
+        ["calibrate", "--task", "scenes", "--data", "DATA", "--backbone", "mae-vit-tiny-32"],
+        "adapter 'scenes' answers with masks: this is for classification",
+    ),
     "both protocols": (
         ["eval", "--task", "scenes", "--data", "DATA", "--multi-scale", "--whole", "--backbone", "mae-vit-tiny-32"],
         "--multi-scale takes windows",
