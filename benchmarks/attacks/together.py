@@ -163,14 +163,14 @@ def watch(pid: int, seconds: float) -> list[float]:
 
 def family(pid: int) -> list[int]:
     """A process and those that it started."""
-    lists = [(task / "children").read_text().split() for task in Path(f"/proc/{pid}/task").iterdir()]
+    lists = [(task / "children").read_text(encoding="utf-8").split() for task in Path(f"/proc/{pid}/task").iterdir()]
     return [pid, *(int(child) for children in lists for child in children)]
 
 
 def megabytes(pid: int) -> float:
     """Of memory that is a process's own."""
     try:
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8").splitlines()
     except OSError:  # it has just ended
         return 0.0
     return sum(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024

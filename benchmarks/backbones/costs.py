@@ -156,12 +156,12 @@ def main() -> None:
         "serving": lambda: serving(backbone, 3 * arguments.rounds),
     }
     path = Path(__file__).with_name("costs.json")
-    results = json.loads(path.read_text()) if path.exists() else {}
+    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     for name, measure in parts.items():
         if not arguments.only or name in arguments.only:
             results[name] = ratios(measure())
             print(name, json.dumps(results[name], indent=1))
-            path.write_text(json.dumps(results, indent=1) + "\n")
+            path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -100,12 +100,14 @@ def serving(fronts: int) -> Iterator[Server]:
             process = subprocess.Popen(command, stderr=file)
         try:
             end = time.monotonic() + START_SECONDS
-            while "ready on http://127.0.0.1:" not in log.read_text():
+            while "ready on http://127.0.0.1:" not in log.read_text(encoding="utf-8"):
                 if process.poll() is not None or time.monotonic() > end:
-                    sys.exit(f"the server did not start: {log.read_text()[-500:]}")
+                    sys.exit(f"the server did not start: {log.read_text(encoding='utf-8')[-500:]}")
                 time.sleep(0.1)
             server = Server(
-                fronts, int(log.read_text().partition("ready on http://127.0.0.1:")[2].partition(":")[0]), process.pid
+                fronts,
+                int(log.read_text(encoding="utf-8").partition("ready on http://127.0.0.1:")[2].partition(":")[0]),
+                process.pid,
             )
             server.wait_for_all()
             yield server
@@ -158,21 +160,23 @@ def _load(port: int, data: bytes, clients: int, seconds: float) -> tuple[int, fl
 
 def cpu_seconds(pid: int) -> float:
     """Of a process and its threads."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / TICK
 
 
 def children(pid: int) -> list[int]:
     """The processes that ``pid`` started."""
     return [
-        int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()
+        int(child)
+        for task in Path(f"/proc/{pid}/task").iterdir()
+        for child in (task / "children").read_text(encoding="utf-8").split()
     ]
 
 
 def listening(pid: int) -> set[int]:
     """The ports that a process has open."""
     names = {os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir() if path.is_symlink()}
-    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    lines = [line.split() for line in Path("/proc/net/tcp").read_text(encoding="utf-8").splitlines()[1:]]
     return {int(line[1].rpartition(":")[2], 16) for line in lines if line[3] == "0A" and f"socket:[{line[9]}]" in names}
 
 

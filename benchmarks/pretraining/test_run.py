@@ -47,7 +47,7 @@ def test_images_become_weights_that_load_as_a_backbone(images: Path, tmp_path: P
     assert sorted(path.name for path in output.iterdir() if path.is_file() and path.suffix != ".npy") == sorted(
         ["README.md", weights.name]
     )
-    assert "40 images of images (train, test)" in (output / "README.md").read_text()
+    assert "40 images of images (train, test)" in (output / "README.md").read_text(encoding="utf-8")
     backbone = Backbone.load(TINY.name, checkpoint=weights)
     assert (backbone.family, backbone.spec.pool) == (method, pool)
 
