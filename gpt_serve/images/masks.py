@@ -59,19 +59,30 @@ def tiling(size: tuple[int, int], grid: tuple[int, int], patch: tuple[int, int],
         return Tiling(size, grid, grid, ((0, 0),))
     sides = [size[axis] / (grid[axis] * patch[axis]) for axis in (0, 1)]  # in inputs
     inputs = 1 / max(sides) if mode == "pad" else 1 / (crop_pct * min(sides))
+    most = MOST_WINDOWS if mode == "windows" else 1
     while True:
-        patches = tuple(max(1, round(grid[axis] * sides[axis] * inputs)) for axis in (0, 1))
-        rows, columns = (_starts(patches[axis], grid[axis]) for axis in (0, 1))
-        if len(rows) * len(columns) <= (MOST_WINDOWS if mode == "windows" else 1):
-            return Tiling(size, grid, (patches[0], patches[1]), tuple((y, x) for y in rows for x in columns))
+        patches = [max(1, round(grid[axis] * sides[axis] * inputs)) for axis in (0, 1)]
+        if math.prod(map(_count, patches, grid)) <= most:
+            break
         inputs *= 0.97
+    rows, columns = map(_starts, patches, grid)
+    return Tiling(size, grid, (patches[0], patches[1]), tuple((y, x) for y in rows for x in columns))
+
+
+def _step(side: int) -> int:
+    """Patches from one window of ``side`` to the next."""
+    return max(1, math.floor(side * STEP))
+
+
+def _count(patches: int, side: int) -> int:
+    """How many windows `_starts` places; an image may be so long that they could not all be listed."""
+    return 1 + math.ceil(max(0, patches - side) / _step(side))
 
 
 def _starts(patches: int, side: int) -> list[int]:
     """Where windows begin along one side; the last one is shifted back inside."""
-    step = max(1, math.floor(side * STEP))
     last = max(0, patches - side)
-    return [*range(0, last, step), last]
+    return [*range(0, last, _step(side)), last]
 
 
 def stitched(plan: Tiling, logits: Floats) -> Floats:

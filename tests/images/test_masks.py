@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from gpt_serve.images import masks
 from gpt_serve.images.masks import MOST_WINDOWS, Tiling, mask, shares, stitched, tiling
 from gpt_serve.images.preprocess import cut_windows, plan_windows
 from gpt_serve.specs import Preprocess
@@ -33,6 +34,11 @@ def test_windows_of_a_photo_keep_its_aspect_ratio() -> None:
     plan = tiling((180, 240), GRID, PATCH, "windows", 0.7)
     assert plan.patches == (13, 17)  # 180 and 240 pixels, in patches of 14
     assert plan.windows == tuple(product((0, 4), (0, 6, 8))), "steps of two thirds, the last shifted back inside"
+
+
+def test_windows_are_counted_as_they_are_placed() -> None:
+    for patches, side in product(range(1, 60), (1, 2, 3, 9)):
+        assert masks._count(patches, side) == len(masks._starts(patches, side))
 
 
 @pytest.mark.parametrize("size", SIZES)
