@@ -113,6 +113,7 @@ def check_metadata(metadata: Metadata, preprocess: Mapping[str, Any], task: str,
     require(metadata["pool"] == graph["pool"], "it pools in another way than the graph")
     masks = {"kind", "ignore"} & metadata.keys() or preprocess["crop_mode"] not in ("center", "squash")
     require(not masks, "it answers with masks, or is broken: a graph for many tasks classifies")
+    require("multi_label" not in metadata, "its images have several labels, those of other tasks one: export it alone")
     require("taps" not in metadata, "its head reads other blocks than the graph's: export it alone")
     require("first_block" not in metadata, "its prompts enter a later block than the graph's: export it alone")
     shared = json.loads(graph["preprocess"])

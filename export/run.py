@@ -41,12 +41,20 @@ class RunnerError(Exception):
 
 @dataclass(frozen=True)
 class Task:
-    """One task: its ``C`` class names, the revision of its adapter, and its preprocessing (gpt_serve/specs.py)."""
+    """One task.
+
+    Attributes:
+        revision: of its adapter.
+        labels: the ``C`` class names.
+        preprocess: see gpt_serve/specs.py.
+        thresholds: (C,) probabilities from which on labels are given, where an image may have several; else None.
+    """
 
     name: str
     revision: str
     labels: list[str]
     preprocess: dict[str, Any]
+    thresholds: list[float] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +80,13 @@ class Prediction:
         """The ``k`` most probable (label, probability) pairs, best first."""
         best = np.argsort(-self.probabilities, kind="stable")[:k]
         return [(self.task.labels[at], float(self.probabilities[at])) for at in best]
+
+    def listed(self, k: int | None = None) -> list[tuple[str, float]]:
+        """`top` of ``k``; without it of 5, or where an image may have several labels all above their threshold."""
+        if k is not None or self.task.thresholds is None:
+            return self.top(5 if k is None else k)
+        above = dict(zip(self.task.labels, self.probabilities >= np.array(self.task.thresholds, np.float32)))  # noqa: B905
+        return [pair for pair in self.top(len(above)) if above[pair[0]]]
 
 
 class Model:
@@ -116,7 +131,8 @@ class Model:
                 raise RunnerError(str(error)) from error
         else:
             labels, preprocess = json.loads(self.metadata["labels"]), json.loads(self.metadata["preprocess"])
-            held = [(self.metadata["task"], self.metadata["revision"], labels, preprocess)]
+            thresholds = json.loads(self.metadata.get("thresholds", "null"))
+            held = [(self.metadata["task"], self.metadata["revision"], labels, preprocess, thresholds)]
             if set(tasks) - {self.metadata["task"]}:
                 raise RunnerError(f"{path} has no task {', '.join(tasks)}: it answers for {self.metadata['task']}")
         self.tasks = {own[0]: Task(*own) for own in held}
@@ -178,6 +194,9 @@ class Model:
 
     def _probabilities(self, outputs: Mapping[str, np.ndarray]) -> np.ndarray:
         scores = outputs[self.metadata["output"]]
+        if self.metadata["output"] == "logits" and "thresholds" in self.metadata:
+            with np.errstate(over="ignore"):  # exp(88) and more is infinite: a probability of 0
+                return 1 / (1 + np.exp(-scores))
         if self.metadata["output"] == "logits":
             scores = np.exp(scores - scores.max(axis=1, keepdims=True))
             scores /= scores.sum(axis=1, keepdims=True)
@@ -306,11 +325,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("graph", help="what gpt-serve export wrote")
     parser.add_argument("images", nargs="+", help="JPEG, PNG or WebP")
     parser.add_argument("--task", help="needed for a multi-task graph")
-    parser.add_argument("--top-k", type=int, default=5, metavar="K", help="answers per image, 1 to 1000")
+    several = "5 without it, or where images have several labels all above their threshold"
+    parser.add_argument("--top-k", type=int, metavar="K", help=f"answers per image, 1 to 1000; {several}")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--providers", default=CPU, help="of onnxruntime, separated by commas, best first")
     options = parser.parse_args(arguments)
-    if not 1 <= options.top_k <= 1000:
+    if options.top_k is not None and not 1 <= options.top_k <= 1000:
         parser.error("--top-k must be 1 to 1000")
     return options
 
@@ -336,7 +356,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             answers.append({"image": path, "error": broken[path]})
             continue
         prediction = next(found)
-        best = [{"label": label, "probability": value} for label, value in prediction.top(options.top_k)]
+        best = [{"label": label, "probability": value} for label, value in prediction.listed(options.top_k)]
         answer = {"image": path, "revision": prediction.task.revision, "predictions": best}
         if prediction.known is not None:
             answer |= {"known": prediction.known, "unknown": prediction.unknown}

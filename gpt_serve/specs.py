@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 from gpt_serve.errors import InvalidTaskName
 
+DEFAULT_TOP_K = 5
+"""How many classes an answer lists where nobody asks for a number."""
 TASK_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 Pool = Literal["cls", "mean", "attention"]

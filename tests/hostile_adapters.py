@@ -59,7 +59,7 @@ class Hostile:
 
 def hostile_adapters(spec: BackboneSpec) -> list[Hostile]:
     """All cases for a server with the backbone ``spec`` (depth above 1), named in order of their kind."""
-    kinds = (_files, _headers, _tensors, _shifts, _values, _metadata, _taps, _masks, _unknown, _foreign)
+    kinds = (_files, _headers, _tensors, _shifts, _values, _metadata, _taps, _masks, _unknown, _thresholds, _foreign)
     return [case for kind in kinds for case in kind(spec)]
 
 
@@ -276,6 +276,27 @@ def _unknown(spec: BackboneSpec) -> Iterator[Hostile]:
         }
         body += data
     yield Hostile("unknown-mask", "'unknown..' are for kind 'classification' alone", pack(header, body))
+
+
+def _thresholds(spec: BackboneSpec) -> Iterator[Hostile]:
+    """Labels of which an image may have several, and what they are given from."""
+
+    def adapter(name: str) -> Adapter:
+        return make_adapter(spec, name, threshold=torch.full((4,), 0.5))
+
+    short = with_tensors(adapter("threshold-short"), threshold=torch.full((3,), 0.5))
+    yield Hostile("threshold-short", "'threshold' is for 3 classes, labels names 4", short)
+    high = with_value(adapter("threshold-high"), "threshold", 1.5)
+    yield Hostile("threshold-high", "'threshold' must lie between 0 and 1", high)
+    lone = with_metadata(adapter("threshold-alone"), multi_label=None)
+    yield Hostile("threshold-alone", "multi_label and tensor 'threshold' go together", lone)
+    without = with_metadata(make_adapter(spec, "threshold-missing"), multi_label="true")
+    yield Hostile("threshold-missing", "multi_label and tensor 'threshold' go together", without)
+    yield Hostile(
+        "multi-label-odd",
+        "multi_label 'yes' is not 'true'",
+        with_metadata(adapter("multi-label-odd"), multi_label="yes"),
+    )
 
 
 def _values(spec: BackboneSpec) -> Iterator[Hostile]:

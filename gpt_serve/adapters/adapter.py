@@ -40,6 +40,8 @@ class Adapter:
         decoder: what stands between the tap and the head of a segmentation task, by `parse.DECODER`'s names; see
             `gpt_serve.model.heads`. Empty for none.
         unknown: what tells images of the task from strangers; None where the adapter cannot.
+        threshold: (C,) probabilities from which on a label is given, in a task with several labels an image; None for
+            one class an image.
     """
 
     task: str
@@ -63,6 +65,7 @@ class Adapter:
     ignore: tuple[int, ...] = ()
     decoder: Mapping[str, Tensor] = field(default_factory=dict)
     unknown: Unknown | None = None
+    threshold: Tensor | None = None
 
     @property
     def width(self) -> int:
@@ -97,6 +100,7 @@ class Adapter:
         """
         tensors = {"head.weight": self.head_weight, "head.bias": self.head_bias, **self.decoder}
         learned = {"prompt": self.prompt, "gamma": self.gamma, "tau": self.tau, "shift": self.shift}
+        learned["threshold"] = self.threshold
         tensors |= {name: tensor for name, tensor in learned.items() if tensor is not None}
         tensors |= {} if self.unknown is None else self.unknown.tensors()
         metadata = {"format": FORMAT} | {name: getattr(self, name) for name in PLAIN}
@@ -104,6 +108,8 @@ class Adapter:
             metadata["first_block"] = str(self.first_block)
         if self.taps:
             metadata["taps"] = json.dumps([[tap.block, tap.pool] for tap in self.taps])
+        if self.threshold is not None:
+            metadata["multi_label"] = "true"
         if self.kind != "classification":
             metadata |= {"kind": self.kind, "ignore": json.dumps(self.ignore)}
         metadata |= {
@@ -134,6 +140,7 @@ class Adapter:
             shift=tensors.get("shift"),
             decoder={name: tensors[name] for name in DECODER if name in tensors},
             unknown=Unknown.of(tensors),
+            threshold=tensors.get("threshold"),
         )
 
     def check_backbone(self, spec: BackboneSpec) -> None:

@@ -68,6 +68,7 @@ def from_file(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
         parsed = parse(data)
         fields = _read_metadata(parsed.metadata)
         _check_kind(fields, parsed.shapes)
+        _check_multi_label(parsed.metadata.get("multi_label"), fields["kind"], parsed.shapes)
         _check_shapes(parsed.shapes, len(fields["labels"]), fields["first_block"], max(1, len(fields["taps"])))
         return fields, {name: torch.from_numpy(array) for name, array in parsed.tensors().items()}
     except ParseError as error:
@@ -177,6 +178,18 @@ def _check_kind(fields: Mapping[str, Any], shapes: Mapping[str, list[int]]) -> N
         _check_decoder(shapes)
 
 
+def _check_multi_label(text: str | None, kind: Kind, shapes: Mapping[str, list[int]]) -> None:
+    """Raise `InvalidAdapter` unless thresholds are there where there are several labels an image, and only there."""
+    if text not in (None, "true"):
+        raise InvalidAdapter(f"multi_label {short(text)} is not 'true'")
+    if (text is not None) != ("threshold" in shapes):
+        raise InvalidAdapter(
+            "a task with several labels has both multi_label and tensor 'threshold', no other has either"
+        )
+    if text is not None and kind != "classification":
+        raise InvalidAdapter("multi_label is for kind 'classification' alone")
+
+
 def _check_decoder(shapes: Mapping[str, list[int]]) -> None:
     """Raise `InvalidAdapter` unless the decoder's tensors fit each other, and the head them; see `model.heads`."""
     if missing := [name for name in DECODER if name not in shapes]:
@@ -203,6 +216,8 @@ def _check_shapes(shapes: Mapping[str, list[int]], classes: int, first_block: in
         raise InvalidAdapter(
             f"tensor 'head.weight' has {shapes['head.weight'][1]} columns for {taps} taps of equal width"
         )
+    if "threshold" in shapes and shapes["threshold"] != [classes]:
+        raise InvalidAdapter(f"tensor 'threshold' is for {shapes['threshold'][0]} classes, labels names {classes}")
     depths = {}
     if first_block and "prompt" not in shapes:
         raise InvalidAdapter("first_block is given, but tensor 'prompt' is missing")

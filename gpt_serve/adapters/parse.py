@@ -26,10 +26,11 @@ DECODER |= {f"head.conv{number}.{part}": size for number in range(1, 5) for part
 UNKNOWN = {"unknown.mean": 1, "unknown.scale": 1, "unknown.basis": 2, "unknown.knots": 1}
 """Tensors that tell strangers, likewise: all of them or none."""
 _DIMENSIONS = {"prompt": 3, "gamma": 1, "tau": 1, "shift": 3, "head.weight": 2, "head.bias": 1, **DECODER, **UNKNOWN}
+_DIMENSIONS["threshold"] = 1  # of a task with several labels an image
 _DTYPES = {"F16": "<f2", "BF16": "<u2", "F32": "<f4", "F64": "<f8"}
 _METADATA = {"format", "task", "method", "backbone", "backbone_sha256"}
 _METADATA |= {"labels", "pool", "preprocess", "training", "created"}
-_OPTIONAL = {"first_block", "taps", "kind", "ignore"}
+_OPTIONAL = {"first_block", "taps", "kind", "ignore", "multi_label"}
 _CROP_MODES = ("center", "squash", "pad", "windows")
 _PREPROCESS = ["input_size", "crop_pct", "crop_mode", "interpolation", "mean", "std", "exif"]
 
@@ -67,6 +68,8 @@ class Parsed:
             tensors[name] = values.reshape(shape)
         if "tau" in tensors and (tensors["tau"] <= 0).any():
             raise ParseError("tensor 'tau' must be positive")
+        if "threshold" in tensors and ((tensors["threshold"] < 0) | (tensors["threshold"] > 1)).any():
+            raise ParseError("tensor 'threshold' must lie between 0 and 1")
         if "unknown.knots" in tensors and (np.diff(tensors["unknown.knots"]) < 0).any():
             raise ParseError("tensor 'unknown.knots' must ascend")
         return tensors

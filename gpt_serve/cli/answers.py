@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from gpt_serve.engine.engine import Answer, Success
     from gpt_serve.engine.segment import Segmentation
 
-TOP_K = 5
 SHOWN = 5  # classes of a mask in a line
 
 
@@ -23,11 +22,11 @@ class Entries:
 
     Args:
         tasks: those that are asked; one of them answers in the entry itself, several in a list.
-        top_k: most labels of an answer.
+        top_k: most labels of an answer; None for the task's own choice.
         masks: folder for mask files.
     """
 
-    def __init__(self, tasks: Sequence[str], top_k: int, masks: Path) -> None:
+    def __init__(self, tasks: Sequence[str], top_k: int | None, masks: Path) -> None:
         self.tasks = tasks
         self.top_k = top_k
         self.masks = masks

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from gpt_serve.cli.answers import TOP_K, Entries, show
+from gpt_serve.cli.answers import Entries, show
 from gpt_serve.cli.exits import EXIT_MISTAKE, EXIT_PARTLY
 from gpt_serve.cli.options import (
     adapters_option,
@@ -53,7 +53,10 @@ def evaluate(
     as_json: bool,
     **backbone: Any,
 ) -> None:
-    """Accuracy of an adapter on DIR/test, or on DIR itself when it holds class folders; of masks their mIoU."""
+    """Accuracy of an adapter on DIR/test, or on DIR itself when it holds class folders; of masks their mIoU.
+
+    Of a task whose images have several labels also the mean average precision.
+    """
     engine = _engine([task], adapters, **backbone)
 
     def notice(text: str) -> None:
@@ -72,7 +75,9 @@ def evaluate(
     elif "miou" in result:
         _echo_iou(result)
     else:
-        click.echo(f"{task}: accuracy {100 * result['accuracy']:.2f} % on {result['n']} images ({result['revision']})")
+        mean = f"mean average precision {100 * result['map']:.2f} %, " if "map" in result else ""
+        shown = f"{mean}accuracy {100 * result['accuracy']:.2f} %"
+        click.echo(f"{task}: {shown} on {result['n']} images ({result['revision']})")
 
 
 def _evaluate_masks(
@@ -98,7 +103,11 @@ def _echo_iou(result: dict[str, Any]) -> None:
 @click.command()
 @click.option("--task", "tasks", multiple=True, required=True, help="Name of the task; repeat for more.")
 @click.argument("images", nargs=-1, type=click.Path(path_type=Path))
-@click.option("--top-k", type=click.IntRange(1, 1000), help="Labels of an answer.  [default: 5]")
+@click.option(
+    "--top-k",
+    type=click.IntRange(1, 1000),
+    help="Labels of an answer.  [default: 5, or all above their threshold where images have several]",
+)
 @click.option(
     "--masks",
     type=click.Path(path_type=Path, file_okay=False),
@@ -151,7 +160,7 @@ def predict(
         _predict_in_bulk(tasks, source, output, column, ray_address, adapters, as_json, **backbone)
         return
     engine = _engine(tasks, adapters, **backbone)
-    making = Entries(tasks, top_k or TOP_K, masks)
+    making = Entries(tasks, top_k, masks)
     making.check_names(images, _segmenting(engine, tasks, top_k))
     entries: list[dict[str, Any]] = []
     for path, outcomes in _answers(engine, tasks, images):

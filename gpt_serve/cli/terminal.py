@@ -103,7 +103,7 @@ def echo_trained(summary: dict[str, Any], adapters: Path) -> None:
     metrics = summary["metrics"]
     text = f"final fit of {metrics['best_epoch'] + 1} epochs"
     when = f"epoch {metrics['best_epoch'] + 1}" if metrics["best_epoch"] >= 0 else "before any epoch"
-    for key, name in (("accuracy", "accuracy"), ("miou", "mIoU")):
+    for key, name in (("accuracy", "accuracy"), ("miou", "mIoU"), ("map", "mean average precision")):
         if f"val_{key}" in metrics:
             text = f"validation {name} {100 * metrics[f'val_{key}']:.1f} % ({when})"
         if f"test_{key}" in metrics:

@@ -41,6 +41,7 @@ class Revision:
 
     Attributes:
         knots: of what tells strangers, (Q,) on the CPU; None where the adapter cannot.
+        thresholds: of labels, (C,) on the CPU, where images have several; None for one class an image.
     """
 
     task: str
@@ -49,13 +50,15 @@ class Revision:
     preprocess: Preprocess
     signature: Signature
     knots: Tensor | None
+    thresholds: Tensor | None
 
     @classmethod
     def of(cls, stored: StoredAdapter) -> "Revision":
         """The revision that was read from the store."""
         adapter = stored.adapter
         knots = None if adapter.unknown is None else adapter.unknown.knots
-        return cls(adapter.task, stored.revision, adapter.labels, adapter.preprocess, stored.signature, knots)
+        names = adapter.task, stored.revision, adapter.labels
+        return cls(*names, adapter.preprocess, stored.signature, knots, adapter.threshold)
 
 
 @dataclass(frozen=True, eq=False)

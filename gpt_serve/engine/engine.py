@@ -24,7 +24,7 @@ from gpt_serve.images.preprocess import cut_windows, normalize, plan_windows, pr
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.model.heads import linear, linear_each, read_taps, stranger_distance
 from gpt_serve.model.prompted import block, embed, tapped_features
-from gpt_serve.specs import Preprocess, Tap
+from gpt_serve.specs import DEFAULT_TOP_K, Preprocess, Tap
 
 SMALL_HEAD = {"cpu": 2**14, "cuda": 2**20}
 """Weights of a head up to which it is worth the copy that shares a product with others.
@@ -46,9 +46,10 @@ class Prediction:
         task: the adapter's name.
         revision: the adapter file that computed it, first 12 hex digits of its SHA-256.
         labels: the ``C`` classes.
-        probabilities: float32 (C,) on the CPU, summing to 1.
+        probabilities: float32 (C,) on the CPU: summing to 1, or each by itself where images have several labels.
         known: the share of the validation images that lie at least as far from what the task was trained on, in
             [0, 1]; None where the adapter cannot tell.
+        thresholds: (C,) probabilities from which on a label is given, where images have several labels; else None.
     """
 
     task: str
@@ -56,15 +57,26 @@ class Prediction:
     labels: tuple[str, ...]
     probabilities: Tensor
     known: float | None = None
+    thresholds: Tensor | None = None
 
     @property
     def unknown(self) -> bool | None:
         """Whether the image is a stranger's; 95 % of the validation images are not. None where nobody can tell."""
         return None if self.known is None else self.known < LEAST_KNOWN
 
-    def to_dict(self, top_k: int) -> dict[str, Any]:
+    def listed(self, top_k: int | None = None) -> list[tuple[str, float]]:
+        """What an answer lists: `top` of ``top_k``, without it of 5, or all labels above their threshold."""
+        if top_k is not None or self.thresholds is None:
+            return self.top(DEFAULT_TOP_K if top_k is None else top_k)
+        return [
+            (label, value)
+            for label, value in self.top(len(self.labels))
+            if value >= self.thresholds[self.labels.index(label)]
+        ]
+
+    def to_dict(self, top_k: int | None = None) -> dict[str, Any]:
         """The answer as ``--json`` and HTTP have it; ``known`` and ``unknown`` where the adapter can tell."""
-        best = [{"label": label, "probability": probability} for label, probability in self.top(top_k)]
+        best = [{"label": label, "probability": probability} for label, probability in self.listed(top_k)]
         strangeness = {} if self.known is None else {"known": self.known, "unknown": self.unknown}
         return {"task": self.task, "revision": self.revision, "predictions": best} | strangeness
 
@@ -380,7 +392,7 @@ def read_heads(features: Features, residents: Sequence[Resident], grid: tuple[in
 def classify(
     features: Features, residents: Sequence[Resident], chosen: Sequence[int] | None = None
 ) -> list[Prediction]:
-    """Each row's head and softmax in float32, and how strange its image is where the adapter can tell.
+    """Each row's head and its probabilities in float32, and how strange its image is where the adapter can tell.
 
     Heads share a product where that pays, and all share one copy back.
 
@@ -399,8 +411,12 @@ def classify(
         rows = on_device([members[resident] for resident in group], device).flatten()
         own = read_taps(features.tapped, features.taps, group[0].place.layout.taps, rows)
         logits[rows, : len(group[0].labels)] = _logits(group, own.float())
+    probabilities = logits.softmax(dim=1)
+    if several := [index for index in chosen if residents[index].thresholds is not None]:
+        rows = on_device(several, device)
+        probabilities[rows] = torch.sigmoid(logits[rows])
     distances = _distances(features, members, len(residents))
-    scores = torch.cat([logits.softmax(dim=1), distances[:, None]], dim=1).cpu().unbind()
+    scores = torch.cat([probabilities, distances[:, None]], dim=1).cpu().unbind()
     return [_prediction(residents[index], scores[index]) for index in chosen]
 
 
@@ -422,7 +438,8 @@ def _prediction(resident: Resident, row: Tensor) -> Prediction:
     known = None
     if resident.knots is not None:
         known = round(known_share(resident.knots, row[-1:]).item(), DIGITS)
-    return Prediction(resident.task, resident.revision, resident.labels, row[: len(resident.labels)], known)
+    own = row[: len(resident.labels)]
+    return Prediction(resident.task, resident.revision, resident.labels, own, known, resident.thresholds)
 
 
 def _of_one_shape(members: Mapping[Resident, Sequence[int]], most: int) -> Collection[list[Resident]]:

@@ -271,4 +271,4 @@ def _resident(slab: Slab, adapter: Adapter, spec: BackboneSpec) -> Resident:
     place = slab.reserve(packed, remembered=0)
     assert place is not None
     slab.write(place, packed)
-    return Resident(adapter.task, "", adapter.labels, adapter.preprocess, Signature(0, ""), None, place)
+    return Resident(adapter.task, "", adapter.labels, adapter.preprocess, Signature(0, ""), None, None, place)

@@ -21,7 +21,7 @@ from gpt_serve.export.fold import fold_backbone, fold_pixels, fold_shifts, fold_
 from gpt_serve.export.session import KNOWN, serving_taps
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.model.batch import AdapterBatch, Layout
-from gpt_serve.model.heads import linear, stranger_distance
+from gpt_serve.model.heads import linear, probabilities, stranger_distance
 from gpt_serve.model.prompted import embed, prompted_features, remember, tapped_features
 from gpt_serve.model.vit import ViT
 from gpt_serve.specs import Pool, Tap
@@ -82,10 +82,10 @@ class _Graph(nn.Module):
                 x = x - self.form.centre
         return embed(self.model, x)
 
-    def scores(self, logits: Tensor) -> Tensor:
-        """Return the scores (B, C) in float32."""
+    def scores(self, logits: Tensor, multi_label: bool = False) -> Tensor:
+        """Return the scores (B, C) in float32: of classes, or of labels of which an image has several."""
         logits = logits.float()
-        return logits if self.form.logits else logits.softmax(dim=-1)
+        return logits if self.form.logits else probabilities(logits, multi_label)
 
 
 class SingleTask(_Graph):
@@ -108,13 +108,13 @@ class SingleTask(_Graph):
         self.adapter = _to(tensors, form.dtype)
         self.head_weight = nn.Buffer(adapter.head_weight.to(form.dtype))
         self.head_bias = nn.Buffer(adapter.head_bias.to(form.dtype))
-        self.unknown = adapter.unknown
+        self.unknown, self.multi_label = adapter.unknown, adapter.threshold is not None
         self.outputs = [form.output] if self.unknown is None else [form.output, KNOWN]
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Turn images, (B, h, w, 3) or (B, 3, h, w), into scores (B, C), and shares (B,) if there are any."""
         features = prompted_features(self.model, self.embed(images), self.adapter)
-        scores = self.scores(linear(features, self.head_weight, self.head_bias))
+        scores = self.scores(linear(features, self.head_weight, self.head_bias), self.multi_label)
         unknown = self.unknown
         if unknown is None:
             return scores

@@ -101,6 +101,8 @@ def export_task(
             "labels": json.dumps(adapter.labels, ensure_ascii=False),
             "preprocess": json.dumps(adapter.preprocess.to_dict()),
         }
+        if adapter.threshold is not None:
+            metadata["thresholds"] = json.dumps(adapter.threshold.tolist())
         model = single_graph(backbone, adapter, options.form)
         save(model, path, metadata, options.external_bytes)
         nodes = _finish(path, options)
@@ -285,6 +287,8 @@ def _check_shared(adapter: Adapter, backbone: Backbone, pool: str) -> None:
         raise ExportError(
             f"a graph for many tasks has no place for the taps or shifts of {adapter.task!r}: export it alone"
         )
+    if adapter.threshold is not None:
+        raise ExportError(f"images of {adapter.task!r} have several labels, those of other tasks one: export it alone")
     if adapter.pool != pool:
         raise ExportError(f"{adapter.task!r} pools by {adapter.pool}, the graph by {pool}: export it alone")
 

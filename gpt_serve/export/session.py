@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gpt_serve.errors import ExportError
 from gpt_serve.model.batch import AdapterBatch
+from gpt_serve.model.heads import probabilities
 from gpt_serve.specs import Tap
 
 FORMAT = "gpt-serve-onnx/1"
@@ -60,7 +61,7 @@ class Graph:
         """Run the graph as `run` does and return probabilities, also of a graph that gives logits: (B, C) float32."""
         scores = self.run(inputs)
         if self.metadata["output"] == "logits":
-            return torch.from_numpy(scores).softmax(dim=1).numpy()
+            return probabilities(torch.from_numpy(scores), "thresholds" in self.metadata).numpy()
         return scores
 
     def run(self, inputs: Mapping[str, Array | ort.OrtValue], output: str | None = None) -> Array:

@@ -18,7 +18,7 @@ from gpt_serve.export.session import Array
 from gpt_serve.images.preprocess import normalize, preprocess_image
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.model.batch import AdapterBatch
-from gpt_serve.model.heads import linear, stranger_distance
+from gpt_serve.model.heads import linear, probabilities, stranger_distance
 from gpt_serve.model.prompted import embed, prompted_features
 from gpt_serve.specs import Preprocess
 from gpt_serve.train.data.datasets import Sample, open_evaluation
@@ -137,9 +137,8 @@ def check_accuracy(tally: Tally, max_drop: float, force: bool, task: str) -> Non
 
 def torch_answer(backbone: Backbone, adapter: Adapter) -> Answer:
     """Return the adapter's own forward pass in torch, with nothing folded."""
-    return _in_torch(
-        backbone, adapter, lambda read: linear(read, adapter.head_weight, adapter.head_bias).softmax(dim=1)
-    )
+    head, several = (adapter.head_weight, adapter.head_bias), adapter.threshold is not None
+    return _in_torch(backbone, adapter, lambda read: probabilities(linear(read, *head), several))
 
 
 def torch_known(backbone: Backbone, adapter: Adapter) -> Answer:

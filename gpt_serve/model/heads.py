@@ -83,6 +83,11 @@ def linear(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.linear(features, weight, bias)
 
 
+def probabilities(logits: Tensor, multi_label: bool) -> Tensor:
+    """(B, C) to (B, C): of classes, which add up to 1, or of labels, each by itself."""
+    return torch.sigmoid(logits) if multi_label else logits.softmax(dim=-1)
+
+
 def linear_each(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Logits (G, M, C) of ``G`` linear classifiers of one shape, of ``M`` rows each, in one product.
 

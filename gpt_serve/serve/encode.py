@@ -10,7 +10,6 @@ from pycocotools import mask as coco
 
 from gpt_serve.errors import InvalidRequest
 from gpt_serve.images.mask_files import png
-from gpt_serve.serve.inputs import DEFAULT_TOP_K
 from gpt_serve.serve.messages import Answer, Format, MaskFormat
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ def encode(result: "Prediction | Segmentation | Look", form: Format, seconds: Ma
         return _segmentation(cast("Segmentation", result), form, dict(seconds))
     if form.mask is not None and form.strict:
         raise InvalidRequest(f"task {result.task!r} answers with labels and has no mask: leave out mask")
-    content = result.to_dict(form.top_k or DEFAULT_TOP_K)
+    content = result.to_dict(form.top_k)
     return Answer(result.task, result.revision, _json(content), seconds=dict(seconds))
 
 

@@ -20,7 +20,6 @@ from gpt_serve.specs import check_task_name
 
 FIELDS = ("task", "tasks", "image", "top_k", "mask")
 IN_QUERY = ("task", "tasks", "top_k", "mask")
-DEFAULT_TOP_K = 5
 MAX_TOP_K = 1000
 MAX_IMAGES = 64
 MAX_TASKS = 256
@@ -43,7 +42,8 @@ class PredictRequest:
     Attributes:
         tasks: valid names, no two alike; None for all tasks that the caller may use.
         images: one file or more.
-        top_k: how many labels an answer lists at most; None for the usual number.
+        top_k: how many labels an answer lists at most; None for the usual number, or where images have several labels
+            for all that are above their threshold.
         mask: how a mask is given; None for the usual way.
         several_images: whether the images came as a list, so that the answer is a list, too.
         several_tasks: whether the tasks came as a list, so that there is a list of answers for each image.

@@ -5,10 +5,10 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, Field
 from pydantic.json_schema import SkipJsonSchema
 
-from gpt_serve.serve.inputs import DEFAULT_TOP_K, EVERY, MAX_IMAGES, MAX_TASKS, MAX_TOP_K
+from gpt_serve.serve.inputs import EVERY, MAX_IMAGES, MAX_TASKS, MAX_TOP_K
 from gpt_serve.serve.messages import MaskFormat
 from gpt_serve.serve.problems import MEDIA_TYPE
-from gpt_serve.specs import TASK_PATTERN
+from gpt_serve.specs import DEFAULT_TOP_K, TASK_PATTERN
 
 _KNOWN = "Share of the validation images that lie at least as far from what the task was trained on; where it can tell"
 _UNKNOWN = "Whether the image is unlike what the task was trained on: as 95 % of the validation images are not"
@@ -123,7 +123,13 @@ def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
 # Parameters are described here and read by the routes themselves: FastAPI's own checks would answer otherwise.
 _NAME = {"type": "string", "pattern": f"^{TASK_PATTERN.pattern}$"}
 _IN_PATH = {"name": "task", "in": "path", "required": True, "schema": _NAME}
-_TOP_K = {"type": "integer", "minimum": 1, "maximum": MAX_TOP_K, "default": DEFAULT_TOP_K}
+_TOP_K = {
+    "type": "integer",
+    "minimum": 1,
+    "maximum": MAX_TOP_K,
+    "description": f"How many labels to list. Without it {DEFAULT_TOP_K}, or where images have several labels all that "
+    "are above their threshold",
+}
 
 
 _MASK = {

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from gpt_serve.model.backbone import Backbone
+from gpt_serve.train.answers import Answers, LabelAnswers, logits_of, predict_all
 from gpt_serve.train.data.views import View, thinned
 from gpt_serve.train.inputs import Inputs
-from gpt_serve.train.loop import Answers, logits_of, predict_all
 from gpt_serve.train.methods.modules import TaskModule
+from gpt_serve.train.objective import loss_sum, right_sum
 
 BINS = 15
 MOST_IMAGES = 4000  # that the temperature is fitted to
@@ -34,7 +34,7 @@ def calibrate(
     inputs: Inputs,
     known: float = 1.0,
     refit: Callable[[], tuple[Tensor, Tensor]] | None = None,
-) -> tuple[dict[str, Any], Answers]:
+) -> tuple[dict[str, Any], Answers | LabelAnswers]:
     """Divide the module's head by the temperature that suits the validation images, and answer for ``unseen``.
 
     Args:
@@ -57,29 +57,28 @@ def calibrate(
     with torch.no_grad():
         module.head.weight.mul_(known / temperature)
         module.head.bias.mul_(known / temperature)
-    right = answers.predictions == answers.targets
-    before, after = (calibration_error(confidences, right) for confidences in answers.confidences)
+    before, after = (calibration_error(confidences, answers.right) for confidences in answers.confidences)
     record = {"temperature": temperature, "fitted_to": len(targets), "error_before": before, "error_after": after}
     return record | {"measured_on": len(view), "split": name}, answers
 
 
 def fit_temperature(logits: Tensor, targets: Tensor) -> float:
-    """The ``T`` for which ``softmax(logits / T)`` has the least cross-entropy.
+    """The ``T`` for which ``logits / T`` have the least cross-entropy, see `objective`.
 
     Where all images are right it is 1: they would ask for certainty, which so few of them cannot give.
 
     Args:
         logits: (n, C).
-        targets: (n,) classes.
+        targets: (n,) classes, or (n, C) labels.
     """
-    if torch.equal(logits.argmax(1), targets):
+    if right_sum(logits, targets) == len(targets):
         return 1.0
     values = logits.double()
     log = torch.zeros((), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([log], max_iter=STEPS, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
-        return F.cross_entropy(values / log.exp(), targets)
+        return loss_sum(values / log.exp(), targets) / len(targets)
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -97,7 +96,7 @@ def calibration_error(confidences: Tensor, right: Tensor) -> float:
     """Expected calibration error: over `BINS` equal bins of confidence, ``sum |accuracy - confidence| * n_bin / n``.
 
     Args:
-        confidences: (n,) probabilities of the predicted classes.
+        confidences: (n,) probabilities of the predicted classes, or of any labels.
         right: (n,) bool, whether these are the true ones.
     """
     place = (confidences * BINS).long().clamp(max=BINS - 1)

@@ -11,8 +11,10 @@ from gpt_serve.adapters.adapter import Adapter
 from gpt_serve.files import replacing
 from gpt_serve.insight.figures import save_figure
 from gpt_serve.insight.inspect import Inspection, inspect_adapter, plot_inspection
+from gpt_serve.train.answers import Answers
 from gpt_serve.train.calibration import BINS
-from gpt_serve.train.loop import Answers
+from gpt_serve.train.conclusion import Conclusion
+from gpt_serve.train.report import data_report, report
 
 MOST_CLASSES = 120  # in a picture; more could not be told apart, and their matrix takes gigabytes
 
@@ -44,26 +46,27 @@ def confusion_shares(predictions: Tensor, targets: Tensor, classes: int, shown: 
     return counts.view(len(shown), len(shown)).double() / images[:, None]
 
 
-def write_card(folder: Path, adapter: Adapter, revision: str, answers: Answers, split: str) -> None:
+def write_card(folder: Path, adapter: Adapter, revision: str, end: Conclusion) -> None:
     """Write ``README.md``, ``gates.png`` and ``confusion.png`` into the adapter's folder, each as a whole.
 
+    Of a task with several labels an image there is no confusion to draw.
+
     Args:
-        answers: for the images of ``split``.
+        end: what training came to.
 
     Raises:
         OSError: the disk refuses.
     """
-    inspection = inspect_adapter(adapter)
+    inspection, answers = inspect_adapter(adapter), end.answers
     plot_inspection(inspection, f"{adapter.task} ({adapter.method})", folder / "gates.png")
-    plot_confusion(
-        answers.predictions,
-        answers.targets,
-        adapter.labels,
-        f"{adapter.task}: {split} images",
-        folder / "confusion.png",
+    if isinstance(answers, Answers):
+        title = f"{adapter.task}: {end.split} images"
+        plot_confusion(answers.predictions, answers.targets, adapter.labels, title, folder / "confusion.png")
+    found = report(answers, adapter.labels, end.split, adapter.threshold) + data_report(
+        end.duplicates, end.label_errors
     )
     with replacing(folder / "README.md") as temporary:
-        temporary.write_text(card_text(adapter, revision, inspection, split), encoding="utf-8")
+        temporary.write_text(card_text(adapter, revision, inspection, end.split, found), encoding="utf-8")
 
 
 def plot_confusion(predictions: Tensor, targets: Tensor, labels: Sequence[str], title: str, path: Path) -> None:
@@ -101,8 +104,11 @@ def _plain(label: str) -> str:
     return label.replace("$", r"\$")
 
 
-def card_text(adapter: Adapter, revision: str, inspection: Inspection, split: str) -> str:
+def card_text(adapter: Adapter, revision: str, inspection: Inspection, split: str, found: Sequence[str] = ()) -> str:
     """The model card in Markdown.
+
+    Args:
+        found: lines about the classes and images.
 
     Raises:
         KeyError, TypeError, ValueError, AttributeError: ``adapter.training`` is not what `train_adapter` records.
@@ -115,7 +121,8 @@ def card_text(adapter: Adapter, revision: str, inspection: Inspection, split: st
         f"trained with the method `{adapter.method}`.",
         "",
         *fact_lines(adapter, revision),
-        f"![gates, temperatures and selection ratio](gates.png) ![confusion matrix on {split}](confusion.png)",
+        "![gates, temperatures and selection ratio](gates.png)"
+        + (f" ![confusion matrix on {split}](confusion.png)" if adapter.threshold is None else ""),
         "",
         "## Blocks",
         "",
@@ -123,6 +130,7 @@ def card_text(adapter: Adapter, revision: str, inspection: Inspection, split: st
         "",
         *[line for step in training.get("closing", []) for line in _closing(step)],
         *_calibration(training.get("calibration")),
+        *found,
         *training_lines(training),
     ]
     return "\n".join(lines)
@@ -215,11 +223,13 @@ def metric_rows(metrics: dict[str, Any]) -> list[tuple[str, str]]:
 def _number(key: str, value: float) -> str:
     if key == "best_epoch" and value < 0:
         return "none: what training starts from is kept"
-    return f"{100 * value:.2f} %" if key.endswith(("accuracy", "miou")) else f"{value:.5g}"
+    return f"{100 * value:.2f} %" if key.endswith(("accuracy", "miou", "map")) else f"{value:.5g}"
 
 
 def _name(key: str) -> str:
-    return "best epoch (from 0)" if key == "best_epoch" else key.replace("_", " ").replace("miou", "mIoU")
+    if key == "best_epoch":
+        return "best epoch (from 0)"
+    return key.replace("_", " ").replace("miou", "mIoU").replace(" map", " mean average precision")
 
 
 def block_table(inspection: Inspection) -> list[str]:

@@ -15,10 +15,11 @@ from gpt_serve.adapters.store import AdapterStore
 from gpt_serve.errors import DataError
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.specs import BackboneSpec, Preprocess, Tap, check_task_name
-from gpt_serve.train.calibration import calibrate
 from gpt_serve.train.checkpoint import RunCheckpoint, held, run_folder
+from gpt_serve.train.conclusion import conclude
 from gpt_serve.train.data.counts import count_lines
 from gpt_serve.train.data.datasets import Dataset, Split, digest, open_dataset
+from gpt_serve.train.data.duplicates import near_duplicates
 from gpt_serve.train.data.views import CACHE_BYTES, Scan, View, joined, scan
 from gpt_serve.train.distributed import World
 from gpt_serve.train.inputs import Inputs, TrunkInputs
@@ -32,7 +33,6 @@ from gpt_serve.train.methods.taps import AUTO, Choice, candidates, choose, image
 from gpt_serve.train.nmi import nmi_probe
 from gpt_serve.train.publishing import describe, publish_trained, rehearse, to_adapter
 from gpt_serve.train.recipes.recipe import Recipe, prepared
-from gpt_serve.train.strangers import fit_unknown
 
 
 def train_adapter(backbone: Backbone, job: TrainingJob, reporter: Reporter, world: World) -> dict[str, Any] | None:
@@ -86,23 +86,21 @@ def train_on(
     if not world.leader:
         return None
     module.load_state_dict(progress.best)
-    kept_apart = None if job.recipe.final_fit else views.val
 
     def refit() -> tuple[Tensor, Tensor]:
         parts = (views.train, views.val)
         seen, targets = fit_head(backbone, module, job.recipe, parts, trainer.inputs, reporter)
         return left_out_logits(seen, targets, len(views.labels)), targets
 
-    again = refit if job.recipe.refit else None
-    calibration, answers = calibrate(backbone, module, kept_apart, views.unseen, trainer.inputs, refit=again)
-    if kept_apart is not None and isinstance(module, AdapterModule):
-        module.unknown = fit_unknown(backbone, module, views.train, kept_apart, trainer.inputs)
+    # Labels' thresholds are those of validation images, which the head must not have been fitted to.
+    again = refit if job.recipe.refit and not views.val.classes else None
+    end = conclude(backbone, module, views, trainer.inputs, reporter, final_fit=job.recipe.final_fit, refit=again)
     training = describe(job, views, module, progress, time.perf_counter() - started)
     if views.test is not None:
-        training["metrics"]["test_accuracy"] = answers.accuracy
-    if calibration:
-        training["calibration"] = calibration
-    summary = publish_trained(backbone, job, views, module, training, answers)
+        training["metrics"] |= {f"test_{name}": value for name, value in end.answers.metrics.items()}
+    if end.calibration:
+        training["calibration"] = end.calibration
+    summary = publish_trained(backbone, job, views, module, training, end)
     checkpoint.delete()
     return summary
 
@@ -280,7 +278,7 @@ def load_views(dataset: Dataset, preprocess: Preprocess, job: TrainingJob, repor
     for line in count_lines(dataset.labels, splits):
         reporter.notice(line)
     hashes = [
-        (f"{name}/{dataset.labels[sample.target]}", index, value)
+        ("/".join([name, *(dataset.labels[target] for target in sample.targets)]), index, value)
         for name, split in splits.items()
         for index, (sample, value) in enumerate(zip(split, scans[name].hashes, strict=True))
     ]
@@ -293,10 +291,13 @@ def load_views(dataset: Dataset, preprocess: Preprocess, job: TrainingJob, repor
             job.recipe.augment if name == "train" else "none",
             seed,
             job.recipe.views,
+            len(dataset.labels) if dataset.multi_label else 0,
         )
         for name, split in splits.items()
     }
-    return Views(dataset.labels, view["train"], view["val"], view["test"] if dataset.test else None, digest(hashes))
+    duplicates = near_duplicates({name: (split, scans[name].thumbnails) for name, split in splits.items()})
+    test = view["test"] if dataset.test else None
+    return Views(dataset.labels, view["train"], view["val"], test, digest(hashes), tuple(duplicates))
 
 
 def _without(dataset: Dataset, names: set[str]) -> Dataset:
@@ -304,11 +305,16 @@ def _without(dataset: Dataset, names: set[str]) -> Dataset:
         return [sample for sample in split if sample.name not in names]
 
     kept = replace(dataset, unused=(), train=keep(dataset.train), val=keep(dataset.val), test=keep(dataset.test))
-    gone = sorted({sample.target for sample in dataset.train} - {sample.target for sample in kept.train})
+    gone = sorted(_present(dataset.train) - _present(kept.train))
     if gone or not kept.val:
         without = ", ".join(dataset.labels[target] for target in gone[:5]) or "validation"
         raise DataError(f"no readable images are left for {without}: add some")
     return kept
+
+
+def _present(split: Split) -> set[int]:
+    """The classes that some image of a split has."""
+    return {target for sample in split for target in sample.targets}
 
 
 def run_identity(spec: BackboneSpec, job: TrainingJob, data: str) -> dict[str, Any]:

@@ -29,7 +29,7 @@ CACHE_BYTES = 4 << 30
 """How much `TrunkInputs` keeps unless it is told otherwise: at 126 pixels 34,000 images of a ViT-S/14."""
 
 Batch = tuple[Tensor | Trunk, Tensor]
-"""Images, uint8 (B, 3, H, W), or their `Trunk`; and targets, int64 (B,)."""
+"""Images, uint8 (B, 3, H, W), or their `Trunk`; and targets, int64 (B,) or (B, C)."""
 
 
 class Inputs:
@@ -81,7 +81,7 @@ class TrunkInputs(Inputs):
             if computed is not None and view.forms:
                 places[absent] = self._kept.add(computed)
             rows = self._joined(computed, places[batch], fresh)
-            yield rows, torch.tensor([view.samples[index].target for index in batch])
+            yield rows, view.targets(batch)
 
     def _places_of(self, view: View) -> np.ndarray:
         """(n,) the row at which each image of the view, in its present form, is kept; -1 where it is not."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from gpt_serve.train.data.duplicates import Pair
 from gpt_serve.train.data.views import Unreadable, View
 from gpt_serve.train.inputs import CACHE_BYTES
 from gpt_serve.train.loop import EpochRecord
@@ -76,13 +77,19 @@ class TrainingJob:
 
 @dataclass(frozen=True)
 class Views:
-    """The splits of a data set as views; ``test`` is None where there are no test images."""
+    """The splits of a data set as views; ``test`` is None where there are no test images.
+
+    Attributes:
+        digest: of all images.
+        duplicates: pairs of images of two splits that look the same.
+    """
 
     labels: tuple[str, ...]
     train: View
     val: View
     test: View | None
     digest: str
+    duplicates: tuple[Pair, ...] = ()
 
     @property
     def unseen(self) -> tuple[View, str]:

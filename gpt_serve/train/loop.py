@@ -2,13 +2,12 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from gpt_serve.errors import DataError
 from gpt_serve.model.backbone import Backbone
@@ -18,6 +17,7 @@ from gpt_serve.train.data.views import View, ordered_batches, shuffled_batches
 from gpt_serve.train.distributed import World
 from gpt_serve.train.inputs import Batch, Inputs, autocast, normalized
 from gpt_serve.train.methods.modules import TaskModule
+from gpt_serve.train.objective import loss_sum, right_sum
 from gpt_serve.train.recipes.recipe import Recipe, Select, learning_rate
 
 EVAL_BATCH = 128
@@ -261,10 +261,10 @@ def prepared_for(images: Tensor | Trunk, preprocess: Preprocess) -> Tensor | Tru
 
 
 def _loss(backbone: Backbone, module: TaskModule, data: Batch, preprocess: Preprocess) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy of a batch, and how many of its images are classified right."""
+    """Summed loss of a batch, and how many of its images are right, see `objective`."""
     images, targets = data[0].to(backbone.device), data[1].to(backbone.device, non_blocking=True)
     logits = forward_logits(backbone, module, images, preprocess)
-    return F.cross_entropy(logits, targets, reduction="sum"), (logits.argmax(1) == targets).sum()
+    return loss_sum(logits, targets), right_sum(logits, targets)
 
 
 @torch.no_grad()
@@ -278,54 +278,3 @@ def evaluate(backbone: Backbone, module: TaskModule, view: View, inputs: Inputs,
         totals += torch.tensor([loss.item(), correct.item(), len(data[1])]).double()
     loss_sum, correct_sum, count = world.sum(totals.to(backbone.device)).tolist()
     return Score(correct_sum / count, loss_sum / count)
-
-
-@torch.no_grad()
-def logits_of(backbone: Backbone, module: TaskModule, view: View, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Logits (n, C), float32, and targets, int64 (n,), of a whole split, on the CPU."""
-    module.eval()
-    logits: list[Tensor] = []
-    targets: list[Tensor] = []
-    for images, target in inputs.batches(view, ordered_batches(len(view), EVAL_BATCH)):
-        logits.append(forward_logits(backbone, module, images.to(backbone.device), view.preprocess).cpu())
-        targets.append(target)
-    return torch.cat(logits), torch.cat(targets)
-
-
-@dataclass(frozen=True, eq=False)
-class Answers:
-    """What a module says of the ``n`` images of a split, on the CPU.
-
-    Attributes:
-        predictions: int64 (n,), the most probable classes.
-        targets: int64 (n,), the true ones.
-        confidences: float32 (T, n), the probabilities of ``predictions`` at each temperature that was asked for.
-    """
-
-    predictions: Tensor
-    targets: Tensor
-    confidences: Tensor
-
-    @property
-    def accuracy(self) -> float:
-        """The share of predictions that are right, in [0, 1]."""
-        return (self.predictions == self.targets).double().mean().item()
-
-
-@torch.no_grad()
-def predict_all(
-    backbone: Backbone, module: TaskModule, view: View, inputs: Inputs, temperatures: Sequence[float] = (1.0,)
-) -> Answers:
-    """Answer for every image of a split; the logits, of which there may be very many, are not kept.
-
-    Args:
-        temperatures: that the logits are divided by, for the confidences.
-    """
-    module.eval()
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    for images, targets in inputs.batches(view, ordered_batches(len(view), EVAL_BATCH)):
-        logits = forward_logits(backbone, module, images.to(backbone.device), view.preprocess)
-        confidences = torch.stack([(logits / value).softmax(1).max(1).values for value in temperatures])
-        parts.append((logits.argmax(1).cpu(), targets, confidences.cpu()))
-    predictions, truths, shares = zip(*parts, strict=True)
-    return Answers(torch.cat(predictions), torch.cat(truths), torch.cat(shares, dim=1))

@@ -9,18 +9,16 @@ from gpt_serve.adapters.store import AdapterStore, StoredAdapter
 from gpt_serve.errors import DataError, UsageError
 from gpt_serve.insight.inspect import inspect_adapter
 from gpt_serve.model.backbone import Backbone
-from gpt_serve.train.calibration import calibrate
 from gpt_serve.train.card import card_text
 from gpt_serve.train.checkpoint import held, run_folder
+from gpt_serve.train.conclusion import Conclusion, conclude
 from gpt_serve.train.data.datasets import open_dataset
 from gpt_serve.train.fit import load_views, make_deterministic
 from gpt_serve.train.inputs import Inputs
 from gpt_serve.train.job import Reporter, TrainingJob, Views
-from gpt_serve.train.loop import Answers
 from gpt_serve.train.methods.prompts import AdapterModule
 from gpt_serve.train.publishing import publish, utc_now
 from gpt_serve.train.recipes.recipe import Recipe
-from gpt_serve.train.strangers import fit_unknown
 
 
 @dataclass(frozen=True)
@@ -62,25 +60,25 @@ def calibrate_published(backbone: Backbone, job: PublishedJob, reporter: Reporte
         store = AdapterStore(job.adapters, backbone.spec)
         stored = store.load(job.task)
         adapter, views = stored.adapter, images_of(backbone, stored.adapter, job, recipe_of(stored.adapter), reporter)
-        calibrated, answers = calibrated_adapter(backbone, adapter, views, job.workers)
+        calibrated, end = concluded(backbone, adapter, views, job.workers, reporter)
         check_still(store, stored, "it was calibrated")
-        revision = publish(job.adapters, replace(calibrated, created=utc_now()), answers, views.unseen[1])
+        revision = publish(job.adapters, replace(calibrated, created=utc_now()), end)
     training = calibrated.training
     return {"task": job.task, "revision": revision} | {key: training[key] for key in ("metrics", "calibration")}
 
 
-def calibrated_adapter(backbone: Backbone, adapter: Adapter, views: Views, workers: int) -> tuple[Adapter, Answers]:
-    """``adapter`` calibrated on ``views.val``, with what tells strangers, and its answers for the unseen.
+def concluded(
+    backbone: Backbone, adapter: Adapter, views: Views, workers: int, reporter: Reporter
+) -> tuple[Adapter, Conclusion]:
+    """``adapter`` as training would leave it at its end: calibrated, and with what tells strangers.
 
     The temperature that it was calibrated with before is undone.
     """
     module = module_of(backbone, adapter)
     known = adapter.training.get("calibration", {"temperature": 1.0})["temperature"]
-    inputs = Inputs(workers)
-    record, answers = calibrate(backbone, module, views.val, views.unseen, inputs, known)
-    module.unknown = fit_unknown(backbone, module, views.train, views.val, inputs)
-    training = adapter.training | {"calibration": record}
-    return replace(adapter, training=training, **module.stored()), answers
+    end = conclude(backbone, module, views, Inputs(workers), reporter, known=known)
+    training = adapter.training | {"calibration": end.calibration}
+    return replace(adapter, training=training, **module.stored()), end
 
 
 def module_of(backbone: Backbone, adapter: Adapter) -> AdapterModule:

@@ -16,8 +16,9 @@ from gpt_serve.files import replacing
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.specs import Preprocess
 from gpt_serve.train.card import write_card
+from gpt_serve.train.conclusion import Conclusion
 from gpt_serve.train.job import TrainingJob, Views
-from gpt_serve.train.loop import Answers, Progress
+from gpt_serve.train.loop import Progress
 from gpt_serve.train.methods.modules import FullModule, TaskModule
 from gpt_serve.train.methods.prompts import AdapterModule
 
@@ -52,13 +53,13 @@ def publish_trained(
     views: Views,
     module: TaskModule,
     training: dict[str, Any],
-    answers: Answers,
+    end: Conclusion,
 ) -> dict[str, Any]:
     """Publish an adapter, or store a fine-tuned model, which nobody serves.
 
     Args:
         training: from `describe`.
-        answers: for `Views.unseen`.
+        end: what is known of the module now that it is done.
 
     Returns:
         The summary that ``--json`` prints.
@@ -70,7 +71,7 @@ def publish_trained(
         return summary | {"path": str(path)}
     assert isinstance(module, AdapterModule)
     adapter = to_adapter(backbone, job, views.labels, module, training, views.train.preprocess)
-    return summary | {"revision": publish(job.adapters, adapter, answers, views.unseen[1])}
+    return summary | {"revision": publish(job.adapters, adapter, end)}
 
 
 def store_model(path: Path, module: FullModule, labels: tuple[str, ...], summary: dict[str, Any]) -> None:
@@ -89,11 +90,8 @@ def store_model(path: Path, module: FullModule, labels: tuple[str, ...], summary
         raise UsageError(f"the fine-tuned model {path} cannot be written: {reason}") from error
 
 
-def publish(adapters: Path, adapter: Adapter, answers: Answers, split: str) -> str:
+def publish(adapters: Path, adapter: Adapter, end: Conclusion) -> str:
     """Put the adapter into the store and write its card.
-
-    Args:
-        answers: for the images of ``split``.
 
     Returns:
         The new revision.
@@ -103,7 +101,7 @@ def publish(adapters: Path, adapter: Adapter, answers: Answers, split: str) -> s
     """
     revision = AdapterStore(adapters).publish(adapter)
     try:
-        write_card(adapters / adapter.task, adapter, revision, answers, split)
+        write_card(adapters / adapter.task, adapter, revision, end)
     except OSError as error:
         raise UsageError(f"the adapter is published, but its card cannot be written: {error.strerror}") from error
     return revision

@@ -3,49 +3,30 @@
 Shapes: images ``n``, taps ``K``, width ``D``, directions ``R``, knots ``Q``.
 """
 
-from collections.abc import Callable
-
 import torch
 from sklearn.decomposition import PCA
 from torch import Tensor
 
 from gpt_serve.adapters.unknown import Unknown
-from gpt_serve.model.backbone import Backbone
 from gpt_serve.model.heads import stranger_distance
-from gpt_serve.train.data.views import View, thinned
-from gpt_serve.train.inputs import Inputs
-from gpt_serve.train.loop import features_of
 from gpt_serve.train.methods.heads import VARIANCE_FLOOR
-from gpt_serve.train.methods.prompts import AdapterModule
 
 DIRECTIONS = 32
 EACH = 8  # images at least for each direction: fewer make the noise in all others look smaller than it is
 KNOTS = 100
 ROUNDING = 1e-4
-MOST_IMAGES = 4000  # of a split that are looked at
 LEAST_NOISE = 1e-3  # variance in all other directions, of features at variance 1
 
 
-def fit_unknown(
-    backbone: Backbone,
-    module: AdapterModule,
-    train: View,
-    val: View,
-    inputs: Inputs,
-    on_image: Callable[[], object] = lambda: None,
-) -> Unknown:
+def fit_unknown(train: Tensor, val: Tensor) -> Unknown:
     """What tells images like those of ``train`` from strangers, with ``val``, which nothing was fitted to, as measure.
 
     Args:
-        inputs: gives what ``module`` takes.
-        on_image: called after each image that is read.
+        train: float32 (n, K*D), features as the head reads them.
+        val: likewise, of other images.
     """
-
-    def features(view: View) -> Tensor:
-        return torch.cat(list(features_of(backbone, module, thinned(view, MOST_IMAGES), inputs, on_image))).cpu()
-
-    mean, scale, basis = gaussian(features(train.drawn("none")))
-    distances = stranger_distance(features(val), mean, scale, basis)
+    mean, scale, basis = gaussian(train)
+    distances = stranger_distance(val, mean, scale, basis)
     return Unknown(mean, scale, basis, knots_of(distances))
 
 

@@ -41,30 +41,27 @@ def probabilities(results: Sequence[object]) -> list[torch.Tensor]:
     return [result.probabilities for result in results if isinstance(result, Prediction)]
 
 
-def test_prompts_of_the_first_block_alone_and_together(tiny: Backbone, tiny_graph: Graph, store: AdapterStore) -> None:
-    """Whatever a server would choose: all kinds that the graph takes."""
-    batch = requests(*KINDS, "gated", *["linear"] * 2)
-    expected = probabilities(Engine(tiny, store).predict(batch))
-    engine = Engine(tiny, store, forward=OnnxForward(tiny_graph))
+def check_as_torch(backbone: Backbone, graph: Graph, store: AdapterStore, *tasks: str) -> None:
+    """Whatever a server would choose: the graph answers for tasks alone and together as torch does."""
+    batch = requests(*tasks)
+    expected = probabilities(Engine(backbone, store).predict(batch))
+    engine = Engine(backbone, store, forward=OnnxForward(graph))
     together = probabilities(engine.predict(batch))
     alone = [probabilities(engine.predict([request]))[0] for request in batch]
     for one, other, third in zip(expected, together, alone, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(third, one, rtol=1e-5, atol=1e-5)
+
+
+def test_prompts_of_the_first_block_alone_and_together(tiny: Backbone, tiny_graph: Graph, store: AdapterStore) -> None:
+    check_as_torch(tiny, tiny_graph, store, *KINDS, "gated", *["linear"] * 2)
 
 
 def test_shifts_alone_and_among_others(tiny: Backbone, tiny_graph: Graph, store: AdapterStore) -> None:
     shift = 0.3 * torch.randn(tiny.spec.depth, 3, 24, generator=torch.Generator().manual_seed(7))
     store.publish(make_adapter(tiny.spec, "shifted", shift=shift))
     store.publish(make_adapter(tiny.spec, "bias", method="linear", shift=-shift))
-    batch = requests("shifted", "linear", "bias", "gated")
-    expected = probabilities(Engine(tiny, store).predict(batch))
-    engine = Engine(tiny, store, forward=OnnxForward(tiny_graph))
-    together = probabilities(engine.predict(batch))
-    alone = [probabilities(engine.predict([request]))[0] for request in batch]
-    for one, other, third in zip(expected, together, alone, strict=True):
-        torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(third, one, rtol=1e-5, atol=1e-5)
+    check_as_torch(tiny, tiny_graph, store, "shifted", "linear", "bias", "gated")
 
 
 class Noting:

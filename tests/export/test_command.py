@@ -32,7 +32,7 @@ def test_a_real_photograph_gets_the_answer_of_the_engine(
     preprocess = bundled.spec.preprocess
     assert json.loads(metadata["preprocess"])["input_size"] == list(preprocess.input_size)
     pixels = torch.stack([preprocess_image(decode(file), preprocess) for file in files]).permute(0, 2, 3, 1)
-    (actual,) = session.run(None, {"images": np.ascontiguousarray(pixels.numpy())})
+    (actual,) = session.run(["probabilities"], {"images": np.ascontiguousarray(pixels.numpy())})
     np.testing.assert_allclose(actual, np.stack(expected), atol=1e-5)
     assert (actual.argmax(axis=1) == np.stack(expected).argmax(axis=1)).all()
 

@@ -1,10 +1,11 @@
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
 from PIL import Image, ImageDraw
 
+from gpt_serve.train import card
 from gpt_serve.train.data.views import Unreadable
 from gpt_serve.train.loop import EpochRecord
 
@@ -56,6 +57,15 @@ def write_colours(root: Path, split: str, count: int, seed: int) -> None:
                 x, y = rng.randint(0, 20), rng.randint(0, 16)
                 draw.rectangle((x, y, x + 3, y + 3), fill=tuple(rng.randint(0, 255) for _ in range(3)))
             image.save(folder / f"{index}.png")
+
+
+@pytest.fixture(scope="module")
+def no_plots() -> Iterator[None]:
+    """Drawing takes most of a short training's time; the plots have tests of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(card, "plot_inspection", lambda *_: None)
+        patch.setattr(card, "plot_confusion", lambda *_: None)
+        yield
 
 
 @pytest.fixture(scope="session")

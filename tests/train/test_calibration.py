@@ -13,26 +13,20 @@ from gpt_serve.adapters.store import AdapterStore
 from gpt_serve.cli.main import main
 from gpt_serve.errors import DataError, UsageError
 from gpt_serve.model.backbone import Backbone
-from gpt_serve.train import card
+from gpt_serve.train.answers import logits_of
 from gpt_serve.train.calibration import BINS, calibrate, calibration_error, fit_temperature
 from gpt_serve.train.data.datasets import open_dataset
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import load_views, train_adapter
 from gpt_serve.train.inputs import Inputs
 from gpt_serve.train.job import Silent, TrainingJob
-from gpt_serve.train.loop import logits_of
 from gpt_serve.train.published import PublishedJob, calibrate_published, module_of
 from gpt_serve.train.recipes.recipe import make_recipe
 
 RECIPE = make_recipe("adamw", method="linear", epochs=2, warmup=0, batch_size=8, head_init="lda")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _no_plots() -> object:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(card, "plot_inspection", lambda *_: None)
-        patch.setattr(card, "plot_confusion", lambda *_: None)
-        yield
+pytestmark = pytest.mark.usefixtures("no_plots")
 
 
 def drawn(temperature: float, count: int = 4000, classes: int = 5) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from gpt_serve.cli.main import main
 from gpt_serve.errors import BackboneMismatch, DataError, UnknownTask, UsageError
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.model.batch import AdapterBatch
-from gpt_serve.train import calibration, card, loop
+from gpt_serve.train import calibration, loop
+from gpt_serve.train.answers import Answers, predict_all
 from gpt_serve.train.closing import close as closing
 from gpt_serve.train.closing import search as gate_search
 from gpt_serve.train.closing.close import ClosingJob, close_gates
@@ -29,7 +30,7 @@ from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import train_adapter
 from gpt_serve.train.inputs import Inputs
 from gpt_serve.train.job import TrainingJob
-from gpt_serve.train.loop import Answers, Score, Trainer, evaluate, predict_all
+from gpt_serve.train.loop import Score, Trainer, evaluate
 from gpt_serve.train.methods.prompts import AdapterModule
 from gpt_serve.train.recipes.recipe import Optimizer, make_recipe
 from tests.tiny_vit import PREPROCESS, random_images, random_tensors, tiny_backbone
@@ -39,13 +40,7 @@ RECIPE = make_recipe("adamw", prompts=3, epochs=2, warmup=0, batch_size=8)
 GATES = 5
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _no_plots() -> Iterator[None]:
-    """Drawing takes most of a step's time here; the plots have tests of their own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(card, "plot_inspection", lambda *_: None)
-        patch.setattr(card, "plot_confusion", lambda *_: None)
-        yield
+pytestmark = pytest.mark.usefixtures("no_plots")
 
 
 @pytest.fixture(scope="module")

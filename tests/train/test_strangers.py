@@ -12,7 +12,6 @@ from gpt_serve.adapters.unknown import LEAST_KNOWN, known_share
 from gpt_serve.engine.engine import Engine, Prediction
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.model.heads import stranger_distance
-from gpt_serve.train import card
 from gpt_serve.train.data.datasets import open_dataset
 from gpt_serve.train.distributed import World
 from gpt_serve.train.fit import train_adapter
@@ -23,12 +22,7 @@ from gpt_serve.train.strangers import DIRECTIONS, EACH, gaussian, knots_of
 RECIPE = make_recipe("adamw", method="linear", epochs=0, warmup=0, head_init="lda")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _no_plots() -> object:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(card, "plot_inspection", lambda *_: None)
-        patch.setattr(card, "plot_confusion", lambda *_: None)
-        yield
+pytestmark = pytest.mark.usefixtures("no_plots")
 
 
 def rows(count: int, width: int, directions: int, seed: int = 0) -> torch.Tensor:

@@ -9,12 +9,12 @@ from gpt_serve.adapters.adapter import Adapter, closed_gates
 from gpt_serve.adapters.store import AdapterStore
 from gpt_serve.errors import UsageError
 from gpt_serve.model.backbone import Backbone
+from gpt_serve.train.answers import predict_all
 from gpt_serve.train.checkpoint import held, run_folder
 from gpt_serve.train.closing.search import GateSearch
 from gpt_serve.train.inputs import Inputs
 from gpt_serve.train.job import Reporter
-from gpt_serve.train.loop import predict_all
-from gpt_serve.train.published import PublishedJob, calibrated_adapter, check_still, images_of, module_of, recipe_of
+from gpt_serve.train.published import PublishedJob, check_still, concluded, images_of, module_of, recipe_of
 from gpt_serve.train.publishing import publish, utc_now
 from gpt_serve.train.recipes.recipe import Recipe
 
@@ -70,12 +70,12 @@ def _close_in_folder(backbone: Backbone, job: ClosingJob, reporter: Reporter) ->
     revision, adapter = stored.revision, stored.adapter
     if kept is not None:
         before = predict_all(backbone, module_of(backbone, stored.adapter), views.unseen[0], Inputs(job.workers))
-        adapter, answers = calibrated_adapter(backbone, _uncalibrated(kept.adapter), views, job.workers)
+        adapter, end = concluded(backbone, _uncalibrated(kept.adapter), views, job.workers, reporter)
         if views.test is not None:
-            step["test_accuracy"] = [before.accuracy, answers.accuracy]
+            step["test_accuracy"] = [before.accuracy, end.answers.accuracy]
         adapter = _with_step(adapter, step)
         check_still(store, stored, "its gates were closed")
-        revision = publish(job.adapters, adapter, answers, views.unseen[1])
+        revision = publish(job.adapters, adapter, end)
     return {"task": job.task, "revision": revision, "metrics": adapter.training["metrics"], "closing": step}
 
 

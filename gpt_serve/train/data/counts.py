@@ -21,7 +21,7 @@ def count_lines(labels: Sequence[str], splits: Mapping[str, Split]) -> list[str]
         says from how many to how many images a class has.
     """
     counts = {
-        name: np.bincount([sample.target for sample in split], minlength=len(labels))
+        name: np.bincount([target for sample in split for target in sample.targets], minlength=len(labels))
         for name, split in splits.items()
         if len(split)
     }

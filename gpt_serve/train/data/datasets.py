@@ -12,11 +12,22 @@ from typing import Literal
 from urllib.parse import parse_qsl
 
 from gpt_serve.errors import DataError
-from gpt_serve.train.data.samples import Dataset, Indexed, Sample, Split, check_labels, composed_name, digest, hold_out
+from gpt_serve.train.data.samples import (
+    Dataset,
+    Indexed,
+    Sample,
+    Split,
+    check_labels,
+    composed_name,
+    digest,
+    hold_out,
+    hold_out_any,
+)
 from gpt_serve.train.data.sources.benchmarks import open_fgvc, open_vtab
 from gpt_serve.train.data.sources.digits import open_digits
 from gpt_serve.train.data.sources.folder import open_folder, open_test_folder
 from gpt_serve.train.data.sources.hub import open_hub
+from gpt_serve.train.data.sources.labels_csv import has_tables, open_tables, open_test_table
 from gpt_serve.train.data.sources.published import published
 from gpt_serve.train.data.sources.vision import check_vision_class, open_vision, vision_classes
 from gpt_serve.train.recipes.paper_table import find_task
@@ -50,6 +61,9 @@ def open_dataset(source: str, seed: int) -> Dataset:
     dataset = _open(_resolve(source), ALL)
     if dataset.val:
         return dataset
+    if dataset.multi_label:
+        train, val = hold_out_any(dataset.train, seed)
+        return replace(dataset, train=train, val=val)
     train, val = hold_out(dataset.train, dataset.labels, seed, source)
     return replace(dataset, train=train, val=val)
 
@@ -68,7 +82,8 @@ def open_evaluation(source: str, labels: Sequence[str]) -> Dataset:
     """
     found = _resolve(source)
     if found.kind == "folder":
-        return open_test_folder(Path(found.name), labels)
+        root = Path(found.name)
+        return open_test_table(root, labels) if has_tables(root) else open_test_folder(root, labels)
     dataset = _open(found, ("test",))
     if not dataset.test:
         raise DataError(f"--data {source} has no test split")
@@ -97,7 +112,8 @@ def find_benchmark(source: str) -> tuple[Benchmark, str] | None:
 def _open(source: Source, splits: Collection[str]) -> Dataset:
     match source.kind:
         case "folder":
-            return open_folder(Path(source.name))
+            root = Path(source.name)
+            return open_tables(root) if has_tables(root) else open_folder(root)
         case "digits":
             return open_digits()
         case "fgvc":

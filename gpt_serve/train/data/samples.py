@@ -10,6 +10,7 @@ from typing import overload
 from unicodedata import category, normalize
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from gpt_serve.adapters.parse import MAX_LABEL_LENGTH
@@ -38,20 +39,40 @@ class Sample:
     Attributes:
         name: what to call it in messages: its path, or its place in a data set.
         read: returns the bytes of its file, in a format that the decoder takes.
-        target: the index of its class.
+        target: the index of its class; of several labels the first, which stands for the image where one class must.
+        others: the indices of its other labels, in a task with several for each image.
     """
 
     name: str
     read: Callable[[], bytes]
     target: int
+    others: tuple[int, ...] = ()
+
+    @property
+    def targets(self) -> tuple[int, ...]:
+        """All of its labels."""
+        return self.target, *self.others
 
 
 Split = Sequence[Sample]
 
 
-def local_sample(path: Path, target: int) -> Sample:
+def local_sample(path: Path, target: int, others: tuple[int, ...] = ()) -> Sample:
     """The sample of an image file, which may be in any format that `gpt_serve.images.convert.readable` takes."""
-    return Sample(str(path), partial(read_image, path), target)
+    return Sample(str(path), partial(read_image, path), target, others)
+
+
+def multi_hot(samples: Sequence[Sample], classes: int) -> Tensor:
+    """int64 (n, C), 1 for each label that a sample has."""
+    rows = torch.zeros(len(samples), classes, dtype=torch.int64)
+    for row, sample in zip(rows, samples, strict=True):
+        row[list(sample.targets)] = 1
+    return rows
+
+
+def short_name(name: str) -> str:
+    """The end of an image's name: split, class and file of a path."""
+    return "/".join(Path(name).parts[-3:])
 
 
 def reason(error: Exception) -> str:
@@ -119,6 +140,7 @@ class Dataset:
     Attributes:
         labels: names of the classes, which the samples' ``target`` indexes.
         unused: a line for each thing that the source holds and that is in no split.
+        multi_label: whether images have several labels.
     """
 
     labels: tuple[str, ...]
@@ -126,6 +148,7 @@ class Dataset:
     val: Split = ()
     test: Split = ()
     unused: tuple[str, ...] = field(default=(), kw_only=True)
+    multi_label: bool = field(default=False, kw_only=True)
 
 
 def pick(samples: Split, indices: Sequence[int]) -> Split:
@@ -178,6 +201,13 @@ def hold_out(
     for _, indices in sorted(members.items()):
         chosen.update(rng.permutation(indices)[: max(1, round(HELD_OUT * len(indices)))].tolist())
     return pick(samples, [index for index in range(len(samples)) if index not in chosen]), pick(samples, sorted(chosen))
+
+
+def hold_out_any(samples: Split, seed: int) -> tuple[Split, Split]:
+    """Hold a fifth of the images out, whatever their labels, as `hold_out` does class by class."""
+    order = np.random.default_rng(seed).permutation(len(samples))
+    count = max(1, round(HELD_OUT * len(samples)))
+    return pick(samples, sorted(order[count:].tolist())), pick(samples, sorted(order[:count].tolist()))
 
 
 def without_splits(samples: Split, labels: tuple[str, ...], source: str) -> Dataset:

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,11 +17,16 @@ from gpt_serve.images.decode import LOCAL_LIMITS, decode
 from gpt_serve.images.preprocess import center_crop, resize
 from gpt_serve.specs import Preprocess
 from gpt_serve.train.data.datasets import Sample, Split
-from gpt_serve.train.data.samples import decoded, pick, rank_in_class, reason
+from gpt_serve.train.data.duplicates import SIDE, thumbnail
+from gpt_serve.train.data.samples import decoded, multi_hot, pick, rank_in_class, reason
 from gpt_serve.train.recipes.recipe import Augment
 
 # Scaled images of a data set are kept in memory up to this size; splits that exceed it are decoded again each epoch.
 CACHE_BYTES = 1 << 30
+
+
+Target = int | np.ndarray
+"""A class, or int64 (C,) that is 1 for each label of an image."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +45,13 @@ class Scan:
         hashes: SHA-256 of each sample's bytes, in order; empty where unreadable.
         scaled: uint8 (3, h, w) of each sample, before the crop; None when they exceed their room.
         unreadable: the images that failed.
+        thumbnails: uint8 (n, 3 * SIDE * SIDE) of `near_duplicates`, without those that failed.
     """
 
     hashes: list[str]
     scaled: list[Tensor] | None
     unreadable: list[Unreadable]
+    thumbnails: Tensor
 
     @property
     def cached(self) -> int:
@@ -61,6 +68,7 @@ def scan(samples: Split, preprocess: Preprocess, on_image: Callable[[], object],
         room: how many bytes the scaled images may take; if they need more, none are kept.
     """
     hashes: list[str] = []
+    thumbnails: list[Tensor] = []
     unreadable: list[Unreadable] = []
     scaled: list[Tensor] | None = []
     used = 0
@@ -76,12 +84,14 @@ def scan(samples: Split, preprocess: Preprocess, on_image: Callable[[], object],
                     continue
                 image, name = result
                 hashes.append(name)
+                thumbnails.append(thumbnail(image))
                 used += image.numel()
                 if used > room:
                     scaled = None
                 if scaled is not None:
                     scaled.append(image)
-    return Scan(hashes, None if unreadable else scaled, unreadable)
+    small = torch.stack(thumbnails) if thumbnails else torch.empty(0, 3 * SIDE * SIDE, dtype=torch.uint8)
+    return Scan(hashes, None if unreadable else scaled, unreadable, small)
 
 
 def _read(sample: Sample, preprocess: Preprocess) -> tuple[Tensor, str] | Unreadable:
@@ -92,7 +102,7 @@ def _read(sample: Sample, preprocess: Preprocess) -> tuple[Tensor, str] | Unread
         return Unreadable(sample.name, reason(error))
 
 
-class View(Dataset[tuple[Tensor, int]]):
+class View(Dataset[tuple[Tensor, Target]]):
     """A split as training reads it: ``view[i]`` is an image, uint8 (3, H, W), and its target.
 
     An image's augmentation depends on the seed, its `variant` and its index alone, so that worker processes and
@@ -100,6 +110,7 @@ class View(Dataset[tuple[Tensor, int]]):
 
     Args:
         variants: how many augmented images there are of each, which epochs take in turn; 0 for new ones every epoch.
+        classes: ``C`` where images have several labels: then targets are 1 for each of these, and 0; 0 for one label.
     """
 
     def __init__(
@@ -110,6 +121,7 @@ class View(Dataset[tuple[Tensor, int]]):
         augment: Augment,
         seed: int,
         variants: int = 0,
+        classes: int = 0,
     ) -> None:
         self.samples = samples
         self.preprocess = preprocess
@@ -117,6 +129,7 @@ class View(Dataset[tuple[Tensor, int]]):
         self.augment = augment
         self.seed = seed
         self.variants = variants
+        self.classes = classes
         self.epoch = 0
 
     @property
@@ -132,7 +145,16 @@ class View(Dataset[tuple[Tensor, int]]):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def target(self, index: int) -> Target:
+        """The class of an image; where images have several labels int64 (C,), 1 for each of them."""
+        sample = self.samples[index]
+        return multi_hot([sample], self.classes)[0].numpy() if self.classes else sample.target
+
+    def targets(self, indices: Sequence[int]) -> Tensor:
+        """The targets of images, int64 (n,) or (n, C)."""
+        return torch.from_numpy(np.array([self.target(index) for index in indices], dtype=np.int64))
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Target]:
         """Read an image, or take it from the cache, and crop or augment it.
 
         Raises:
@@ -144,18 +166,25 @@ class View(Dataset[tuple[Tensor, int]]):
         else:
             image = self.scaled[index]
         if self.augment == "none":
-            return center_crop(image, self.preprocess), sample.target
+            return center_crop(image, self.preprocess), self.target(index)
         rng = np.random.default_rng((self.seed, self.variant, index))
-        return _random_crop(image, self.preprocess.input_size, rng, flip=self.augment == "crop-flip"), sample.target
+        return _random_crop(image, self.preprocess.input_size, rng, flip=self.augment == "crop-flip"), self.target(
+            index
+        )
 
     def drawn(self, augment: Augment, epoch: int = 0) -> "View":
         """A view of the same images that is augmented in another way."""
-        view = View(self.samples, self.preprocess, self.scaled, augment, self.seed, self.variants)
+        view = self.of(self.samples, self.scaled, augment)
         view.epoch = epoch
         return view
 
+    def of(self, samples: Split, scaled: list[Tensor] | None, augment: Augment | None = None) -> "View":
+        """A view of other images that is as this one in everything else."""
+        view = (samples, self.preprocess, scaled, augment or self.augment, self.seed, self.variants, self.classes)
+        return View(*view)
+
     def batches(self, indices: list[list[int]], workers: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield the images, uint8 (B, 3, H, W), and targets, int64 (B,), of each batch.
+        """Yield the images, uint8 (B, 3, H, W), and targets, int64 (B,) or (B, C), of each batch.
 
         Args:
             indices: a list for each batch, of the places of its samples.
@@ -178,7 +207,7 @@ class View(Dataset[tuple[Tensor, int]]):
                 yield torch.from_numpy(batch[0]), torch.from_numpy(batch[1])
 
 
-Drawn = tuple[Tensor, int] | DataError
+Drawn = tuple[Tensor, Target] | DataError
 
 
 @dataclass(frozen=True)
@@ -208,7 +237,7 @@ def _workers_errors() -> Iterator[None]:
 
 
 def _stacked(drawn: list[Drawn]) -> tuple[np.ndarray, np.ndarray] | DataError:
-    """Stack a batch as arrays (B, 3, H, W) and (B,), which decoding processes send through a pipe.
+    """Stack a batch as arrays (B, 3, H, W) and (B,) or (B, C), which decoding processes send through a pipe.
 
     Tensors would go through shared memory, of which a container has 64 MB unless its user asks for more.
     """
@@ -223,7 +252,7 @@ def joined(first: View, second: View) -> View:
     """A view of the images of both, which are augmented as the first view has it."""
     scaled = None if first.scaled is None or second.scaled is None else first.scaled + second.scaled
     samples = [*first.samples, *second.samples]
-    return View(samples, first.preprocess, scaled, first.augment, first.seed, first.variants)
+    return first.of(samples, scaled)
 
 
 def thinned(view: View, most: int) -> View:
@@ -239,7 +268,7 @@ def thinned(view: View, most: int) -> View:
     place = rank_in_class(targets) / np.bincount(targets)[targets]
     chosen = np.sort(order[np.argsort(place, kind="stable")[:most]]).tolist()
     scaled = None if view.scaled is None else [view.scaled[index] for index in chosen]
-    return View(pick(view.samples, chosen), view.preprocess, scaled, view.augment, view.seed, view.variants)
+    return view.of(pick(view.samples, chosen), scaled)
 
 
 def _random_crop(image: Tensor, size: tuple[int, int], rng: np.random.Generator, *, flip: bool) -> Tensor:

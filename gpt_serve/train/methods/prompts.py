@@ -99,6 +99,7 @@ class AdapterModule(TaskModule):
         gamma: the gate priors that are learned, all of them or fewer; `priors` has all.
         closed: for each of `priors`, whether it is exactly 0 and stays so; None when gates are not learned.
         unknown: what tells strangers, once that is known; it belongs to the tensors as they are.
+        threshold: (C,) probabilities from which on labels are given, once known, in a task with several an image.
     """
 
     _tau_before: Tensor | None
@@ -133,6 +134,7 @@ class AdapterModule(TaskModule):
         self.gumbel_temperature = gumbel_temperature(0.0)
         self.head = head
         self.unknown: Unknown | None = None
+        self.threshold: Tensor | None = None
         self.prompt = None if prompt is None else nn.Parameter(prompt)
         self.tau = None if tau is None else nn.Parameter(tau)
         self.shift = None if shift is None else nn.Parameter(shift)
@@ -295,6 +297,7 @@ class AdapterModule(TaskModule):
         tensors |= {"head_weight": head[0], "head_bias": head[1]}
         stored = {name: tensor.detach().float().cpu() for name, tensor in tensors.items() if tensor is not None}
         rest = {"first_block": self.first_block, "taps": self.taps, "pool": self.pool, "unknown": self.unknown}
+        rest["threshold"] = self.threshold
         return {name: tensor.clone() for name, tensor in stored.items()} | rest
 
     @torch.no_grad()

@@ -25,6 +25,7 @@ from gpt_serve.train.inputs import Inputs, normalized
 from gpt_serve.train.job import Reporter, TrainingJob
 from gpt_serve.train.loop import features_of
 from gpt_serve.train.methods.heads import lda_head
+from gpt_serve.train.methods.logistic import logistic_head
 from gpt_serve.train.methods.modules import TaskModule
 from gpt_serve.train.methods.prompts import AdapterModule, PromptInit
 from gpt_serve.train.recipes.recipe import Recipe
@@ -85,8 +86,9 @@ def fit_head(
     if module.head_norm is not None and recipe.norm == "standard":
         module.head_norm.set_standard(features[0])
     seen = torch.stack([module.seen(torch.cat(rows)) for rows in features]).cpu()
-    targets = torch.tensor([sample.target for part in some for sample in part.samples])
-    weight, bias = lda_head(seen, targets, module.head.out_features)
+    targets = torch.cat([part.targets(range(len(part))) for part in some])
+    several = some[0].classes > 0
+    weight, bias = logistic_head(seen, targets) if several else lda_head(seen, targets, module.head.out_features)
     with torch.no_grad():
         module.head.weight.copy_(weight)
         module.head.bias.copy_(bias)

@@ -56,7 +56,8 @@ def open_hub(name: str, options: Mapping[str, str], splits: Collection[str]) -> 
     if len(found) == 1:
         return without_splits(opened["train"], labels, f"hf:{name}")
     others = [f"{key} ({counted(len(tables[key]), 'image')})" for key in tables if key not in found.values()]
-    return Dataset(labels, **opened, unused=(f"not used: the splits {some(others)}",) if others else ())
+    unused = (f"not used: the splits {some(others)}",) if others else ()
+    return Dataset(labels, *(opened.get(split, ()) for split in SPLITS), unused=unused)
 
 
 def load_tables(name: str, config: str | None) -> Any:
