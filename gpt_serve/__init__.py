@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gpt_serve.adapters.adapter import Adapter
     from gpt_serve.adapters.store import AdapterStore
-    from gpt_serve.engine.engine import Engine, Prediction
+    from gpt_serve.engine.classify import Prediction
+    from gpt_serve.engine.engine import Engine
     from gpt_serve.engine.segment import Segmentation
     from gpt_serve.errors import GPTServeError
     from gpt_serve.model.backbone import Backbone
@@ -33,7 +34,7 @@ _HOMES = {
     "Backbone": "model.backbone",
     "Engine": "engine.engine",
     "GPTServeError": "errors",
-    "Prediction": "engine.engine",
+    "Prediction": "engine.classify",
     "Segmentation": "engine.segment",
 }
 

@@ -31,7 +31,7 @@ def test_all_is_pinned() -> None:
         ("Backbone", "model.backbone"),
         ("Engine", "engine.engine"),
         ("GPTServeError", "errors"),
-        ("Prediction", "engine.engine"),
+        ("Prediction", "engine.classify"),
     ],
 )
 def test_attributes_load_on_first_use(name: str, home: str) -> None:

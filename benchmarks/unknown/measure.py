@@ -22,7 +22,8 @@ from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
 from gpt_serve.adapters.store import AdapterStore
-from gpt_serve.engine.engine import Engine, Prediction
+from gpt_serve.engine.classify import Prediction
+from gpt_serve.engine.engine import Engine
 from gpt_serve.images.convert import SUFFIXES, read_image
 from gpt_serve.images.decode import LOCAL_LIMITS, decode
 from gpt_serve.images.preprocess import preprocess_image

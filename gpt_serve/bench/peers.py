@@ -27,7 +27,8 @@ from gpt_serve.bench.setting import (
 )
 from gpt_serve.bench.swapped import TaskModel, grouped, in_arrival_order, separate_models, weight_bytes
 from gpt_serve.bench.timing import Ratio, Row
-from gpt_serve.engine.engine import Engine, Prediction, TorchForward
+from gpt_serve.engine.classify import Prediction
+from gpt_serve.engine.engine import Engine, TorchForward
 from gpt_serve.model.backbone import Backbone
 
 ENGINE, REQUESTS, MIXED = "engine", "engine, from requests", "engine, 10 to 20 prompts"

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt_serve.engine.engine import Engine, Prediction
+from gpt_serve.engine.classify import Prediction
+from gpt_serve.engine.engine import Engine
 from gpt_serve.errors import GPTServeError, ImageError, UsageError
 from gpt_serve.train.answers import average_precisions
 from gpt_serve.train.data.datasets import Sample, Split, open_evaluation

@@ -22,7 +22,8 @@ from gpt_serve import __version__
 from gpt_serve.adapters.adapter import Adapter
 from gpt_serve.adapters.store import Signature
 from gpt_serve.engine.bank import Resident
-from gpt_serve.engine.engine import Features, Row, TorchForward, classify, distinct, normalized
+from gpt_serve.engine.classify import classify
+from gpt_serve.engine.engine import Features, Row, TorchForward, distinct, normalized
 from gpt_serve.engine.passes import PassPlanner, opened
 from gpt_serve.engine.slab import SHIFTS, Packed, Slab, gather
 from gpt_serve.errors import ExportError

@@ -13,7 +13,7 @@ from gpt_serve.images.mask_files import png
 from gpt_serve.serve.messages import Answer, Format, MaskFormat
 
 if TYPE_CHECKING:
-    from gpt_serve.engine.engine import Prediction
+    from gpt_serve.engine.classify import Prediction
     from gpt_serve.engine.looker import Look
     from gpt_serve.engine.segment import Segmentation
 

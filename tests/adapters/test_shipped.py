@@ -7,7 +7,8 @@ import torch
 from sklearn.datasets import load_sample_image
 
 from gpt_serve.adapters.store import AdapterStore
-from gpt_serve.engine.engine import Engine, Prediction
+from gpt_serve.engine.classify import Prediction
+from gpt_serve.engine.engine import Engine
 from gpt_serve.engine.evaluate import evaluate_task
 from gpt_serve.engine.segment import Segmentation
 from gpt_serve.model.backbone import Backbone

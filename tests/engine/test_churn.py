@@ -13,7 +13,8 @@ from torch import Tensor
 
 from gpt_serve.adapters.adapter import Adapter
 from gpt_serve.adapters.store import AdapterStore
-from gpt_serve.engine.engine import Engine, Prediction
+from gpt_serve.engine.classify import Prediction
+from gpt_serve.engine.engine import Engine
 from gpt_serve.engine.scheduler import Scheduler
 from gpt_serve.engine.slab import Packed
 from gpt_serve.errors import UnknownTask

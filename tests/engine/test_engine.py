@@ -15,8 +15,10 @@ from torch import Tensor
 
 from gpt_serve.adapters.adapter import Adapter
 from gpt_serve.adapters.store import FILE_NAME, AdapterStore
+from gpt_serve.engine import classify as classify_module
 from gpt_serve.engine import engine as engine_module
-from gpt_serve.engine.engine import Engine, Features, Forward, ImageInput, Prediction, Row, TorchForward, planner_for
+from gpt_serve.engine.classify import Prediction
+from gpt_serve.engine.engine import Engine, Features, Forward, ImageInput, Row, TorchForward, planner_for
 from gpt_serve.engine.onnx import FasterForward, OnnxForward, serving_graph
 from gpt_serve.errors import (
     BackboneMismatch,
@@ -505,15 +507,15 @@ def test_heads_of_one_shape_share_a_product(tiny: Backbone, tmp_path: Path, monk
     ]
     adapters.append(make_adapter(tiny.spec, "large", method="linear", classes=40, seed=8))
     engine = Engine(tiny, stored(tmp_path, adapters))
-    monkeypatch.setitem(engine_module.SMALL_HEAD, "cpu", 39 * tiny.spec.width)
+    monkeypatch.setitem(classify_module.SMALL_HEAD, "cpu", 39 * tiny.spec.width)
     shared: list[int] = []
-    linear_each = engine_module.linear_each
+    linear_each = classify_module.linear_each
 
     def counted(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         shared.append(len(weight))
         return linear_each(features, weight, bias)
 
-    monkeypatch.setattr(engine_module, "linear_each", counted)
+    monkeypatch.setattr(classify_module, "linear_each", counted)
     requests: list[Request] = [(adapter.task, pixels(seed, 16, 16)) for seed, adapter in enumerate(adapters)]
     requests.append(("task-0", pixels(20, 16, 16)))
     together = answers(engine.predict(requests))

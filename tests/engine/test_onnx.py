@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from gpt_serve.adapters.store import AdapterStore
-from gpt_serve.engine.engine import Engine, Features, Prediction, Row, planner_for
+from gpt_serve.engine.classify import Prediction
+from gpt_serve.engine.engine import Engine, Features, Row, planner_for
 from gpt_serve.engine.onnx import FasterForward, OnnxForward
 from gpt_serve.engine.scheduler import Scheduler
 from gpt_serve.errors import GPTServeError

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from gpt_serve.engine.engine import Prediction, Row
+from gpt_serve.engine.classify import Prediction
+from gpt_serve.engine.engine import Row
 from gpt_serve.engine.priority import NICENESS
 from gpt_serve.engine.scheduler import Batch, Scheduler
 from gpt_serve.engine.scheduler.jobs import Pending

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from gpt_serve.adapters.adapter import Adapter
 from gpt_serve.adapters.store import AdapterStore
-from gpt_serve.engine.engine import Engine, Prediction, TorchForward
+from gpt_serve.engine.classify import Prediction
+from gpt_serve.engine.engine import Engine, TorchForward
 from gpt_serve.engine.segment import Segmentation
 from gpt_serve.errors import InvalidAdapter
 from gpt_serve.images.preprocess import cut_windows, plan_windows

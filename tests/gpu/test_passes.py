@@ -7,7 +7,8 @@ import torch
 
 from gpt_serve.adapters.adapter import Adapter
 from gpt_serve.adapters.store import AdapterStore
-from gpt_serve.engine.engine import Engine, Prediction, Row, TorchForward
+from gpt_serve.engine.classify import Prediction
+from gpt_serve.engine.engine import Engine, Row, TorchForward
 from gpt_serve.model.backbone import Backbone
 from tests import reference
 from tests.gpu.conftest import backbone_on, pixels

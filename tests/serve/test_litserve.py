@@ -21,7 +21,8 @@ from litserve.loops.loops import inference_worker
 from litserve.utils import WorkerSetupStatus
 
 from gpt_serve.engine.bank import BankStats
-from gpt_serve.engine.engine import Prediction, Row
+from gpt_serve.engine.classify import Prediction
+from gpt_serve.engine.engine import Row
 from gpt_serve.engine.scheduler import Scheduler
 from gpt_serve.errors import CheckpointError, GPTServeError, UndecodableImage, UnknownTask
 from gpt_serve.serve import ServeConfig, litserve

@@ -13,7 +13,8 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from gpt_serve.adapters.store import AdapterStore
-from gpt_serve.engine.engine import Engine, Prediction
+from gpt_serve.engine.classify import Prediction
+from gpt_serve.engine.engine import Engine
 from gpt_serve.engine.segment import Segmentation
 from gpt_serve.errors import InvalidRequest
 from gpt_serve.images.mask_files import palette, png

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from gpt_serve.adapters.store import AdapterStore
-from gpt_serve.engine.engine import Engine, Prediction
+from gpt_serve.engine.classify import Prediction
+from gpt_serve.engine.engine import Engine
 from gpt_serve.errors import ExportError, UsageError
 from gpt_serve.export.job import ExportOptions, export_task, export_tasks
 from gpt_serve.images.decode import decode

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gpt_serve.adapters.store import AdapterStore
-from gpt_serve.engine.engine import Engine, Prediction
+from gpt_serve.engine.classify import Prediction
+from gpt_serve.engine.engine import Engine
 from gpt_serve.errors import DataError, InvalidTaskName, UsageError
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.train import fit

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from gpt_serve.adapters.adapter import Adapter
 from gpt_serve.adapters.store import AdapterStore
-from gpt_serve.engine.engine import Engine, Prediction
+from gpt_serve.engine.classify import Prediction
+from gpt_serve.engine.engine import Engine
 from gpt_serve.errors import UsageError
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.model.batch import AdapterBatch

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from gpt_serve.adapters.store import AdapterStore
-from gpt_serve.engine.engine import Engine, Prediction
+from gpt_serve.engine.classify import Prediction
+from gpt_serve.engine.engine import Engine
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.train.data.datasets import open_dataset
 from gpt_serve.train.distributed import World

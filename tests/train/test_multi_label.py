@@ -13,7 +13,8 @@ from torchmetrics.functional.classification import multilabel_average_precision
 
 from gpt_serve.adapters.store import AdapterStore
 from gpt_serve.cli.main import main
-from gpt_serve.engine.engine import Engine, Prediction
+from gpt_serve.engine.classify import Prediction
+from gpt_serve.engine.engine import Engine
 from gpt_serve.engine.evaluate import evaluate_task
 from gpt_serve.errors import UsageError
 from gpt_serve.model.backbone import Backbone

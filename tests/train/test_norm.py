@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from gpt_serve.adapters.store import AdapterStore
-from gpt_serve.engine.engine import Engine, Prediction
+from gpt_serve.engine.classify import Prediction
+from gpt_serve.engine.engine import Engine
 from gpt_serve.errors import BackboneError
 from gpt_serve.images.preprocess import normalize
 from gpt_serve.model.backbone import Backbone

@@ -9,7 +9,8 @@ from sklearn.metrics import roc_auc_score
 
 from gpt_serve.adapters.store import AdapterStore
 from gpt_serve.adapters.unknown import LEAST_KNOWN, known_share
-from gpt_serve.engine.engine import Engine, Prediction
+from gpt_serve.engine.classify import Prediction
+from gpt_serve.engine.engine import Engine
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.model.heads import stranger_distance
 from gpt_serve.train.data.datasets import open_dataset

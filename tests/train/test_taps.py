@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from gpt_serve.adapters.store import AdapterStore
-from gpt_serve.engine.engine import Engine, Prediction
+from gpt_serve.engine.classify import Prediction
+from gpt_serve.engine.engine import Engine
 from gpt_serve.errors import UsageError
 from gpt_serve.model.backbone import Backbone
 from gpt_serve.specs import Tap
