@@ -36,7 +36,6 @@ from gpt_serve.train.data.samples import Split
 from gpt_serve.train.inputs import normalized
 from gpt_serve.train.strangers import gaussian
 
-MOST = 250  # strangers of a kind, and test images
 SHRINKAGE = 0.1
 Score = Callable[[Tensor], Tensor]
 
@@ -48,13 +47,15 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--backbone", default="vit-small-14")
     parser.add_argument("--strangers", nargs="+", required=True)
+    parser.add_argument("--most", type=int, default=250, help="strangers of a kind, and test images")
     options = parser.parse_args()
     torch.set_num_threads(1)
     backbone = Backbone.load(options.backbone)
     store = AdapterStore(options.adapters, backbone.spec)
     adapter = store.load(options.task).adapter
     data = open_dataset(options.data, int(adapter.training["recipe"]["seed"]))
-    images = {"test": _spread(data.test)} | {Path(kind).name: strangers(kind) for kind in options.strangers}
+    images = {"test": _spread(data.test, options.most)}
+    images |= {Path(kind).name: strangers(kind, options.most) for kind in options.strangers}
     with Engine(backbone, store, limits=LOCAL_LIMITS) as engine:
         known = {name: _known(engine, options.task, files) for name, files in images.items()}
 
@@ -83,18 +84,18 @@ def main() -> None:
     print(f"\ncalled unknown: {', '.join(f'{kind} {share}' for kind, share in zip(images, called, strict=True))}")
 
 
-def strangers(kind: str) -> list[bytes]:
+def strangers(kind: str, most: int) -> list[bytes]:
     """Files of ``digits``, of noise, or of a folder."""
     if kind == "digits":
-        return _spread(open_dataset("digits", 0).test)
+        return _spread(open_dataset("digits", 0).test, most)
     if kind == "noise":
         return _noise()
     paths = sorted(path for path in Path(kind).rglob("*") if path.suffix.lower() in SUFFIXES)
-    return [read_image(path) for path in paths[:: max(1, len(paths) // MOST)]]
+    return [read_image(path) for path in paths[:: max(1, len(paths) // most)]]
 
 
-def _spread(split: Split) -> list[bytes]:
-    return [split[index].read() for index in range(0, len(split), max(1, len(split) // MOST))]
+def _spread(split: Split, most: int) -> list[bytes]:
+    return [split[index].read() for index in range(0, len(split), max(1, len(split) // most))]
 
 
 def _noise() -> list[bytes]:
