@@ -34,8 +34,6 @@ def encode(result: "Prediction | Segmentation | Look", form: Format, seconds: Ma
         return Answer(look.task, look.revision, _json(look.content()), seconds=dict(seconds))
     if hasattr(result, "mask"):
         return _segmentation(cast("Segmentation", result), form, dict(seconds))
-    if form.mask is not None and form.strict:
-        raise InvalidRequest(f"task {result.task!r} answers with labels and has no mask: leave out mask")
     content = result.to_dict(form.top_k)
     return Answer(result.task, result.revision, _json(content), seconds=dict(seconds))
 

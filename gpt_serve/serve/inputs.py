@@ -107,7 +107,7 @@ def parse(headers: Mapping[str, str], query: Iterable[tuple[str, str]], body: by
         tasks,
         tuple(image if _begins_an_image(image) else image[:_HEAD] for image in _listed(images)),
         fields.get("top_k"),
-        _mask_format(fields.get("mask")),
+        _mask_format(fields["mask"]) if "mask" in fields else None,
         several_images=isinstance(images, list),
         several_tasks="tasks" in fields or isinstance(fields["task"], list),
     )
@@ -230,8 +230,8 @@ def _check_images(images: list[Any]) -> None:
         raise InvalidRequest("one of the images is empty: give a JPEG, PNG or WebP file")
 
 
-def _mask_format(value: Any) -> MaskFormat | None:
-    if value is not None and value not in get_args(MaskFormat):
+def _mask_format(value: Any) -> MaskFormat:
+    if value not in get_args(MaskFormat):
         raise InvalidRequest(f"mask must be one of {', '.join(get_args(MaskFormat))}")
     return value  # type: ignore[no-any-return]
 

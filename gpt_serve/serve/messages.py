@@ -33,9 +33,9 @@ class Format:
 
     Attributes:
         top_k: how many labels it lists at most; None where the client did not say.
-        mask: of a segmentation task; None where the client did not say.
+        mask: of a segmentation task; None where the client did not say. Others have none, whatever it says.
         picture: whether a mask is to be the whole response, as a PNG file.
-        strict: whether it is refused to say what the task's answers do not have; not where several tasks are asked,
+        strict: whether ``top_k`` is refused for a mask, which has all classes; not where several tasks are asked,
             because it is for others of them.
     """
 

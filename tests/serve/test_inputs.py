@@ -137,6 +137,8 @@ NAMES = [f"t{number}" for number in range(10_000)]
         ((), body(task=[["birds"]]), "must be a string or a list of strings"),
         ((), body(task=None), "must be a string or a list of strings"),
         ((), body(tasks="birds"), "tasks can only be"),
+        ((), body(task="birds", mask=None), "mask must be one of png, rle, none"),
+        ([("mask", "svg")], body(task="birds"), "mask must be one of png, rle, none"),
         ((), body(tasks=["*"]), "tasks can only be"),
         ([("tasks", "*")], body(task="birds"), "both given"),
     ],
