@@ -101,6 +101,7 @@ def front_options(config: ServeConfig, cluster: ClusterConfig) -> dict[str, Any]
     """A front bounds its requests itself, with 503 and Retry-After, before Ray would."""
     return {
         "num_replicas": cluster.fronts,
+        "max_surge_percent": 100,  # an update starts the new fronts before it ends the old ones
         "max_ongoing_requests": 4 * config.queue_limit,
         "logging_config": {"enable_access_log": False},
         "health_check_period_s": HEALTH_SECONDS,

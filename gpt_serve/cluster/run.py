@@ -35,6 +35,7 @@ def deploy(config: ServeConfig, cluster: ClusterConfig, address: str | None, say
         ray.init(address=address, log_to_driver=address is None, include_dashboard=False if address is None else None)
     except ConnectionError as error:
         raise UsageError(f"there is no Ray cluster at {address}: start one, or use --local") from error
+    signal.signal(signal.SIGTERM, _interrupt)  # Ray's own handler would abort the process
     try:
         serve.start(http_options={"host": config.host, "port": config.port}, proxy_location=PROXIES)
         serve.run(application(config, cluster), name=NAME, route_prefix="/")
@@ -57,6 +58,10 @@ def _check_port(address: str) -> None:
         socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
     except (OSError, ValueError) as error:
         raise UsageError(f"there is no Ray cluster at {address}: start one, or use --local") from error
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 def _wait_for_signal() -> None:

@@ -1,8 +1,10 @@
 """What runs on Ray, without a cluster: routing, asking again, health, files."""
 
 import asyncio
+import os
 import pickle
 import re
+import signal
 import time
 from collections import Counter
 from dataclasses import fields
@@ -19,7 +21,8 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ServeDeploySchema
 
 from gpt_serve.cli.main import main
-from gpt_serve.cluster.app import ClusterConfig, engine_options, from_args, to_args
+from gpt_serve.cluster import run
+from gpt_serve.cluster.app import ClusterConfig, application, engine_options, from_args, to_args
 from gpt_serve.cluster.front import Replicas
 from gpt_serve.cluster.manifest import IMPORT_PATH, write
 from gpt_serve.cluster.metrics import ClusterDesk, ReplicaMetrics, joined
@@ -141,6 +144,11 @@ def test_a_replica_may_hold_two_batches() -> None:
     assert options["autoscaling_config"].max_replicas == 3
 
 
+def test_an_update_starts_the_new_front_before_it_ends_the_old_one() -> None:
+    """Ray ends the old one first by default, and requests wait until the new one has started."""
+    assert application(ServeConfig(), ClusterConfig())._bound_deployment._deployment_config.max_surge_percent == 100
+
+
 @pytest.mark.parametrize("values", [{"min_replicas": 3}, {"min_replicas": 0}, {"fronts": 0}, {"gpus": -1}])
 def test_what_no_cluster_can_be(values: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
@@ -238,3 +246,21 @@ def test_replicas_that_do_not_tell_are_left_out_of_the_metrics(told: Exception) 
 
     text = asyncio.run(scrape()).decode()
     assert "gpt_serve_replicas 0.0" in text and "gpt_serve_in_flight 0.0" in text
+
+
+def test_a_signal_during_the_start_ends_it_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's handler, which aborts the process, is not what a signal meets."""
+    ended: list[str] = []
+
+    def start(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(run, "ray", SimpleNamespace(init=lambda **_: None, shutdown=lambda: ended.append("ray")))
+    monkeypatch.setattr(run, "serve", SimpleNamespace(start=start))
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run.deploy(ServeConfig(adapters=tmp_path), ClusterConfig(), None, print)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended == ["ray"]
