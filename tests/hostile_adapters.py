@@ -289,9 +289,9 @@ def _thresholds(spec: BackboneSpec) -> Iterator[Hostile]:
     high = with_value(adapter("threshold-high"), "threshold", 1.5)
     yield Hostile("threshold-high", "'threshold' must lie between 0 and 1", high)
     lone = with_metadata(adapter("threshold-alone"), multi_label=None)
-    yield Hostile("threshold-alone", "multi_label and tensor 'threshold' go together", lone)
+    yield Hostile("threshold-alone", "several labels has both multi_label and tensor 'threshold'", lone)
     without = with_metadata(make_adapter(spec, "threshold-missing"), multi_label="true")
-    yield Hostile("threshold-missing", "multi_label and tensor 'threshold' go together", without)
+    yield Hostile("threshold-missing", "several labels has both multi_label and tensor 'threshold'", without)
     yield Hostile(
         "multi-label-odd",
         "multi_label 'yes' is not 'true'",

@@ -15,7 +15,6 @@ from gpt_serve.errors import (
     GPTServeError,
     ImageError,
     InvalidAdapter,
-    InvalidRequest,
     NotReady,
     Overloaded,
     TaskForbidden,
@@ -94,9 +93,10 @@ class Call:
     def _check_number(self, count: int) -> None:
         most = self.door.config.queue_limit
         if count > most:
-            raise InvalidRequest(
+            raise HTTPError(
+                413,
                 f"the request asks for {count} answers, one for each task and image, and this server takes on {most} "
-                "at once: ask for fewer"
+                "at once: ask for fewer",
             )
 
     def _note(self, tasks: Sequence[str], outcomes: Sequence[Outcome]) -> None:

@@ -18,6 +18,14 @@ if TYPE_CHECKING:
     from gpt_serve.engine.segment import Segmentation
 
 
+def is_mask(result: object) -> bool:
+    """Whether an answer gives a class for each pixel.
+
+    Answers are told apart by what their classes have: to import these would import torch, which a stub has no need of.
+    """
+    return hasattr(type(result), "mask")  # of the object itself, it would be computed
+
+
 def encode(result: "Prediction | Segmentation | Look", form: Format, seconds: Mapping[str, float]) -> Answer:
     """The response for one image and task.
 
@@ -28,14 +36,14 @@ def encode(result: "Prediction | Segmentation | Look", form: Format, seconds: Ma
     Raises:
         InvalidRequest: the request asks for what answers of this kind do not have.
     """
-    # They are told apart by what they have: importing their classes would import torch, which a stub has no need of.
     if hasattr(result, "picture"):
         look = cast("Look", result)
         return Answer(look.task, look.revision, _json(look.content()), seconds=dict(seconds))
-    if hasattr(result, "mask"):
+    if is_mask(result):
         return _segmentation(cast("Segmentation", result), form, dict(seconds))
-    content = result.to_dict(form.top_k)
-    return Answer(result.task, result.revision, _json(content), seconds=dict(seconds))
+    prediction = cast("Prediction", result)
+    content = prediction.to_dict(form.top_k)
+    return Answer(prediction.task, prediction.revision, _json(content), seconds=dict(seconds))
 
 
 def _segmentation(result: "Segmentation", form: Format, seconds: dict[str, float]) -> Answer:

@@ -272,10 +272,12 @@ def _put(
     future: "Future[Success]",
 ) -> None:
     """Have the answers sent, by the thread that sends them, or later where it would hold up the others."""
+    from gpt_serve.serve.encode import is_mask
+
     asked.pop(one.number, None)
     assert one.item is not None
     encode = partial(api.encode_response, future, form=one.item.format)
-    if _is_mask(future):
+    if future.exception() is None and is_mask(future.result()):
         api.encoders.submit(_encode_and_put, answered, one, encode)
     else:
         answered.put((one.number, encode))
@@ -286,12 +288,6 @@ def _encode_and_put(answered: "SimpleQueue[Any]", one: Asked, encode: "Callable[
     late = one.item.expires <= time.monotonic()
     reply = Failure.of(DeadlineExceeded("the deadline passed before the mask was made")) if late else encode()
     answered.put((one.number, lambda: reply))
-
-
-def _is_mask(future: "Future[Success]") -> bool:
-    from gpt_serve.engine.segment import Segmentation
-
-    return future.exception() is None and isinstance(future.result(), Segmentation)
 
 
 def _device_is_lost(error: Exception) -> bool:

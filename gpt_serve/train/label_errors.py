@@ -46,14 +46,16 @@ def probable_label_errors(features: Tensor, samples: Split, labels: tuple[str, .
         return None
     targets = torch.tensor([sample.target for sample in samples])
     judged = torch.bincount(targets, minlength=len(labels))[targets] > 1  # of a class's only image nothing is known
-    if not judged.any():
+    present, positions = torch.unique(targets[judged], return_inverse=True)
+    if len(present) < 2:
         return ()
     from cleanlab.filter import find_label_issues  # takes a second
 
     probabilities = left_out_probabilities(features, targets, len(labels))
+    among = probabilities[judged][:, present]
     found = find_label_issues(
-        targets[judged].numpy(),
-        probabilities[judged].numpy(),
+        positions.numpy(),
+        (among / among.sum(dim=1, keepdim=True)).numpy(),
         return_indices_ranked_by="self_confidence",
         n_jobs=1,
     )

@@ -3,6 +3,7 @@
 Shapes: images ``n``, taps ``K``, width ``D``, directions ``R``, knots ``Q``.
 """
 
+import numpy as np
 import torch
 from sklearn.decomposition import PCA
 from torch import Tensor
@@ -51,7 +52,8 @@ def gaussian(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows = (rows - mean) * inverse
     count, width = rows.shape
     directions = max(1, min(DIRECTIONS, count // EACH, width - 1))
-    found = PCA(directions, random_state=0).fit(rows.numpy())  # type: ignore[no-untyped-call]
+    with np.errstate(invalid="ignore"):  # of images that are all alike: a share of no variance, which nobody reads
+        found = PCA(directions, random_state=0).fit(rows.numpy())  # type: ignore[no-untyped-call]
     variances, axes = (torch.from_numpy(part) for part in (found.explained_variance_, found.components_))
     total = rows.var(0, unbiased=True).sum()
     noise = ((total - variances.sum()) / (width - len(variances))).clamp(min=LEAST_NOISE)

@@ -261,7 +261,6 @@ def test_predict_tells_by_its_exit_code_that_images_were_broken(folder, tmp_path
         (["--input", "data", "--output", "x.csv"], "--output x.csv: the name of a table of results ends in .parquet"),
         (["--input", "empty", "--output", "x.parquet"], "--input empty holds no images"),
         (["--input", "data", "--output", "x.parquet", "--task", "alpha"], "a --task is given twice"),
-        (["--task", "probe", "one.png"], "several --task need --input and --output"),
         (["--input", "data", "--output", "x.parquet", "--task", "nobody"], "unknown task 'nobody'"),
     ],
 )

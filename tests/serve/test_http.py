@@ -288,7 +288,8 @@ def test_probes_and_docs(server: ServerProcess) -> None:
     assert set(operation["requestBody"]["content"]) == {"multipart/form-data", "application/json"}
     assert {"200", "400", "404", "413", "415", "422", "503", "504"} <= set(operation["responses"])
     for status, response in operation["responses"].items():
-        assert list(response["content"]) == ["application/json" if status == "200" else "application/problem+json"]
+        answers = ["application/json", "image/png"] if status == "200" else ["application/problem+json"]
+        assert list(response["content"]) == answers
 
 
 def test_metrics(server: ServerProcess, image: bytes) -> None:

@@ -3,6 +3,8 @@
 import base64
 import io
 import json
+import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
@@ -109,12 +111,14 @@ def test_colours_are_those_of_pascal_voc() -> None:
 
 
 @pytest.fixture(scope="module")
-def segmenting(server: ServerProcess, bundled: Backbone) -> ServerProcess:
+def segmenting(server: ServerProcess, bundled: Backbone) -> Iterator[ServerProcess]:
     """With two tasks more: one mask of an input, one of windows."""
     store = AdapterStore(server.adapters)
     store.publish(make_segmenter(bundled.spec, "squashed", seed=1))
     store.publish(make_segmenter(bundled.spec, "windowed", seed=2, mode="windows", prompts=2, classes=7))
-    return server
+    yield server
+    for task in ("squashed", "windowed"):
+        shutil.rmtree(server.adapters / task)
 
 
 PHOTO = image_file(3, "JPEG", (90, 50))

@@ -143,7 +143,7 @@ def test_more_answers_than_the_server_takes_on_are_refused_at_once(make: Make, s
     client = make(queue_limit=6)
     names = [f"t{number}" for number in range(7)]
     for response in (ask(client, *names), ask(client, *names[:3], images=(b"1", b"2", b"3"))):
-        assert "takes on 6 at once: ask for fewer" in check_problem(response, 400)["detail"]
+        assert "takes on 6 at once: ask for fewer" in check_problem(response, 413)["detail"]
     assert not stub.items
     assert ask(client, "birds", "cars", images=(b"1", b"2", b"3")).status_code == 200
 

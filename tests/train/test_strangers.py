@@ -95,3 +95,10 @@ def test_at_least_95_percent_of_the_validation_images_are_known(count: int) -> N
     if count == 5000:
         assert shares.mean().item() == pytest.approx(0.5, abs=0.01)
         assert (shares >= LEAST_KNOWN).float().mean().item() == pytest.approx(0.95, abs=0.011)
+
+
+def test_images_that_are_all_alike_know_themselves() -> None:
+    features = torch.ones(12, 24)
+    mean, scale, basis = gaussian(features)
+    distances = stranger_distance(torch.cat([features, features + 9]), mean, scale, basis)
+    assert distances.isfinite().all() and distances[:12].max() < distances[12:].min()
