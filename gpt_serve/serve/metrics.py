@@ -113,6 +113,7 @@ class RequestMetrics:
         self._bounded = Bounded()
         self._gauge("gpt_serve_in_flight", "Images, for each of their tasks, that hold a slot", lambda: state.admitted)
         self._gauge("gpt_serve_ready", "1 while requests are taken on", lambda: _is_ready(state))
+        self._gauge("gpt_serve_workers_ready", "Workers that hold the backbone", lambda: state.workers_ready)
         self._gauge("gpt_serve_worker_restarts", "Workers started after the first", lambda: state.restarts)
 
     def answered(

@@ -74,6 +74,11 @@ class ServerState:
         phases = self._phases.values()
         self.phase = next((best for best in _BEST_FIRST if best in phases), phase)
 
+    @property
+    def workers_ready(self) -> int:
+        """How many workers hold the backbone now."""
+        return sum(phase == "ready" for phase in self._phases.values())
+
     def check_ready(self) -> None:
         """Raise `NotReady` unless a request would be taken on."""
         if self.draining or self.fatal:

@@ -197,6 +197,7 @@ def test_a_killed_worker_loses_nothing(two: ServerProcess, image: bytes) -> None
     def ask(task: str) -> int:
         return two.client.post(f"{two.url}/predict/{task}", content=image).status_code
 
+    until(lambda: two.metric("gpt_serve_workers_ready") == 2, START_SECONDS)
     with ThreadPoolExecutor(24) as pool, two.holding():
         pending = [pool.submit(ask, f"held-{number}") for number in range(24)]
         until(lambda: two.in_flight() == 24)
@@ -206,7 +207,7 @@ def test_a_killed_worker_loses_nothing(two: ServerProcess, image: bytes) -> None
         until(lambda: two.metric("gpt_serve_worker_restarts") == 1)
         assert two.in_flight() == 24
     assert [job.result() for job in pending] == [200] * 24
-    until(lambda: len(workers_of(two)) == 2, START_SECONDS)
+    until(lambda: two.metric("gpt_serve_workers_ready") == 2, START_SECONDS)
 
 
 def workers_of(server: ServerProcess) -> list[int]:
