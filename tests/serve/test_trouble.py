@@ -63,7 +63,7 @@ def test_503_at_the_limit(stub: ServerProcess, image: bytes) -> None:
     for answer in turned_away:
         problem = check_problem(answer, 503)
         assert problem["type"] == "urn:gpt-serve:problem:overloaded" and problem["detail"].startswith("16 images")
-        assert answer.headers["retry-after"] == "1"
+        assert int(answer.headers["retry-after"]) >= 1
     until(lambda: stub.in_flight() == 0)
     assert stub.predict("good", image).status_code == 200
 
@@ -76,10 +76,10 @@ def test_a_flood_for_two_tasks_leaves_a_third_its_slots(stub: ServerProcess, ima
             until(lambda: sum(flood.done() for flood in floods) >= 16 and stub.in_flight() == 16)
             others = stub.predict_all([("good", image)] * 4)
             assert [answer.status_code for answer in others] == [200] * 4
-        details = {flood.result().json()["detail"] for flood in floods if flood.result().status_code == 503}
+        details = {flood.result().json()["detail"].partition(": try again in ")[0] for flood in floods if flood.result().status_code == 503}
     assert details == {
-        "16 images are already waiting: try again in a second",
-        "the place in the queue went to somebody with fewer images waiting: try again in a second",
+        "16 images are already waiting",
+        "the place in the queue went to somebody with fewer images waiting",
     }
     until(lambda: stub.in_flight() == 0)
 
