@@ -76,7 +76,8 @@ def test_a_flood_for_two_tasks_leaves_a_third_its_slots(stub: ServerProcess, ima
             until(lambda: sum(flood.done() for flood in floods) >= 16 and stub.in_flight() == 16)
             others = stub.predict_all([("good", image)] * 4)
             assert [answer.status_code for answer in others] == [200] * 4
-        details = {flood.result().json()["detail"].partition(": try again in ")[0] for flood in floods if flood.result().status_code == 503}
+        refused = [flood.result().json()["detail"] for flood in floods if flood.result().status_code == 503]
+    details = {detail.partition(": try again in ")[0] for detail in refused}
     assert details == {
         "16 images are already waiting",
         "the place in the queue went to somebody with fewer images waiting",
