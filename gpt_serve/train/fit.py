@@ -3,7 +3,8 @@
 import math
 import os
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -46,13 +47,25 @@ def train_adapter(backbone: Backbone, job: TrainingJob, reporter: Reporter, worl
             another process trains the task.
         KeyboardInterrupt: interrupted; the last finished epoch is stored for ``resume``.
     """
+    with begun(backbone, job, world):
+        started = time.perf_counter()
+        return train_on(backbone, prepare(backbone, job, reporter), job, reporter, world, started)
+
+
+@contextmanager
+def begun(backbone: Backbone, job: TrainingJob, world: World) -> Iterator[RunCheckpoint]:
+    """Hold the task's `run_folder`, in the leading process, until the block ends; what is stored there is given.
+
+    Raises:
+        GPTServeError: the task's name cannot be one, another process trains it, or there is nothing to resume.
+    """
     check_task_name(job.task)
     with held(run_folder(job.adapters, job.task)) if world.leader else nullcontext():
-        started = time.perf_counter()
+        checkpoint = RunCheckpoint(job.adapters, job.task)
         if job.resume:
-            RunCheckpoint(job.adapters, job.task).require()
+            checkpoint.require()
         make_deterministic(backbone)
-        return train_on(backbone, prepare(backbone, job, reporter), job, reporter, world, started)
+        yield checkpoint
 
 
 def train_on(

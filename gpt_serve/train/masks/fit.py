@@ -1,7 +1,6 @@
 """From pictures with label files to a published segmentation adapter."""
 
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -13,11 +12,11 @@ from gpt_serve.adapters.adapter import Adapter
 from gpt_serve.adapters.store import AdapterStore
 from gpt_serve.errors import UsageError
 from gpt_serve.model.backbone import Backbone
-from gpt_serve.specs import Preprocess, check_task_name
-from gpt_serve.train.checkpoint import RunCheckpoint, held, run_folder
+from gpt_serve.specs import Preprocess
+from gpt_serve.train.checkpoint import RunCheckpoint
 from gpt_serve.train.data.samples import digest
 from gpt_serve.train.distributed import World
-from gpt_serve.train.fit import initial_settings, make_deterministic, run_identity
+from gpt_serve.train.fit import begun, initial_settings, run_identity
 from gpt_serve.train.inputs import Inputs, TrunkInputs
 from gpt_serve.train.job import Reporter, TrainingJob
 from gpt_serve.train.loop import EpochRecord, Progress
@@ -68,15 +67,10 @@ def train_masks(backbone: Backbone, job: TrainingJob, reporter: Reporter, world:
             another process trains the task.
         KeyboardInterrupt: interrupted; the last finished epoch is stored for ``resume``.
     """
-    check_task_name(job.task)
     if job.recipe.final_fit or job.nmi or job.skip_unreadable:
         raise UsageError("--final-fit, --nmi and --skip-unreadable are for classification: leave them out")
-    with held(run_folder(job.adapters, job.task)) if world.leader else nullcontext():
+    with begun(backbone, job, world) as checkpoint:
         started = time.perf_counter()
-        checkpoint = RunCheckpoint(job.adapters, job.task)
-        if job.resume:
-            checkpoint.require()
-        make_deterministic(backbone)
         views = _open_views(backbone, job, reporter)
         trainer = _new_trainer(backbone, job, views, reporter, world)
         progress = _fit(trainer, backbone, job, views, checkpoint, reporter)
